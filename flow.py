@@ -1,0 +1,181 @@
+"""Flow matching: the path between data and noise, its loss, the times at which it is walked, and the walk itself.
+
+Everything here is a pure function of tensors, floats and one callable, `velocity(z, t) -> v`, which may be a network
+with its prompt bound to it, or a formula (the tests use formulas).
+
+    x, eps   data and Gaussian noise, any shape (B, ...)
+    t        time, (B,), in [0, 1]: t = 1 is NOISE, t = 0 is DATA (some codebases turn this round)
+    z        a state on the path, the shape of x
+    v        velocity dz/dt = eps - x, the shape of x: what the network predicts
+    sigma    a time at which a sampler stops; on this path sigma and t are the same number
+
+Guidance is v_uncond + w (v_cond - v_uncond): w = 1 is off (where code writes v_cond + w (...), its 3 is our 4).
+
+The arithmetic of the path is fp32 whatever the network's dtype: near t = 1 the data's share of z is (1 - t) x, and the
+8 bits of a bf16 number round it away. A network in bf16 casts z on its way in; the state itself is never rounded.
+
+References: Lipman et al., arXiv 2210.02747; Esser et al., arXiv 2403.03206 (logit-normal times and the shift);
+Qwen-Image-Flash, arXiv 2606.03746, section 2.1 (Eq. 1 and 2).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # z (B, ...), t (B,) -> v (B, ...)
+
+
+# ---- the path ----------------------------------------------------------------------------------------------------
+
+
+def per_sample(t: Tensor, z: Tensor) -> Tensor:
+    """Times (B,) as fp32 (B, 1, ..., 1), ready to multiply the states z (B, ...)."""
+    return t.float().reshape(-1, *[1] * (z.ndim - 1))
+
+
+def path(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """The state at time t on the straight line from data x to noise eps (Eq. 1)."""
+    t = per_sample(t, x)
+    return (1 - t) * x.float() + t * eps.float()  # Eq. 1
+
+
+def x0_from_velocity(z: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """The clean prediction: follow the straight line from z all the way to t = 0."""
+    return z.float() - per_sample(t, z) * v.float()
+
+
+def score_from_velocity(z: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """The score, gradient in z of log p_t(z), that belongs to a velocity; t in (0, 1].
+
+    p_t(z | x) is a Gaussian around (1 - t) x with variance t^2, so the score is ((1 - t) x0 - z) / t^2. With
+    x0 = z - t v one t cancels. The result is affine in v with coefficients that know nothing of the network: this is
+    why dmd.py may mix the velocities of several teachers where the paper mixes their scores.
+    """
+    t = per_sample(t, z)
+    return -(z.float() + (1 - t) * v.float()) / t
+
+
+def flow_matching_loss(velocity: Velocity, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Squared error of the predicted velocity (Eq. 2), one number per sample: (B,).
+
+    Not averaged over the batch, so that the caller can see the loss by t: a flow model that is wrong is usually wrong
+    at one end of the path, and the average hides it.
+    """
+    v = velocity(path(x, eps, t), t)
+    return (v.float() - (eps.float() - x.float())).square().flatten(1).mean(1)  # Eq. 2
+
+
+# ---- p(t): times to train at, from uniform numbers in [0, 1) -------------------------------------------------------
+# The caller draws the uniforms: then it alone decides what a random draw depends on (its seed, step and sample).
+
+
+def shift_time(s: float | Tensor, a: float) -> float | Tensor:
+    """Moves times in [0, 1] towards noise (a > 1), keeping both ends; in logits it adds log a. a = 1 is the identity."""
+    return a * s / (1 + (a - 1) * s)
+
+
+def shifted_uniform(u: Tensor, a: float, low: float = 0.02, high: float = 0.98) -> Tensor:
+    """DMD's p(t): uniform, shifted by a, clamped away from the ends, where a score means nothing (t = 0: no noise to
+    explain) or is the same for every picture (t = 1). The paper does not give p(t); these are the field's usual numbers."""
+    return shift_time(u.float(), a).clamp(low, high)
+
+
+def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """A teacher's p(t): sigmoid of a normal variable. mean = log a is the same as shifting by a afterwards."""
+    u = u.float().clamp(1e-6, 1 - 1e-6)  # u = 0 would become t = 0 exactly
+    return torch.sigmoid(mean + std * torch.special.ndtri(u))
+
+
+# ---- the sigmas: where a sampler stops, from 1 down to a final 0 ---------------------------------------------------
+
+
+def student_sigmas(steps: int, a: float = 3.0) -> list[float]:
+    """K shifted steps and the final 0: K + 1 numbers. Four steps with a = 3: [1, 0.9, 0.75, 0.5, 0].
+
+    ONE list serves training, sampling and the exported checkpoint; where they differ, residual noise is the result.
+    """
+    return [shift_time(1 - i / steps, a) for i in range(steps)] + [0.0]
+
+
+def teacher_sigmas(
+    steps: int | Sequence[float],
+    tokens: int,
+    *,
+    use_dynamic_shifting: bool = True,
+    shift: float = 1.0,
+    base_shift: float = 0.5,
+    max_shift: float = 0.9,
+    base_image_seq_len: int = 256,
+    max_image_seq_len: int = 8192,
+    shift_terminal: float | None = 0.02,
+) -> list[float]:
+    """The sigmas that a published checkpoint is sampled at, final 0 included.
+
+    steps: how many, evenly spaced before the shift; or the sigmas themselves (a checkpoint's sample_sigmas, without
+        the final 0), which pass through the same shift and stretch.
+    tokens: of the picture to draw; larger pictures need more of their steps near the noise.
+    The other names are keys of scheduler_config.json, the defaults the 7B's. A few-step student is published with the
+    identity: use_dynamic_shifting False, shift 1, shift_terminal None.
+    """
+    sigmas = [1 - i / steps for i in range(steps)] if isinstance(steps, int) else steps
+    if use_dynamic_shifting:  # log a is linear in the number of tokens, and goes on beyond both ends
+        slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
+        shift = math.exp(base_shift + slope * (tokens - base_image_seq_len))
+    sigmas = [shift_time(s, shift) for s in sigmas]
+    # Stretch, so that the last stop is shift_terminal. A last stop at 1 (one step) cannot be stretched: the reference
+    # divides by zero there; we leave it alone and step from 1 to 0.
+    if shift_terminal and sigmas[-1] < 1:
+        stretch = (1 - shift_terminal) / (1 - sigmas[-1])
+        sigmas = [1 - (1 - s) * stretch for s in sigmas]
+    return [*sigmas, 0.0]
+
+
+# ---- samplers ----------------------------------------------------------------------------------------------------
+
+
+def guided(conditional: Velocity, unconditional: Velocity, w: float) -> Velocity:
+    """Classifier-free guidance as a velocity like any other. w = 1 is off, and then costs no second forward."""
+    if w == 1:
+        return conditional
+
+    def velocity(z: Tensor, t: Tensor) -> Tensor:
+        v_uncond = unconditional(z, t).float()
+        return v_uncond + w * (conditional(z, t).float() - v_uncond)
+
+    return velocity
+
+
+def time_like(z: Tensor, sigma: float) -> Tensor:
+    """One time for the whole batch: (B,) fp32 on z's device."""
+    return torch.full((z.shape[0],), sigma, device=z.device)
+
+
+@torch.no_grad()
+def euler(velocity: Velocity, z: Tensor, sigmas: Iterable[float]) -> Tensor:
+    """Integrates dz/dt = v from sigmas[0] to sigmas[-1] in straight steps; z (B, ...) is the state at sigmas[0].
+
+    The whole list goes from noise to data; a part of it stops on the way. tqdm(sigmas) shows a bar.
+    """
+    z = z.float()
+    for sigma, sigma_next in pairwise(sigmas):
+        z = z + (sigma_next - sigma) * velocity(z, time_like(z, sigma)).float()
+    return z
+
+
+@torch.no_grad()
+def renoise(velocity: Velocity, z: Tensor, sigmas: Sequence[float], noises: Sequence[Tensor]) -> Tensor:
+    """The other few-step sampler: at each stop predict the clean picture, then put NEW noise on it for the next stop.
+
+    For comparison: it hides an undistilled teacher's errors better than Euler's long steps do. noises: one tensor like
+    z for every stop but the first and the final 0, that is len(sigmas) - 2.
+    """
+    z = z.float()
+    nothing = torch.zeros_like(z)  # at the final 0 there is no noise to add
+    for (sigma, sigma_next), noise in zip(pairwise(sigmas), [*noises, nothing], strict=True):
+        t = time_like(z, sigma)
+        x0 = x0_from_velocity(z, velocity(z, t), t)
+        z = path(x0, noise, time_like(z, sigma_next))
+    return z
