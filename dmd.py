@@ -14,7 +14,8 @@
 All networks are callables velocity(z, t) -> v with the condition bound to them (flow.py: noise is at t = 1, guidance
 w = 1 is off), so this file knows nothing of prompts, optimisers, devices or ranks. One round of training is: several
 updates of the fake score on fresh rollouts, then one of the student. Several, because g is a DIFFERENCE of two scores:
-while the fake score lags behind the student, g points from where the student was.
+while the fake score lags behind the student, g points from where the student was. It is one network for all student
+steps, as in DMD2: it sees their pictures pooled, so it is the pool that is matched to the teacher, not each step alone.
 
 References: Yin et al. (DMD2), arXiv 2405.14867; Qwen-Image-Flash, arXiv 2606.03746, sections 2.2 and 4 (Eq. 3 to 7);
 DP-DMD, arXiv 2602.03139 (the first-step loss).

@@ -147,7 +147,7 @@ class Recipe:
             check(s.task in TASKS, f"the task of teacher {s.teacher!r} must be one of {TASKS}, not {s.task!r}")
             check(len(s.by_quarter) == 4, f"teacher {s.teacher!r} needs four lambdas, one a quarter: {s.by_quarter}")
         for task in TASKS:  # Eq. 6 for every k and every condition that a rule tells apart, None being all the others
-            for category in {None, *(s.category for s in self.specialists)}:
+            for category in (None, *(s.category for s in self.specialists)):
                 for k in range(4):
                     self.weights(k, 4, task, category)
 
@@ -170,6 +170,7 @@ class Recipe:
         shares["base"] = 1.0 - sum(shares.values())
         if not all(share > -1e-9 for share in shares.values()):  # "not all >" rather than "any <": NaN fails too
             where = f"{task}, category {category or '(any other)'}, quarter {quarter}"
+            shares = {teacher: round(share, 6) for teacher, share in shares.items()}
             raise ValueError(f"recipe {self.name!r}: for {where} the lambdas are not >= 0 with a sum of 1: {shares}")
         return {teacher: share for teacher, share in shares.items() if share > 1e-9}
 

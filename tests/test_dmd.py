@@ -1,0 +1,228 @@
+"""dmd.py against closed forms: every expectation here was derived by hand."""
+
+import pytest
+import torch
+from test_flow import draw, gaussian_velocity
+from torch import nn
+
+import dmd
+import flow
+
+SIGMAS = flow.student_sigmas(4)
+
+
+class Affine(nn.Module):
+    """v = a z + b: the smallest network whose gradients can be written down."""
+
+    def __init__(self, a=0.3, b=-0.2):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.tensor(a)), nn.Parameter(torch.tensor(b))
+
+    def forward(self, z, t):
+        return self.a * z + self.b
+
+
+def gradients(network):
+    return [parameter.grad for parameter in network.parameters()]
+
+
+def counted(velocity, calls):
+    def counting(z, t):
+        calls.append(t)
+        return velocity(z, t)
+
+    return counting
+
+
+# ---- rollout ----
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_gradient_flows_through_step_k_alone(k):
+    student, noise = Affine(), draw(3, 2, 2)
+    z_k = flow.euler(student, noise, SIGMAS[: k + 1])
+    calls = []
+    x_theta = dmd.rollout(counted(student, calls), noise, SIGMAS, k)
+    assert [t[0].item() for t in calls] == pytest.approx(SIGMAS[: k + 1])
+    torch.testing.assert_close(x_theta, z_k - SIGMAS[k] * (0.3 * z_k - 0.2))
+    # d x_theta / da = -sigma_k z_k and d x_theta / db = -sigma_k, with z_k held fixed although it depends on a and b.
+    x_theta.sum().backward()
+    torch.testing.assert_close(student.a.grad, -SIGMAS[k] * z_k.sum())
+    torch.testing.assert_close(student.b.grad, torch.tensor(-SIGMAS[k] * z_k.numel()))
+
+
+def test_the_last_step_of_a_rollout_is_what_the_sampler_draws():
+    student, noise = Affine(), draw(3, 2, 2)
+    torch.testing.assert_close(dmd.rollout(student, noise, SIGMAS, 3), flow.euler(student, noise, SIGMAS))
+
+
+def test_k_out_of_range():
+    for k in (-1, 4):
+        with pytest.raises(ValueError, match=f"k = {k} of 4"):
+            dmd.rollout(Affine(), draw(1, 2), SIGMAS, k)
+
+
+# ---- mixture ----
+
+
+def test_mixture_of_scores_is_the_score_of_the_mixed_velocity():
+    z, t = draw(4, 3, 2), torch.tensor([0.02, 0.3, 0.7, 0.98])
+    base, text = gaussian_velocity(0.7, 0.4), flow.guided(gaussian_velocity(-1.0, 0.1), lambda z, t: z.cos(), 2.5)
+    mixed = dmd.mixture({"base": 0.3, "text": 0.7}, {"base": base, "text": text})
+    scores = 0.3 * flow.score_from_velocity(z, base(z, t), t) + 0.7 * flow.score_from_velocity(z, text(z, t), t)
+    torch.testing.assert_close(flow.score_from_velocity(z, mixed(z, t), t), scores, rtol=1e-4, atol=1e-4)
+
+
+def test_a_zero_weight_and_a_guidance_of_one_cost_no_forward():
+    calls = {"base": [], "empty": [], "text": []}
+    base = flow.guided(counted(Affine(), calls["base"]), counted(Affine(), calls["empty"]), 1.0)
+    teachers = {"base": base, "text": counted(Affine(), calls["text"])}
+    dmd.mixture({"base": 1.0, "text": 0.0}, teachers)(draw(2, 3), torch.ones(2))
+    assert [len(made) for made in calls.values()] == [1, 0, 0]
+    guided = {"base": flow.guided(counted(Affine(), calls["base"]), counted(Affine(), calls["empty"]), 2.0)}
+    dmd.mixture({"base": 1.0}, guided)(draw(2, 3), torch.ones(2))
+    assert [len(made) for made in calls.values()] == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "weights", [{"a": 0.5, "b": 0.4}, {"a": 1.5, "b": -0.5}, {"a": 0.6, "b": 0.6}, {"a": float("nan"), "b": 1.0}, {}]
+)
+def test_weights_that_do_not_add_up(weights):
+    with pytest.raises(ValueError, match="sum to 1"):
+        dmd.mixture(weights, {"a": Affine(), "b": Affine()})
+
+
+def test_weight_for_an_unknown_teacher():
+    with pytest.raises(ValueError, match="'tekst'.*'base', 'text'"):
+        dmd.mixture({"base": 0.5, "tekst": 0.5}, {"base": Affine(), "text": Affine()})
+
+
+# ---- the two losses ----
+
+
+def test_gradient_is_the_score_difference_rescaled():
+    """g = (s_stu - s_real) t^2 / (1 - t) / mean |x_theta - x0_real|, each factor by hand."""
+    real, fake = gaussian_velocity(0.7, 0.4), gaussian_velocity(0.1, 0.8)
+    x_theta, xi, t = draw(3, 2, 2), draw(3, 2, 2, seed=1), torch.tensor([0.1, 0.5, 0.9])
+    g, x0_real, x0_fake = dmd.dmd_gradient(real, fake, x_theta, xi, t)
+    x_t, s = flow.path(x_theta, xi, t), t[:, None, None]
+    difference = flow.score_from_velocity(x_t, fake(x_t, t), t) - flow.score_from_velocity(x_t, real(x_t, t), t)
+    distance = (x_theta - x0_real).abs().mean((1, 2), keepdim=True)
+    torch.testing.assert_close(g, difference * s**2 / (1 - s) / distance, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x0_fake - x0_real, g * distance, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_is_zero_when_fake_equals_real():
+    g = dmd.dmd_gradient(Affine(), Affine(), draw(3, 4), draw(3, 4, seed=1), torch.tensor([0.1, 0.5, 0.9])).g
+    assert g.abs().max() == 0
+
+
+def test_surrogate_has_the_hand_written_gradient():
+    x_theta, g = draw(3, 2, 2).requires_grad_(), draw(3, 2, 2, seed=1)
+    dmd.surrogate_loss(x_theta, g).backward()
+    torch.testing.assert_close(x_theta.grad, g / 12)
+    # and through a student: with x_theta = z - sigma (a z + b), dL/da = -sum(g sigma z) / numel
+    student, z = Affine(), draw(3, 2, 2)
+    dmd.surrogate_loss(dmd.rollout(student, z, SIGMAS, 0), g).backward()
+    torch.testing.assert_close(student.a.grad, -(g * z).sum() / 12)
+    torch.testing.assert_close(student.b.grad, -g.sum() / 12)
+
+
+def test_each_loss_touches_its_own_network_alone():
+    student, fake, base, text = Affine(), Affine(0.1), Affine(0.2), Affine(0.4)
+    noise, xi, t = draw(2, 3), draw(2, 3, seed=1), torch.tensor([0.3, 0.6])
+    real = dmd.mixture({"base": 0.5, "text": 0.5}, {"base": base, "text": text})
+
+    x_theta = dmd.rollout(student, noise, SIGMAS, 2)
+    dmd.fake_score_loss(fake, x_theta, xi, t).mean().backward()
+    assert all(gradient.abs() > 0 for gradient in gradients(fake))
+    assert all(gradient is None for network in (student, base, text) for gradient in gradients(network))
+
+    fake.zero_grad()
+    target = flow.euler(real, noise, [1.0, 0.9, 0.8])
+    loss = dmd.surrogate_loss(x_theta, dmd.dmd_gradient(real, fake, x_theta, xi, t).g)
+    (loss + dmd.first_step_loss(student, noise, target, 0.8).mean()).backward()
+    assert all(gradient.abs() > 0 for gradient in gradients(student))
+    assert all(gradient is None for network in (fake, base, text) for gradient in gradients(network))
+
+
+@pytest.mark.parametrize("culprit", ["x_theta", "x0_real", "x0_fake"])
+def test_a_gradient_that_is_not_finite_stops_the_run(culprit):
+    def broken(z, t):
+        return Affine()(z, t) + torch.where(t > 0.5, float("nan"), 0.0)[:, None]
+
+    real, fake = (broken if culprit == name else Affine() for name in ("x0_real", "x0_fake"))
+    x_theta = draw(2, 3)
+    if culprit == "x_theta":
+        x_theta[1, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match=rf"t = \[0.75\].*'{culprit}'"):
+        dmd.dmd_gradient(real, fake, x_theta, draw(2, 3, seed=1), torch.tensor([0.25, 0.75]))
+
+
+def test_first_step_loss():
+    """A student that is the teacher makes no error over one step of the teacher's, and some over three curved ones."""
+    teacher, noise = gaussian_velocity(0.7, 0.4), draw(3, 4)
+    sigmas = [1.0, 0.9, 0.7, 0.4]
+    one = dmd.first_step_loss(teacher, noise, flow.euler(teacher, noise, sigmas[:2]), sigmas[1])
+    torch.testing.assert_close(one, torch.zeros(3), atol=1e-10, rtol=0)
+    end = flow.euler(teacher, noise, sigmas)
+    three = dmd.first_step_loss(teacher, noise, end, sigmas[3])
+    at_noise = noise - 0.7  # the teacher's velocity at t = 1: eps minus the data's mean
+    torch.testing.assert_close(three, ((at_noise - (noise - end) / 0.6) ** 2).mean(1))
+    assert three.min() > 1e-4
+
+
+# ---- all of it ----
+
+
+class Steps(nn.Module):
+    """A student with one affine map to x0 for each of its steps: x0 = mean_k + std_k z."""
+
+    def __init__(self, sigmas):
+        super().__init__()
+        self.sigmas = sigmas[:-1]
+        self.mean, self.std = (nn.Parameter(torch.full((len(self.sigmas),), value)) for value in (-0.5, 0.2))
+
+    def forward(self, z, t):
+        k = self.sigmas.index(pytest.approx(t[0].item()))
+        return (z - self.mean[k] - self.std[k] * z) / self.sigmas[k]
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gaussian_teacher_moves_the_student_to_its_mean_and_variance(steps):
+    """Data N(0.7, 0.4^2), teacher exact; student and fake score start elsewhere. The only resting point of the whole
+    game (rollout, fake updates, gradient, surrogate) is a student that draws N(0.7, 0.4^2) at every step.
+
+    Each student step has a fake score of its own here. One that all steps share sees them pooled, and then only the
+    pool's mean and variance are determined: steps may err in opposite directions.
+    """
+    torch.manual_seed(0)
+    sigmas = flow.student_sigmas(steps)
+    student = Steps(sigmas)
+    fake = nn.ParameterDict({"mean": nn.Parameter(torch.zeros(steps)), "std": nn.Parameter(torch.ones(steps))})
+    real = dmd.mixture({"base": 1.0}, {"base": gaussian_velocity(0.7, 0.4)})
+    optimisers = [torch.optim.Adam(network.parameters(), lr=0.02, betas=(0.5, 0.99)) for network in (student, fake)]
+    rates = [torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, 300 * steps) for optimiser in optimisers]
+
+    def rolled_out():
+        k = int(torch.randint(steps, ()))
+        x_theta = dmd.rollout(student, torch.randn(256, 8), sigmas, k)
+        t = flow.shifted_uniform(torch.rand(256), 1.0)
+        return gaussian_velocity(fake["mean"][k], fake["std"][k]), x_theta, torch.randn(256, 8), t
+
+    for _ in range(300 * steps):
+        for _ in range(3):
+            optimisers[1].zero_grad()
+            dmd.fake_score_loss(*rolled_out()).mean().backward()
+            optimisers[1].step()
+        optimisers[0].zero_grad()
+        _, x_theta, _, _ = student_turn = rolled_out()
+        dmd.surrogate_loss(x_theta, dmd.dmd_gradient(real, *student_turn).g).backward()
+        optimisers[0].step()
+        for rate in rates:
+            rate.step()
+
+    for k in range(steps):
+        x = dmd.rollout(student, torch.randn(20_000, 8), sigmas, k)
+        assert x.mean().item() == pytest.approx(0.7, abs=0.02)
+        assert x.std().item() == pytest.approx(0.4, abs=0.02)

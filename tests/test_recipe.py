@@ -1,0 +1,252 @@
+"""recipe.py: the named recipes against the paper's tables, exactness against counting, and every complaint it can make."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+import recipe
+from recipe import RECIPES, Recipe, Specialist
+
+FAMILIES = ["scene", "enhance", "object", "text", "identity", "style"]
+WORLD = {"t2i": ["landscape", "portrait", "text"], "edit": FAMILIES}
+LOADED = ["text", "edit"]
+
+
+# ---- the named recipes ----
+
+
+def test_ratios_and_compositions_are_the_papers():
+    assert {name: r.ratio for name, r in RECIPES.items() if name.startswith("mix")} == {
+        "mix-10-0": (10, 0),
+        "mix-9-1": (9, 1),
+        "mix-7-3": (7, 3),
+        "mix-5-5": (5, 5),
+        "mix-0-10": (0, 10),
+    }
+    compositions = {name: set(r.t2i) for name, r in RECIPES.items() if name.startswith("e")}
+    assert compositions == {
+        "e1-landscape": {"landscape"},
+        "e2-portrait": {"portrait"},
+        "e3-text": {"text"},
+        "e4-landscape-portrait": {"landscape", "portrait"},
+        "e5-all": {"landscape", "portrait", "text"},
+    }
+    for name in compositions:  # section 3: the base teacher alone, T2I alone, as many prompts in every category
+        assert RECIPES[name].ratio == (10, 0) and not RECIPES[name].teachers
+        assert set(RECIPES[name].t2i.values()) == {1}
+    assert replace(RECIPES["flash"], name="mix-5-5") == RECIPES["mix-5-5"]
+    assert replace(RECIPES["step-wise"], name="mix-10-0") == RECIPES["mix-10-0"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_lambdas_of_every_recipe(name, steps):
+    for k in range(steps):
+        for task, words in WORLD.items():
+            for category in [*words, "a word of the user's"]:
+                weights = RECIPES[name].weights(k, steps, task, category)
+                assert min(weights.values()) > 0 and sum(weights.values()) == pytest.approx(1)
+                # A specialist speaks under its own conditions only.
+                own = "edit" if task == "edit" else "text" if category == "text" else None
+                assert set(weights) <= {"base", own} & ({"base"} | RECIPES[name].teachers)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "shares"),
+    [
+        ("base-only", 4, [0, 0, 0, 0]),
+        ("specialised-only", 4, [1, 1, 1, 1]),
+        ("specialised-first-step", 4, [1, 1, 1, 1]),
+        ("average", 4, [0.5, 0.5, 0.5, 0.5]),
+        ("step-wise", 4, [0, 0, 0.5, 1]),  # base alone early, specialists late
+        ("flash", 4, [0, 0, 0.5, 1]),
+        ("flash", 1, [0]),
+        ("flash", 2, [0, 0.5]),
+        ("flash", 8, [0, 0, 0, 0, 0.5, 0.5, 1, 1]),
+    ],
+)
+def test_strategies(name, steps, shares):
+    for task, category, teacher in [("t2i", "text", "text"), ("edit", "scene", "edit"), ("edit", "text", "edit")]:
+        rows = [RECIPES[name].weights(k, steps, task, category) for k in range(steps)]
+        assert [row.get(teacher, 0) for row in rows] == shares
+        assert [row.get("base", 0) for row in rows] == [1 - share for share in shares]
+
+
+def test_unknown_name():
+    assert recipe.find("flash") is RECIPES["flash"]
+    with pytest.raises(ValueError, match=r"unknown recipe 'flush'.*e1-landscape.*flash"):
+        recipe.find("flush")
+
+
+# ---- turns ----
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("mix")])
+def test_the_ratio_is_exact_in_every_window_of_ten(name):
+    r = RECIPES[name].resolve(WORLD, LOADED)
+    tasks = [r.turn(m)[0] for m in range(200)]
+    for start in range(190):
+        assert tasks[start : start + 10].count("edit") == r.ratio[1]
+    for m in range(1, 200):  # and evenly: never a whole turn ahead of or behind the share
+        assert abs(tasks[:m].count("edit") - m * r.ratio[1] / 10) < 1
+
+
+def test_categories_are_exact_within_their_task_and_n_counts_them():
+    r = Recipe("own", (7, 3), t2i={"a": 3, "b": 1}, edit={"c": 2, "d": 3, "e": 1})
+    turns = [r.turn(m) for m in range(600)]
+    seen = Counter()
+    for task, category, n in turns:
+        assert n == seen[task, category]
+        seen[task, category] += 1
+    assert seen == {("t2i", "a"): 315, ("t2i", "b"): 105, ("edit", "c"): 60, ("edit", "d"): 90, ("edit", "e"): 30}
+    for task, parts in (("t2i", r.t2i), ("edit", r.edit)):
+        words, total = [category for t, category, _ in turns if t == task], sum(parts.values())
+        for start in range(len(words) - total):
+            assert Counter(words[start : start + total]) == parts
+
+
+def test_large_parts_are_reduced():
+    assert recipe.spread({"a": 20_000, "b": 20_000, "c": 40_000}) == recipe.spread({"a": 1, "b": 1, "c": 2})
+
+
+# ---- resolve ----
+
+
+def test_an_empty_composition_is_every_category_there_is():
+    r = RECIPES["flash"].resolve({"t2i": ["cats", "boats"], "edit": ["weather"]}, LOADED)
+    assert (r.t2i, r.edit) == ({"boats": 1, "cats": 1}, {"weather": 1})
+    assert RECIPES["e2-portrait"].resolve(WORLD, []).t2i == {"portrait": 1}
+
+
+def test_missing_prompts_are_errors():
+    with pytest.raises(ValueError, match=r"'flash' takes 5 of 10 .*'edit'.*no edit prompts.*'mix-10-0'"):
+        RECIPES["flash"].resolve({"t2i": ["cats"], "edit": []}, LOADED)
+    with pytest.raises(ValueError, match=r"'mix-9-1' takes 9 of 10 .*'t2i'.*'mix-0-10'"):
+        RECIPES["mix-9-1"].resolve({"t2i": [], "edit": ["scene"]}, LOADED)
+    with pytest.raises(ValueError, match=r"needs t2i prompts of category \['landscape'\].*only \['cats', 'portrait'\]"):
+        RECIPES["e4-landscape-portrait"].resolve({"t2i": ["portrait", "cats"], "edit": []}, LOADED)
+    # A task that has no share needs no prompts.
+    assert RECIPES["mix-10-0"].resolve({"t2i": ["cats"], "edit": []}, LOADED).turn(3) == ("t2i", "cats", 3)
+
+
+def test_a_missing_teachers_weight_goes_to_the_base():
+    flash = RECIPES["flash"]
+    assert flash.teachers == {"text", "edit"}
+    r = flash.resolve(WORLD, ["edit"])
+    assert r.teachers == {"edit"} and flash.teachers - {"edit"} == {"text"}
+    assert r.weights(3, 4, "t2i", "text") == {"base": 1}
+    assert r.weights(3, 4, "edit", "text") == {"edit": 1}
+
+
+# ---- recipes that do not add up ----
+
+
+def rule(*by_quarter, teacher="text", task="t2i", category="text"):
+    return Specialist(teacher, task, category, by_quarter)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"ratio": (7, 4)}, r"ratio \(7, 4\).*add up to 10"),
+        ({"ratio": (11, -1)}, "add up to 10"),
+        ({"ratio": (10,)}, "add up to 10"),
+        ({"ratio": (0.5, 0.5)}, "whole parts"),
+        ({"t2i": {"a": 0.5, "b": 0.5}}, "whole parts"),
+        ({"edit": {"a": 1, "b": 0}}, "0 parts"),
+        ({"edit": {"a": -1}}, "0 parts"),
+        ({"first_step_weight": -0.1}, "first_step_weight -0.1"),
+        ({"first_step_weight": float("nan")}, "first_step_weight nan"),
+        ({"specialists": (rule(0, 0, 0.5, 1.2),)}, "category text, quarter 3.*sum of 1"),
+        ({"specialists": (rule(0, -0.5, 0.5, 1),)}, "category text, quarter 1.*>= 0"),
+        ({"specialists": (rule(0, 0, float("nan"), 1),)}, "quarter 2.*sum of 1"),
+        ({"specialists": (rule(0, 0, 0.5), rule(0, 0, 0.5, 1))}, "four lambdas"),
+        ({"specialists": (rule(0, 0, 0, 1, teacher="base"),)}, "no rule of its own"),
+        ({"specialists": (rule(0, 0, 0, 1, task="video"),)}, "'video'"),
+        # Each is right on its own; under the one condition that both speak to, they sum to 1.2.
+        (
+            {"specialists": (rule(0, 0.6, 0, 0), rule(0, 0.6, 0, 0, teacher="b", category=None))},
+            "quarter 1.*base': -0.2",
+        ),
+    ],
+)
+def test_what_does_not_add_up_is_refused(change, complaint):
+    with pytest.raises(ValueError, match=f"recipe 'mine': .*({complaint})"):
+        Recipe(**{"name": "mine", "ratio": (5, 5)} | change)
+
+
+def test_two_specialists_may_share_a_condition():
+    sharp = rule(0, 0.25, 0, 0.5, teacher="sharp", category=None)
+    r = Recipe("mine", (5, 5), specialists=(rule(0, 0.5, 0, 0.5), sharp))
+    assert r.weights(1, 4, "t2i", "text") == {"base": 0.25, "text": 0.5, "sharp": 0.25}
+    assert r.weights(1, 4, "t2i", "portrait") == {"base": 0.75, "sharp": 0.25}
+    assert r.weights(3, 4, "t2i", "text") == {"text": 0.5, "sharp": 0.5}
+
+
+# ---- prompt files ----
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "pictures" / name)
+    return tmp_path
+
+
+T2I = {"task": "t2i", "category": "portrait", "prompt": "a face"}
+EDIT = {"task": "edit", "category": "scene", "prompt": "at night", "images": ["pictures/a.png"]}
+
+
+def test_prompts_are_read(folder):
+    lines = [T2I | {"target": "pictures/b.png"}, T2I | {"prompt": "two\u2028lines"}]
+    text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines) + "\r\n\n"
+    (folder / "one.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())  # with a byte order mark, as some editors write
+    (folder / "two.jsonl").write_text(json.dumps(EDIT | {"images": ["pictures/b.png", "pictures/a.png"]}))
+    first, second, third = recipe.read_prompts([folder / "one.jsonl", str(folder / "two.jsonl")])
+    assert (first.task, first.category, first.prompt, first.images) == ("t2i", "portrait", "a face", [])
+    assert first.target == folder / "pictures/b.png" and second.target is None
+    assert second.prompt == "two\u2028lines"
+    assert third.images == [folder / "pictures/b.png", folder / "pictures/a.png"]
+    assert recipe.categories([first, second, third]) == {"t2i": ["portrait"], "edit": ["scene"]}
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ('{"task": "t2i", ', "not valid JSON"),
+        (b'{"task": "\xff"}', "not valid JSON"),
+        ('["t2i"]', "must be a JSON object"),
+        (T2I | {"negative": ""}, r"unknown key \['negative'\]"),
+        ({"task": "t2i", "prompt": "a face"}, "'category' is missing"),
+        (T2I | {"prompt": 3}, "'prompt' must be a text"),
+        (T2I | {"prompt": " "}, "'prompt' must be a text that is not empty"),
+        (T2I | {"category": None}, "'category' must be a text"),
+        (T2I | {"target": ["pictures/a.png"]}, "'target' must be a text"),
+        (T2I | {"task": "video"}, "'task' must be one of.*'video'"),
+        (T2I | {"images": ["pictures/a.png"]}, "t2i takes no 'images'"),
+        (EDIT | {"images": []}, "an edit needs its source"),
+        ({key: EDIT[key] for key in ("task", "category", "prompt")}, "an edit needs its source"),
+        (EDIT | {"images": "pictures/a.png"}, "'images' must be a list"),
+        (EDIT | {"images": [1]}, "'images' must be a list"),
+        (EDIT | {"images": ["pictures/a.png", "pictures/c.png"]}, r"no picture at .*pictures/c.png"),
+        (EDIT | {"target": "pictures"}, "no picture at .*pictures"),
+    ],
+)
+def test_a_bad_line_is_named(folder, line, complaint):
+    line = json.dumps(line) if isinstance(line, dict) else line
+    file = folder / "bad.jsonl"
+    file.write_bytes(json.dumps(T2I).encode() + b"\n\n" + (line if isinstance(line, bytes) else line.encode()))
+    with pytest.raises(ValueError, match=rf"bad\.jsonl, line 3: .*{complaint}"):
+        recipe.read_prompts([file])
+
+
+def test_an_empty_or_missing_file(folder):
+    (folder / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: no prompts"):
+        recipe.read_prompts([folder / "empty.jsonl"])
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        recipe.read_prompts([folder / "none.jsonl"])
