@@ -16,38 +16,94 @@ latent grid, 1/16 of the picture's; z = 64 latent channels; d = C of the middle 
 Reference for behaviour: `AutoencoderKLQwenImage21` of diffusers 0.42.1; tests/test_vae.py holds us to it.
 """
 
+import re
 from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from model import config_from_json, load_weights, save_config, save_weights
+
+STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
+
 
 @dataclass
 class VAEConfig:
-    """The keys of vae/config.json, with the published values as defaults.
+    """The keys of vae/config.json, with the published values as defaults (the latents' statistics excepted).
 
-    Raises ValueError where a value asks for a network that this file does not build.
+    Raises ValueError, naming the key, where a value is impossible or asks for a network that this file does not build.
     """
 
     base_dim: int = 96  # channels of the encoder's first level
-    decoder_base_dim: int | None = 144  # channels of the decoder's last level; None: base_dim
+    # Channels of the decoder's last level; null: base_dim. (A factory, as a plain 144 would forbid null in the file.)
+    decoder_base_dim: int | None = field(default_factory=lambda: 144)
     z_dim: int = 64
-    dim_mult: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 8])  # channels of a level / base_dim
-    num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
-    attn_scales: list[float] = field(default_factory=list)
-    temperal_downsample: list[bool] = field(default_factory=lambda: [False, True, True, True])  # the field's spelling
+    dim_mult: tuple[int, ...] = (1, 2, 4, 8, 8)  # channels of a level / base_dim; every level but the last halves
+    num_res_blocks: int = 2  # in a level of the encoder; the decoder's levels have one more
+    attn_scales: tuple[float, ...] = ()
+    temperal_downsample: tuple[bool, ...] = (False, True, True, True)  # (sic) which halvings are of time, too
     dropout: float = 0.0
-    # Statistics of the mean over pictures, one number per channel. The published 64 live in the checkpoint's config.
-    latents_mean: list[float] = field(default_factory=lambda: [0.0] * 64)
-    latents_std: list[float] = field(default_factory=lambda: [1.0] * 64)
+    # Mean and deviation of each latent channel over many pictures. The published 64 come with the checkpoint.
+    latents_mean: tuple[float, ...] = (0.0,) * 64
+    latents_std: tuple[float, ...] = (1.0,) * 64
     is_residual: bool = True
     in_channels: int = 4
     out_channels: int = 4
     patch_size: int | None = None
-    scale_factor_temporal: int | None = 8  # these two only describe: the true factor follows from dim_mult
-    scale_factor_spatial: int | None = 16
+    scale_factor_temporal: int = 8  # this and the next only describe: what the network
+    scale_factor_spatial: int = 16  # really does follows from dim_mult, see `factor`
+
+    def __post_init__(self):
+        if self.decoder_base_dim is None:
+            self.decoder_base_dim = self.base_dim
+        for key in ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"):
+            setattr(self, key, tuple(getattr(self, key)))
+        for key, built in {"is_residual": True, "attn_scales": (), "dropout": 0.0, "patch_size": None}.items():
+            if getattr(self, key) != built:
+                raise ValueError(f"{key} is {getattr(self, key)!r}: only {built!r}, as published, is built here")
+        for key in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "dim_mult"):
+            value = getattr(self, key)
+            numbers = value if key == "dim_mult" else (value,)
+            if not numbers or not all(type(n) is int and n > 0 for n in numbers):
+                raise ValueError(f"{key} is {value!r}: whole numbers above 0 are expected")
+        halvings = len(self.dim_mult) - 1
+        if [type(t) for t in self.temperal_downsample] != [bool] * halvings:
+            raise ValueError(
+                f"temperal_downsample is {self.temperal_downsample}: {halvings} true or false are expected"
+            )
+        for key, numbers in {"latents_mean": self.latents_mean, "latents_std": self.latents_std}.items():
+            if len(numbers) != self.z_dim or not all(type(n) in (int, float) and isfinite(n) for n in numbers):
+                raise ValueError(
+                    f"{key} must be z_dim = {self.z_dim} finite numbers, not these {len(numbers)}: {numbers}"
+                )
+        if min(self.latents_std) <= 0:
+            raise ValueError(f"latents_std holds {min(self.latents_std)}: deviations are above 0")
+        # The shortcuts regroup channels, which works for whole groups only.
+        whole_down = all(c * 4**space * 2**time % o == 0 for c, o, space, time in self.encoder_levels())
+        whole_up = all(o * 4 * 2**time % c == 0 for c, o, space, time in self.decoder_levels() if space)
+        if not whole_down or not whole_up:
+            raise ValueError(f"dim_mult is {self.dim_mult}: the channels of two neighbours do not divide into groups")
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the picture per pixel of the latent grid and side; 16 as published."""
+        return 2 ** (len(self.dim_mult) - 1)
+
+    def encoder_levels(self) -> list[tuple[int, int, bool, bool]]:
+        """(channels in, channels out, halves space, halves time) of every level, in the order of the forward pass."""
+        dims = [self.base_dim * m for m in (1, *self.dim_mult)]
+        times = (*self.temperal_downsample, False)
+        return [(dims[i], dims[i + 1], i < len(times) - 1, times[i]) for i in range(len(times))]
+
+    def decoder_levels(self) -> list[tuple[int, int, bool, bool]]:
+        """(channels in, channels out, doubles space, doubles time) likewise: the encoder's mirror image."""
+        dims = [self.decoder_base_dim * m for m in (self.dim_mult[-1], *self.dim_mult[::-1])]
+        times = (*self.temperal_downsample[::-1], False)
+        return [(dims[i], dims[i + 1], i < len(times) - 1, times[i]) for i in range(len(times))]
 
 
 class Norm(nn.Module):
@@ -59,10 +115,11 @@ class Norm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * ones))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Only the lengths need fp32: sums of squares lose too much in bf16. Clamped, so that a zero pixel stays zero.
+        # The lengths alone are taken in fp32: a sum of squares loses too much in bf16. A zero pixel stays zero.
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)  # (B, 1, H, W)
         scale = x.shape[1] ** 0.5 / length.clamp(min=1e-12)  # (B, 1, H, W)
-        return x * scale.to(x.dtype) * self.gamma.view(-1, 1, 1).to(x.dtype)  # (B, C, H, W)
+        gamma = self.gamma.view(-1, 1, 1).to(x.dtype)  # (C, 1, 1); under autocast it is fp32 and would promote x
+        return x * scale.to(x.dtype) * gamma  # (B, C, H, W)
 
 
 class Resnet(nn.Module):
@@ -121,27 +178,26 @@ class Resample(nn.Module):
 
 
 class Down(nn.Module):
-    """Residual blocks, then (but in the last level) half the height and width, around a shortcut without weights."""
+    """Residual blocks, then half the height and width (but not in the last level); a shortcut without weights."""
 
-    def __init__(self, dim: int, out_dim: int, num_res_blocks: int, halves_space: bool, halves_time: bool):
+    def __init__(self, num_res_blocks: int, dim: int, out_dim: int, halves_space: bool, halves_time: bool):
         super().__init__()
         self.out_dim, self.halves_space, self.halves_time = out_dim, halves_space, halves_time
         self.resnets = nn.ModuleList(Resnet(dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks))
         if halves_space:
-            # The zeros go right and bottom only: a symmetric padding would shift the picture by half a pixel.
+            # Zeros to the right and below only: output i looks at pixels 2i to 2i + 2. padding=1 would start at 2i - 1.
             self.downsampler = Resample(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out_dim, out_dim, 3, stride=2))
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Space (and time) to channels, then the means of consecutive groups of channels.
+        """Space (and time) to channels, ordered (channel, frame, row, column); then means of consecutive groups.
 
-        The channels are ordered (channel, frame, row, column). Our picture is the SECOND of two frames, a zero frame
-        is the first. So where the channels double (groups of 4), even outputs are zero and odd ones plain 2 x 2 means;
-        where they stay (groups of 8), the zeros still count in the division.
+        Of two frames our picture is the SECOND, after one of zeros. So where the channels double (groups of 4) even
+        outputs are zero and odd ones plain 2 x 2 means; where they stay (groups of 8) the zeros count in the division.
         """
         side = 2 if self.halves_space else 1
         x = rearrange(x, "b c (h p) (w q) -> b c (p q) h w", p=side, q=side)  # (B, C, 4, H/2, W/2)
         if self.halves_time:
-            x = F.pad(x, (0, 0, 0, 0, side * side, 0))  # (B, C, 8, H/2, W/2)
+            x = F.pad(x, (0, 0, 0, 0, 4, 0))  # (B, C, 8, H/2, W/2)
         return x.flatten(1, 2).unflatten(1, (self.out_dim, -1)).mean(2)  # (B, o, H/2, W/2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,24 +210,24 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Residual blocks, then twice the height and width around a shortcut without weights; the last level has neither."""
+    """Residual blocks, then twice the height and width; a shortcut without weights. The last level has neither."""
 
-    def __init__(self, dim: int, out_dim: int, num_res_blocks: int, doubles_space: bool, doubles_time: bool):
+    def __init__(self, num_res_blocks: int, dim: int, out_dim: int, doubles_space: bool, doubles_time: bool):
         super().__init__()
-        self.out_dim, self.doubles_space, self.frames = out_dim, doubles_space, 2 if doubles_time else 1
+        self.out_dim, self.doubles_space, self.doubles_time = out_dim, doubles_space, doubles_time
         self.resnets = nn.ModuleList(Resnet(dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1))
         if doubles_space:
             conv = nn.Conv2d(out_dim, out_dim, 3, padding=1)
             self.upsampler = Resample(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv)
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Channels repeated, then spread as (channel, frame, row, column) over space (and time).
+        """Every channel repeated, then spread as (channel, frame, row, column) over space (and time).
 
-        Of two frames the FIRST is dropped, so where the channels halve output c copies input 2c + 1.
+        Of two frames the FIRST is dropped. So where the channels halve, output c copies input 2c + 1.
         """
-        repeats = self.out_dim * self.frames * 4 // x.shape[1]
-        x = repeat(x, "b c h w -> b (c r) h w", r=repeats)  # (B, 4o or 8o, H, W)
-        x = x.unflatten(1, (self.out_dim, self.frames, 2, 2))[:, :, -1]  # (B, o, 2, 2, H, W)
+        frames = 2 if self.doubles_time else 1
+        x = repeat(x, "b c h w -> b (c r) h w", r=self.out_dim * frames * 4 // x.shape[1])  # (B, o f 4, H, W)
+        x = x.unflatten(1, (self.out_dim, frames, 2, 2))[:, :, -1]  # (B, o, 2, 2, H, W)
         return rearrange(x, "b c p q h w -> b c (h p) (w q)")  # (B, o, 2H, 2W)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -186,16 +242,13 @@ class Up(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        dims = [config.base_dim * m for m in [1, *config.dim_mult]]
-        times = [*config.temperal_downsample, False]
-        last = len(config.dim_mult) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, dims[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList(
-            Down(dims[i], dims[i + 1], config.num_res_blocks, i < last, times[i]) for i in range(last + 1)
-        )
-        self.mid_block = Mid(dims[-1])
-        self.norm_out = Norm(dims[-1])
-        self.conv_out = nn.Conv2d(dims[-1], 2 * config.z_dim, 3, padding=1)
+        levels = config.encoder_levels()
+        dim, out_dim = levels[0][0], levels[-1][1]
+        self.conv_in = nn.Conv2d(config.in_channels, dim, 3, padding=1)
+        self.down_blocks = nn.ModuleList(Down(config.num_res_blocks, *level) for level in levels)
+        self.mid_block = Mid(out_dim)
+        self.norm_out = Norm(out_dim)
+        self.conv_out = nn.Conv2d(out_dim, 2 * config.z_dim, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)  # (B, C, H, W)
@@ -208,16 +261,13 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
-        dims = [(config.decoder_base_dim or config.base_dim) * m for m in [config.dim_mult[-1], *config.dim_mult[::-1]]]
-        times = [*config.temperal_downsample[::-1], False]
-        last = len(config.dim_mult) - 1
-        self.conv_in = nn.Conv2d(config.z_dim, dims[0], 3, padding=1)
-        self.mid_block = Mid(dims[0])
-        self.up_blocks = nn.ModuleList(
-            Up(dims[i], dims[i + 1], config.num_res_blocks, i < last, times[i]) for i in range(last + 1)
-        )
-        self.norm_out = Norm(dims[-1])
-        self.conv_out = nn.Conv2d(dims[-1], config.out_channels, 3, padding=1)
+        levels = config.decoder_levels()
+        dim, out_dim = levels[0][0], levels[-1][1]
+        self.conv_in = nn.Conv2d(config.z_dim, dim, 3, padding=1)
+        self.mid_block = Mid(dim)
+        self.up_blocks = nn.ModuleList(Up(config.num_res_blocks, *level) for level in levels)
+        self.norm_out = Norm(out_dim)
+        self.conv_out = nn.Conv2d(out_dim, config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.conv_in(z)  # (B, d, h, w)
@@ -228,8 +278,8 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Two pairs of methods: `moments` and `decode_raw` are the bare networks, for training one; `encode` and `decode`
-    speak the normalised latents that the MMDiT sees. All are differentiable."""
+    """`moments` and `decode_raw` are the bare networks, for whoever trains one; `encode` and `decode` speak the
+    normalised latents that the MMDiT sees. All four are differentiable."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -240,25 +290,74 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images (B, 4, H, W) in [-1, 1] -> mean and log variance of the posterior, (B, 64, H/16, W/16) each, raw."""
+        """Mean and log variance (B, 64, H/16, W/16) of the posterior, not normalised.
+
+        images (B, 4, H, W) in [-1, 1], in the weights' dtype; ValueError where a side is no multiple of 16.
+        """
+        factor, channels = self.config.factor, self.config.in_channels
+        if images.ndim != 4 or images.shape[1] != channels or images.shape[2] % factor or images.shape[3] % factor:
+            raise ValueError(
+                f"images {tuple(images.shape)}: (B, {channels}, H, W) is expected, H and W multiples of {factor}"
+            )
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, z, h, w) each
         return mean, logvar
 
     def decode_raw(self, z: Tensor) -> Tensor:
-        """un-normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w), not clamped."""
+        """images (B, 4, 16h, 16w), not clamped, of latents z (B, 64, h, w) that are not normalised."""
         return self.decoder(self.post_quant_conv(z))  # (B, 4, 16h, 16w)
 
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 4, H, W) in [-1, 1], sides multiples of 16 -> normalised mode (B, 64, H/16, W/16)."""
-        mean, std = self.statistics(images)  # (z, 1, 1) each
-        return (self.moments(images)[0] - mean) / std  # (B, z, h, w)
+        """images (B, 4, H, W) in [-1, 1] -> latents (B, 64, H/16, W/16): the posterior's mode, normalised.
+
+        Whatever the dtype given, the weights' dtype comes back. ValueError as in `moments`.
+        """
+        mean, _ = self.moments(images.to(self.quant_conv.weight.dtype))  # (B, z, h, w)
+        center, std = self.statistics(mean.device)  # (z, 1, 1) each
+        return ((mean - center) / std).to(mean.dtype)  # (B, z, h, w)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w), about [-1, 1]; clamping is the caller's."""
-        mean, std = self.statistics(latents)  # (z, 1, 1) each
-        return self.decode_raw(latents * std + mean)  # (B, 4, 16h, 16w)
+        """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w) around [-1, 1]; clamping is left to the caller.
 
-    def statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        mean = torch.tensor(self.config.latents_mean, dtype=like.dtype, device=like.device)  # (z,)
-        std = torch.tensor(self.config.latents_std, dtype=like.dtype, device=like.device)  # (z,)
-        return mean.view(-1, 1, 1), std.view(-1, 1, 1)  # (z, 1, 1) each
+        Whatever the dtype given, the weights' dtype comes back.
+        """
+        center, std = self.statistics(latents.device)  # (z, 1, 1) each
+        return self.decode_raw((latents * std + center).to(self.quant_conv.weight.dtype))  # (B, 4, 16h, 16w)
+
+    def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the latents, (64, 1, 1) each. In fp32, which promotes whatever they meet."""
+        stats = torch.tensor([self.config.latents_mean, self.config.latents_std], device=device)  # (2, z)
+        return stats[0, :, None, None], stats[1, :, None, None]  # (z, 1, 1) each
+
+    def video_weights(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the published tensors that only a second frame would meet."""
+        shapes = {}
+        for i, (_, dim, _, time) in enumerate(self.config.encoder_levels()):
+            if time:
+                name = f"encoder.down_blocks.{i}.downsampler.time_conv"
+                shapes |= {f"{name}.weight": (dim, dim, 1, 1), f"{name}.bias": (dim,)}
+        for i, (_, dim, _, time) in enumerate(self.config.decoder_levels()):
+            if time:  # one frame becomes two
+                name = f"decoder.up_blocks.{i}.upsampler.time_conv"
+                shapes |= {f"{name}.weight": (2 * dim, dim, 1, 1), f"{name}.bias": (2 * dim,)}
+        return shapes
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> "VAE":
+        """Open the vae/ folder of a checkpoint in the published layout: frozen, in evaluation mode.
+
+        Strict: FileNotFoundError or ValueError name the file and the key or tensor that is missing, unknown or wrong.
+        """
+        config = config_from_json(VAEConfig, Path(directory) / "config.json")
+        with torch.device("meta"):
+            vae = cls(config)
+        load_weights(vae, directory, STEM, dtype, device, skip=tuple(re.escape(name) for name in vae.video_weights()))
+        return vae.requires_grad_(False).eval()
+
+    def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json and the weights, those of the video as zeros: what diffusers does not find in the file it
+        leaves on the meta device, and the network can then be moved nowhere."""
+        unused = {name: torch.zeros(shape) for name, shape in self.video_weights().items()}
+        save_weights({**self.state_dict(), **unused}, directory, STEM, dtype)
+        save_config(self.config, Path(directory) / "config.json", "AutoencoderKLQwenImage21")

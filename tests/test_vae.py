@@ -1,0 +1,191 @@
+"""The autoencoder against AutoencoderKLQwenImage21 of diffusers, on small random checkpoints that diffusers wrote."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKLQwenImage21
+from safetensors.torch import load_file, save_file
+
+from encoders.vae import VAE, VAEConfig
+
+# Between them: shortcuts that double, keep, quarter and halve the channels, with and without time; a last level that
+# halves the channels; more and fewer levels and blocks than published; no decoder_base_dim.
+NETWORKS = {
+    "published": {},
+    "other halvings of time": {"dim_mult": [1, 2, 4, 4, 4], "temperal_downsample": [True, False, True, False]},
+    "one block, three levels": {"dim_mult": [1, 2, 2], "temperal_downsample": [True, True], "num_res_blocks": 1},
+    "steep and back": {"dim_mult": [1, 4, 4, 2], "temperal_downsample": [False, True, False], "decoder_base_dim": None},
+    "growing from the start": {"dim_mult": [1, 4, 2], "temperal_downsample": [False, False], "num_res_blocks": 3},
+}
+
+
+def reference(directory, **config) -> AutoencoderKLQwenImage21:
+    """A random network of diffusers, saved in `directory`; every weight (gammas too) and statistic off its default."""
+    torch.manual_seed(0)
+    config = {"base_dim": 8, "decoder_base_dim": 12, "z_dim": 6, **config}
+    config["latents_mean"] = torch.randn(config["z_dim"]).tolist()
+    config["latents_std"] = (0.5 + torch.rand(config["z_dim"])).tolist()
+    network = AutoencoderKLQwenImage21(**config).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    network.save_pretrained(directory)
+    return network
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A checkpoint with the published pattern of levels; not to be written to."""
+    directory = tmp_path_factory.mktemp("published")
+    reference(directory)
+    return directory
+
+
+def statistics(network):
+    config = network.config
+    return (torch.tensor(numbers).view(-1, 1, 1, 1) for numbers in (config.latents_mean, config.latents_std))
+
+
+def difference(ours, theirs) -> float:
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(1, 2, 3), (3, 4, 1)])
+@pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS)
+def test_encodes_and_decodes_like_the_reference(tmp_path, config, batch, rows, columns):
+    theirs = reference(tmp_path, **config)
+    ours = VAE.from_pretrained(tmp_path)
+    mean, std = statistics(theirs)
+    side = 2 ** (len(theirs.config.dim_mult) - 1)
+    images = torch.rand(batch, 4, rows * side, columns * side) * 2 - 1
+    with torch.no_grad():
+        posterior = theirs.encode(images[:, :, None]).latent_dist
+        assert difference(ours.moments(images)[1], posterior.logvar[:, :, 0]) < 1e-5
+        latents = (posterior.mode() - mean) / std
+        assert difference(ours.encode(images), latents[:, :, 0]) < 1e-5
+        pixels = theirs.decode(latents * std + mean).sample[:, :, 0]
+        assert (pixels.abs() < 1).float().mean() > 0.9  # the reference clamps: there must be something left to compare
+        assert difference(ours.decode(latents[:, :, 0]).clamp(-1, 1), pixels) < 1e-5
+
+
+def test_gradients_are_the_references(tmp_path):
+    theirs = reference(tmp_path)
+    ours = VAE.from_pretrained(tmp_path).requires_grad_(True)
+    images, probe = torch.rand(2, 4, 32, 16) * 2 - 1, torch.randn(2, 4, 32, 16)
+    posterior = theirs.encode(images[:, :, None]).latent_dist
+    pixels = theirs.decode(posterior.mean).sample[:, :, 0]
+    ((pixels * probe).mean() + posterior.logvar.square().mean()).backward()
+    mean, logvar = ours.moments(images)
+    ((ours.decode_raw(mean).clamp(-1, 1) * probe).mean() + logvar.square().mean()).backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    scale = max(g.abs().max() for g in gradients.values())
+    for name, parameter in ours.named_parameters():
+        assert (parameter.grad - gradients.pop(name)).abs().max() / scale < 1e-5, name
+    assert not gradients
+
+
+def test_half_precision_is_as_close_to_the_truth_as_the_references(tmp_path):
+    truth = reference(tmp_path)
+    theirs = AutoencoderKLQwenImage21.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    ours = VAE.from_pretrained(tmp_path, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    images = (torch.rand(2, 4, 64, 48) * 2 - 1).bfloat16()
+    with torch.no_grad():
+        exact = truth.decode(truth.encode(images[:, :, None].float()).latent_dist.mode()).sample[:, :, 0]
+        rounded = theirs.decode(theirs.encode(images[:, :, None]).latent_dist.mode()).sample[:, :, 0]
+        pixels = ours.decode(ours.encode(images.to(memory_format=torch.channels_last)))
+    assert pixels.dtype is torch.bfloat16
+    error, allowed = ((p.float().clamp(-1, 1) - exact).square().mean().sqrt() for p in (pixels, rounded))
+    assert 0 < error < 1.3 * allowed
+
+
+def test_reference_opens_what_we_save(tmp_path):
+    torch.manual_seed(1)
+    config = VAEConfig(
+        base_dim=4, decoder_base_dim=8, z_dim=3, latents_mean=[0.1, 0.2, -0.3], latents_std=[1.5, 2.0, 0.5]
+    )
+    ours = VAE(config)
+    ours.save_pretrained(tmp_path)
+    theirs, report = AutoencoderKLQwenImage21.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values()), report  # nothing missing, unexpected or mismatched
+    mean, std = statistics(theirs)
+    latents = torch.randn(2, 3, 2, 1)
+    with torch.no_grad():
+        pixels = theirs.decode(latents[:, :, None] * std + mean).sample[:, :, 0]
+        assert difference(ours.decode(latents).clamp(-1, 1), pixels) < 1e-5
+
+    again = VAE.from_pretrained(tmp_path)
+    assert again.config == config
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_published_size_has_the_published_names_and_shapes():
+    with torch.device("meta"):
+        ours, theirs = VAE(VAEConfig()), AutoencoderKLQwenImage21()
+    shapes = {name: tuple(tensor.shape) for name, tensor in ours.state_dict().items()}
+    assert not shapes.keys() & ours.video_weights().keys()
+    assert shapes | ours.video_weights() == {n: tuple(t.shape) for n, t in theirs.state_dict().items()}
+    config = json.loads(json.dumps(vars(VAEConfig())))
+    expected = {key: value for key, value in json.loads(theirs.to_json_string()).items() if not key.startswith("_")}
+    assert config.keys() == expected.keys()
+    assert {key for key in config if config[key] != expected[key]} == {"latents_mean", "latents_std"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"is_residual": False}, "is_residual is False"),
+        ({"attn_scales": [0.5]}, "attn_scales"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"patch_size": 2}, "patch_size"),
+        ({"num_res_blocks": 0}, "num_res_blocks"),
+        ({"decoder_base_dim": "12"}, "decoder_base_dim"),
+        ({"dim_mult": [1, 2, "4", 8, 8]}, "dim_mult"),
+        ({"dim_mult": []}, "dim_mult"),
+        ({"dim_mult": [1, 2, 3, 4, 5]}, "dim_mult"),  # no whole groups from 4 to 5
+        ({"temperal_downsample": [True, True]}, "temperal_downsample"),
+        ({"latents_std": [1.0] * 5}, "latents_std"),
+        ({"latents_std": [1.0] * 5 + [0.0]}, "latents_std"),
+        ({"latents_mean": [0.0] * 5 + [float("nan")]}, "latents_mean"),
+        ({"temporal_downsample": [True]}, "unknown key 'temporal_downsample'"),
+        ({"z_dim": None}, "z_dim"),
+    ],
+)
+def test_unusable_configs_are_refused_by_key(published, tmp_path, change, message):
+    config = json.loads((published / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=message) as error:
+        VAE.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value)
+
+
+def test_missing_keys_are_refused(published, tmp_path):
+    config = json.loads((published / "config.json").read_text())
+    for key in VAEConfig.__dataclass_fields__:
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+        with pytest.raises(ValueError, match=f"config.json.*'{key}'"):
+            VAE.from_pretrained(tmp_path)
+
+
+def test_weights_load_strictly(published, tmp_path):
+    (tmp_path / "config.json").write_text((published / "config.json").read_text())
+    weights = load_file(published / "diffusion_pytorch_model.safetensors")
+    gamma = "decoder.norm_out.gamma"
+    video = "encoder.down_blocks.0.downsampler.time_conv.weight"  # of a level that halves space alone
+    for bad in (
+        {name: tensor for name, tensor in weights.items() if name != gamma},
+        {**weights, gamma: weights[gamma].flatten()},
+        {**weights, video: torch.zeros(8, 8, 1, 1)},
+    ):
+        save_file(bad, tmp_path / "diffusion_pytorch_model.safetensors")
+        with pytest.raises(ValueError, match=f"safetensors.*({gamma}|{video})"):
+            VAE.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        VAE.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 40, 32), (1, 3, 32, 32), (4, 32, 32)])
+def test_images_of_another_shape_are_refused(published, shape):
+    with pytest.raises(ValueError, match="multiples of 16"):
+        VAE.from_pretrained(published).encode(torch.zeros(shape))
