@@ -90,7 +90,9 @@ class Qwen3VLConfig:
         """
         content = read_json(path)
         text = _section(path, content, "text_config", TextConfig, {"hidden_act": "silu", "rope_type": "default"})
-        vision = _section(path, content, "vision_config", VisionConfig, {"hidden_act": "gelu_pytorch_tanh"})
+        vision = _section(
+            path, content, "vision_config", VisionConfig, {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 1e4}
+        )
         if "image_token_id" not in content:
             raise ValueError(f"{path}: key 'image_token_id' is missing")
         if vision.out_hidden_size != text.hidden_size:
@@ -253,10 +255,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         heads, d = "b l (h d) -> b h l d", self.config.head_dim
-        q, k = (
-            rearrange(self.q_proj(x), heads, d=d),
-            rearrange(self.k_proj(x), heads, d=d),
-        )  # (B, H, L, D), (B, K, L, D)
+        q = rearrange(self.q_proj(x), heads, d=d)  # (B, H, L, D)
+        k = rearrange(self.k_proj(x), heads, d=d)  # (B, K, L, D)
         v = rearrange(self.v_proj(x), heads, d=d)  # (B, K, L, D)
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)  # (B, H, L, D), (B, K, L, D)
         # Causal is all the mask there is: padding stands on the right, where no token before it can look.
@@ -322,32 +322,30 @@ class LanguageModel(nn.Module):
 
 
 class Processor:
-    """What the published processor/ folder says about tokens and pixels."""
+    """What the published processor/ folder says about tokens and pixels; `side`: pixels across a slot, 32."""
 
-    def __init__(self, directory: str | Path):
+    def __init__(self, directory: str | Path, side: int):
+        self.side = side
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint in the published layout has it")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # noqa: BLE001 (the library raises no narrower class)
             raise ValueError(f"{path}: not a tokenizer ({error})") from None
         self.tokenizer.no_padding()  # the file may carry the padding of whoever saved it
         self.tokenizer.no_truncation()
-        for token in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", SLOT):
-            if self.tokenizer.token_to_id(token) is None:
-                raise ValueError(f"{path}: token {token} is missing")
 
-        # Version 5 of transformers saves the same settings inside processor_config.json.
         path = Path(directory) / "preprocessor_config.json"
-        nested = path.with_name("processor_config.json")
-        settings = read_json(path) if path.is_file() or not nested.is_file() else read_json(nested)["image_processor"]
+        if not path.is_file() and path.with_name("processor_config.json").is_file():
+            path = path.with_name("processor_config.json")  # transformers 5 saves the same keys inside this one
+        settings = read_json(path)
+        settings = settings.get("image_processor", settings)
         try:
-            self.patch_size, self.merge_size = settings["patch_size"], settings["merge_size"]
             self.mean, self.std = settings["image_mean"], settings["image_std"]
             self.fewest, self.most = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]  # pixels
-        except KeyError as error:
-            raise ValueError(f"{path}: key {error} is missing") from None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: a key is missing or no object: {error}") from None
 
     def pixels(self, image: Image.Image) -> Tensor:
         """One picture as (3, H, W), in [-1, 1] with the published mean and deviation of 0.5. Transparency shows white.
@@ -355,10 +353,9 @@ class Processor:
         ValueError where the processor would still resize: the slots must fit the latents of the very same picture.
         """
         width, height = image.size
-        side = self.patch_size * self.merge_size
-        if width % side or height % side or not self.fewest <= width * height <= self.most:
+        if width % self.side or height % self.side or not self.fewest <= width * height <= self.most:
             raise ValueError(
-                f"a source picture is {width} x {height}: the sides must be multiples of {side} and the area "
+                f"a source picture is {width} x {height}: the sides must be multiples of {self.side} and the area "
                 f"between {self.fewest} and {self.most} pixels (processor/preprocessor_config.json)"
             )
         image = image.convert("RGBA")
@@ -387,15 +384,11 @@ class Qwen3VL(nn.Module):
         """
         directory = Path(directory)
         config = Qwen3VLConfig.from_json(directory / "text_encoder" / "config.json")
-        processor = Processor(directory / "processor")
+        processor = Processor(directory / "processor", config.vision.patch_size * config.vision.spatial_merge_size)
         if processor.tokenizer.token_to_id(SLOT) != config.image_token_id:
-            raise ValueError(
-                f"{directory}: text_encoder/config.json and processor/tokenizer.json number {SLOT} differently"
-            )
+            raise ValueError(f"{directory}: {SLOT} differs in text_encoder/config.json and processor/tokenizer.json")
         if processor.tokenizer.get_vocab_size() > config.text.vocab_size:
             raise ValueError(f"{directory}: processor/tokenizer.json has more tokens than text_encoder/ has embeddings")
-        if (processor.patch_size, processor.merge_size) != (config.vision.patch_size, config.vision.spatial_merge_size):
-            raise ValueError(f"{directory}: processor/ and text_encoder/ cut pictures into patches of different sizes")
         with torch.device("meta"):
             encoder = cls(config, processor)
         load_weights(encoder, directory / "text_encoder", "model", dtype, device, skip=(r"lm_head\.weight",))
@@ -426,11 +419,9 @@ class Qwen3VL(nn.Module):
         seen = self._look(images)  # (1 + J, B, T, C)
 
         # Text is cut into tokens after the slots are written out, special tokens in a user's text included.
-        side = self.processor.patch_size * self.processor.merge_size
-        grids = [(height // side, width // side) for width, height in sizes]
-        pictures = [
-            PICTURE.format(number=i + 1, slots=SLOT * (rows * columns)) for i, (rows, columns) in enumerate(grids)
-        ]
+        grids = [(height // self.processor.side, width // self.processor.side) for width, height in sizes]
+        counts = [rows * columns for rows, columns in grids]
+        pictures = [PICTURE.format(number=i, slots=SLOT * count) for i, count in enumerate(counts, start=1)]
         # An empty prompt becomes one space: the language model has no start token, it must have something to read.
         users = [USER_TURN.format(pictures=" ".join(pictures), prompt=prompt or " ") for prompt in prompts]
         tokens = [encoding.ids for encoding in self.processor.tokenizer.encode_batch([SYSTEM_TURN + u for u in users])]
@@ -440,7 +431,7 @@ class Qwen3VL(nn.Module):
 
         # The pictures stand before the prompt, so their slots and every position are the same for the whole batch.
         slots = (tokens[0] == self.config.image_token_id).nonzero()[:, 0]  # (T,)
-        runs = [(int(run[0]), int(run[-1]) + 1) for run in slots.split([rows * columns for rows, columns in grids])]
+        runs = [(int(run[0]), int(run[-1]) + 1) for run in slots.split(counts)]
         places = rope_places(longest, runs, grids)  # (3, L)
         to = seen.device
         states = self.model["language_model"](tokens.to(to), places.to(to), slots.to(to), seen)  # (B, L, C)

@@ -69,7 +69,7 @@ TEXT = {
     "rope_parameters": {
         "rope_type": "default",
         "rope_theta": 5e6,
-        "mrope_section": [8, 4, 4],
+        "mrope_section": [12, 2, 2],
         "mrope_interleaved": True,
     },
 }
