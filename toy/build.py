@@ -1,0 +1,166 @@
+"""Makes toy/checkpoint again, from a seed: `python -m toy.build --out runs/toy` (about three hours on two cores).
+
+Stages, each with a progress bar, each done only once (a killed build goes on where it was):
+
+    language    tokenizer trained on the captions; a random, frozen Qwen3-VL                              seconds
+    vae         the autoencoder (toy/train_vae.py)                                                        an hour
+    pool        captions, sources and targets encoded once                                                minutes
+    base        the base teacher, from random weights, with train.py's flow objective                     an hour
+    text, edit  the specialised teachers, fine-tuned from the base on their own task alone                minutes each
+    scores      every teacher on both benches; the VAE against the judge                                  minutes
+
+All of it lies in OUT/checkpoint, in the published layout; build.json there holds the log: steps, seconds, losses, scores.
+What is committed in toy/checkpoint is a copy of that folder.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+
+import eval as benches
+import train
+from model import MMDiT, MMDiTConfig, write_json
+from sample import Pipeline
+from toy import language, world
+from toy.train_vae import train_vae
+
+SEED = 0
+RESOLUTION = world.SIDE * world.ENLARGE
+# Ours: a width that two cores can train in an hour. The text encoder's width is language.build_text_encoder's.
+TEACHER = dict(num_layers=6, num_attention_heads=3, attention_head_dim=64, context_in_dim=128, axes_dims_rope=[16, 24, 24])
+GUIDANCE = 2.0  # of the teachers; ours, from the prototype (1, 2 and 3 were tried)
+VAE_STEPS = 4500
+POOL = {"t2i": 6000, "edit": 2000}  # prompts per category; the specialists draw from the same
+BASE_STEPS = 8000
+SPECIALIST_STEPS = 800
+SPECIALISTS = {"text": "e3-text", "edit": "mix-0-10"}  # teacher -> the recipe that holds its task alone
+
+
+def build_language(folder: Path) -> None:
+    rng = random.Random(SEED)
+    captions = [world.caption(world.draw_spec(c, rng)) for c in world.CATEGORIES for _ in range(2000)]
+    captions += [world.draw_edit(f, rng).instruction for f in world.FAMILIES for _ in range(1000)]
+    language.build_tokenizer(captions, folder)
+    language.build_text_encoder(folder, SEED)
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "base_shift": 0.5,
+        "max_shift": 0.9,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 8192,
+        "num_train_timesteps": 1000,
+        "shift": 1.0,
+        "shift_terminal": 0.02,
+        "time_shift_type": "exponential",
+        "use_dynamic_shifting": True,
+    }
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    classes = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage21"],
+        "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
+        "processor": ["transformers", "Qwen3VLProcessor"],
+        "transformer": ["diffusers", "QwenImage21Transformer2DModel"],
+    }
+    index = {"_class_name": "QwenImage21Pipeline", "resolution": RESOLUTION, "guidance": GUIDANCE}
+    write_json(folder / "model_index.json", index | classes)
+
+
+def build_pool(folder: Path, cache: Path) -> train.Pool:
+    """Every prompt that the teachers learn from, encoded: 30,000 of them, about 1 GB in memory."""
+    if cache.exists():
+        return train.Pool(torch.load(cache, weights_only=False))
+    pipeline = Pipeline.from_pretrained(folder)
+    prompts = (
+        prompt
+        for task, categories in (("t2i", world.CATEGORIES), ("edit", world.FAMILIES))
+        for category in categories
+        for prompt in world.training_prompts(task, category, POOL[task], SEED)
+    )
+    pool = train.encode_pool(pipeline, prompts, RESOLUTION, targets=True)
+    torch.save(pool.entries, cache.with_suffix(".part"))
+    cache.with_suffix(".part").replace(cache)
+    return pool
+
+
+def train_teacher(folder: Path, out: Path, pool: train.Pool, compile: bool, **numbers) -> dict:
+    """One run of train.py's flow objective; the log's entry."""
+    args = train.FlowArgs(checkpoint=folder, out=out, compile=compile, seed=SEED, guidance=GUIDANCE, **numbers)
+    args.resume = (out / "args.json").exists()
+    args, state = train.open_run(args)
+    train.train(args, pool, state)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    every = max(1, len(lines) // 20)
+    curve = [{"step": line["step"], "loss": round(line["loss"], 4)} for line in lines[every - 1 :: every]]
+    return {"steps": args.steps, "seconds": round(sum(line["seconds"] for line in lines)), "curve": curve}
+
+
+def score(folder: Path, transformer: Path, name: str) -> dict:
+    """Both benches at 80 NFE, and the base's fall at few steps."""
+    pipeline = Pipeline.from_pretrained(folder)
+    pipeline.progress, pipeline.mmdit = False, MMDiT.from_pretrained(transformer).eval()
+    sampler = benches.samplers(pipeline, 40, GUIDANCE)
+    sampler.name = name
+    row, _ = benches.evaluate(pipeline, sampler, ["t2i", "edit"])
+    print(benches.table([row]))
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"))
+    parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
+    args = parser.parse_args()
+    folder, log_file = args.out / "checkpoint", args.out / "build.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = json.loads(log_file.read_text()) if log_file.exists() else {}
+
+    def stage(name: str, work) -> None:
+        """Do the work unless the log has it; what it returns is logged."""
+        if name not in log:
+            began = time.time()
+            print(f"--- {name}", flush=True)
+            log[name] = {"wall_seconds": 0} | (work() or {})
+            log[name]["wall_seconds"] = round(time.time() - began)
+            write_json(log_file, log)
+
+    stage("language", lambda: build_language(folder))
+    stage("vae", lambda: train_vae(folder / "vae", args.out, VAE_STEPS, SEED, compile=args.compile))
+
+    def fresh() -> None:
+        torch.manual_seed(SEED)
+        MMDiT(MMDiTConfig(**TEACHER)).save_pretrained(folder / "transformer", torch.float32)
+
+    stage("init", fresh)
+    if not {"base", *SPECIALISTS} <= log.keys():
+        pool = build_pool(folder, args.out / "pool.pt")
+
+        def base() -> dict:
+            numbers = train_teacher(folder, args.out / "base", pool, args.compile, recipe="flash", steps=BASE_STEPS)
+            shutil.copytree(args.out / "base" / "transformer", folder / "transformer", dirs_exist_ok=True)
+            return numbers
+
+        stage("base", base)
+        for name, recipe in SPECIALISTS.items():
+
+            def specialise() -> dict:
+                numbers = dict(recipe=recipe, steps=SPECIALIST_STEPS, muon_lr=0.005, lr=5e-4)
+                entry = train_teacher(folder, args.out / name, pool, args.compile, **numbers)
+                shutil.copytree(args.out / name / "transformer", folder / "teachers" / name)
+                return entry
+
+            stage(name, specialise)
+    for name in ("base", *SPECIALISTS):
+        place = folder / "transformer" if name == "base" else folder / "teachers" / name
+        stage(f"score {name}", lambda: score(folder, place, name))
+    shutil.copy(log_file, folder / "build.json")
+    print(f"finished: {folder}")
+
+
+if __name__ == "__main__":
+    main()

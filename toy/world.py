@@ -1,0 +1,576 @@
+"""A world small enough for a laptop: pictures, captions and edits with known ground truth.
+
+A picture is drawn from a SPEC, a flat dictionary of values out of the short lists below. Two kinds of entries:
+
+- ATTRIBUTES are said in the caption ("a person with blue hair ..."); a model must get them right;
+- OPEN entries are not (where the face is, which hill, which stickers); a model must choose, and choose ONE. They make the
+  distribution multi-modal: the average of two choices looks wrong, which is what a few Euler steps produce and what
+  distillation has to repair. They come from lists too, so that the judge (judge.py) can find them again exactly.
+
+Three categories, as in the paper (section 3): landscape, portrait, text (a poster). Six editing families, as in its
+Editing-Bench (section 5): scene, enhance, object, text, identity, style. Everything else about this world is ours.
+
+Pictures are drawn at 96 x 96 with Pillow, averaged down to 32 x 32 "large pixels" (anti-aliased, hence pretty), and enlarged
+four times to 128 x 128 RGBA. The VAE's 16 x makes that 64 tokens, each 4 x 4 large pixels. Letters lie on the token grid:
+one letter is one token wide and two high. Off the grid a small network does not learn to write.
+
+`python -m toy.world FILE.png` draws a sheet of it.
+"""
+
+import hashlib
+import math
+import random
+import sys
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
+
+from recipe import Prompt
+
+SIDE = 32  # large pixels along a side
+ENLARGE = 4  # pixels of the picture per large pixel
+FINE = 3  # drawing is done at this many times SIDE, then averaged: anti-aliasing
+
+CATEGORIES = ("landscape", "portrait", "text")
+FAMILIES = ("scene", "enhance", "object", "text", "identity", "style")
+
+# No letters that spell something one would not want on a poster; three of them make a word (12^3 = 1,728 words).
+LETTERS = "ACEHLNOPTUVZ"
+GLYPHS = {  # 3 x 5 large pixels
+    "A": "010 101 111 101 101",
+    "C": "111 100 100 100 111",
+    "E": "111 100 110 100 111",
+    "H": "101 101 111 101 101",
+    "L": "100 100 100 100 111",
+    "N": "110 101 101 101 101",
+    "O": "111 101 101 101 111",
+    "P": "111 101 111 100 100",
+    "T": "111 010 010 010 010",
+    "U": "101 101 101 101 111",
+    "V": "101 101 101 101 010",
+    "Z": "111 001 010 100 111",
+}
+
+# Within every list the colours differ in brightness too, so that a grey or sepia picture can still be judged.
+HAIR = {"black": (28, 24, 28), "red": (196, 48, 30), "blue": (62, 120, 244), "blond": (244, 212, 110)}
+SKIN = {"dark": (96, 56, 36), "brown": (176, 116, 72), "pale": (250, 216, 186)}
+EYES = {"black": (8, 8, 16), "blue": (20, 80, 250), "green": (30, 200, 70)}
+BACKDROP = {"purple": (98, 52, 140), "teal": (22, 150, 150), "pink": (244, 152, 184), "yellow": (250, 226, 90)}
+CLOTHES = {"navy": (40, 50, 110), "maroon": (140, 40, 50), "green": (60, 150, 90), "white": (232, 230, 222)}
+SIGN = {"blue": (30, 60, 190), "red": (214, 44, 44), "green": (60, 180, 90), "yellow": (252, 214, 50)}
+WALL = {"brown": (110, 70, 50), "orange": (232, 128, 44), "gray": (178, 180, 186)}
+STICKER = {"white": (250, 250, 250), "pink": (255, 90, 160), "black": (20, 20, 24)}
+SKY = {  # top and bottom of the gradient, then the light that falls on everything below it
+    "day": ((60, 140, 240), (196, 228, 252), (1.0, 1.0, 1.0)),
+    "sunset": ((96, 44, 120), (250, 130, 60), (0.80, 0.62, 0.58)),
+    "night": ((6, 8, 30), (36, 44, 90), (0.34, 0.38, 0.52)),
+    "dawn": ((132, 150, 214), (252, 206, 188), (0.92, 0.84, 0.86)),
+}
+SUN = {"day": (255, 226, 60), "sunset": (255, 84, 36), "night": (240, 240, 216), "dawn": (255, 244, 180)}
+GROUND = {"hills": (70, 160, 66), "mountains": (124, 122, 134), "dunes": (230, 190, 110), "sea": (28, 100, 180)}
+
+ATTRIBUTES: dict[str, dict[str, tuple]] = {
+    "landscape": {
+        "time": tuple(SKY),
+        "ground": tuple(GROUND),
+        "thing": ("nothing", "house", "tree", "lighthouse"),
+        "side": ("left", "right"),
+        "weather": ("clear", "cloudy"),
+    },
+    "portrait": {
+        "hair": tuple(HAIR),
+        "skin": tuple(SKIN),
+        "hat": ("nothing", "cap", "crown", "top hat"),
+        "eyes": tuple(EYES),
+        "mouth": ("smiling", "frowning", "straight"),
+        "backdrop": tuple(BACKDROP),
+    },
+    "text": {
+        "letter0": tuple(LETTERS),
+        "letter1": tuple(LETTERS),
+        "letter2": tuple(LETTERS),
+        "sign": tuple(SIGN),
+        "wall": tuple(WALL),
+    },
+}
+
+OPEN: dict[str, dict[str, tuple]] = {
+    "landscape": {
+        "horizon": (16, 19, 22),
+        "phase": (0, 1, 2, 3, 4, 5),
+        "steep": (1.5, 3.5),
+        "sun_x": (5, 12, 20, 27),
+        "sun_y": (4, 9),
+        "clouds": (0, 1, 2, 3),
+        "step": (0, 4, 8),
+    },
+    "portrait": {
+        "x": (11, 13, 16, 19, 21),
+        "size": (0.88, 1.03, 1.18),
+        "length": ("short", "long"),
+        "clothes": tuple(CLOTHES),
+        "pattern": ("plain", "columns", "rows", "slanted", "dots"),
+    },
+    "text": {
+        "column": (4, 8, 12, 16),
+        "row": (0, 4, 8, 12, 16, 20, 24),
+        "bricks": (0, 1, 2, 3),
+        "sticker_a": (("none", 0),) + tuple((c, p) for c in STICKER for p in (0, 1, 2)),
+        "sticker_b": (("none", 0),) + tuple((c, p) for c in STICKER for p in (0, 1, 2)),
+    },
+}
+# What the judge fits together rather than one after the other, because one without the other means nothing (a thing stands
+# on the ground, so ground and step meet twice).
+TOGETHER = {
+    "landscape": (("sun_x", "sun_y"), ("clouds",), ("horizon", "phase", "steep"), ("horizon", "step"), ("phase", "step")),
+    "portrait": (("x", "size"), ("length",), ("clothes",), ("pattern",)),
+    "text": (("column", "row"), ("bricks",), ("sticker_a",), ("sticker_b",)),
+}
+
+STYLES = {"gray": "black and white", "sepia": "sepia", "negative": "a photographic negative"}
+DEGRADATIONS = {
+    "noise": "Remove the noise from this picture.",
+    "blur": "Sharpen this blurry picture.",
+    "fade": "Restore the faded colors.",
+}
+
+
+# ----------------------------------------------------------------------------- specs and captions
+
+
+def draw_spec(category: str, rng: random.Random) -> dict:
+    """A uniform draw of every entry. Attributes that say nothing are set to their first value (no thing: no side)."""
+    lists = ATTRIBUTES[category] | OPEN[category]
+    return settle({"category": category} | {name: rng.choice(values) for name, values in lists.items()})
+
+
+def settle(spec: dict) -> dict:
+    """Entries without a visible effect get one canonical value, so that equal pictures have equal specs."""
+    spec = dict(spec)
+    if spec["category"] == "landscape":
+        if spec["thing"] == "nothing":
+            spec |= {"side": "left", "step": 0}
+        if spec["weather"] == "clear":
+            spec["clouds"] = 0
+    if spec["category"] == "text":
+        for name in ("sticker_a", "sticker_b"):
+            spec[name] = ("none", 0) if spec[name][0] == "none" else spec[name]
+    return spec
+
+
+def attributes(spec: dict) -> dict[str, tuple]:
+    """The attributes that this spec's caption names, with the list each one is chosen from."""
+    lists = dict(ATTRIBUTES[spec["category"]])
+    if spec.get("thing") == "nothing":
+        del lists["side"]
+    return lists
+
+
+def caption(spec: dict) -> str:
+    """The caption in plain English. It names every attribute and nothing that is open."""
+    if spec["category"] == "landscape":
+        thing = "" if spec["thing"] == "nothing" else f" with a {spec['thing']} on the {spec['side']}"
+        return f"A landscape of {spec['ground']} under a {spec['weather']} {spec['time']} sky{thing}."
+    if spec["category"] == "portrait":
+        hat = "no hat" if spec["hat"] == "nothing" else f"a {spec['hat']}"
+        face = f"{spec['hair']} hair, {spec['skin']} skin, {spec['eyes']} eyes and a {spec['mouth']} mouth"
+        return f"A portrait of a person with {face}, wearing {hat}, {spec['backdrop']} background."
+    return f'A poster with the word "{word(spec)}" on a {spec["sign"]} sign, {spec["wall"]} wall.'
+
+
+def word(spec: dict) -> str:
+    return spec["letter0"] + spec["letter1"] + spec["letter2"]
+
+
+def held_out(spec: dict) -> bool:
+    """One combination of attributes in eight is kept for the benches. Training never shows it, in no category or edit.
+
+    For a poster the word alone decides, so that no benched word has been seen on any sign.
+    """
+    names = ("letter0", "letter1", "letter2") if spec["category"] == "text" else tuple(ATTRIBUTES[spec["category"]])
+    key = ",".join([spec["category"], *(str(spec[name]) for name in names)])
+    return hashlib.sha256(key.encode()).digest()[0] % 8 == 0
+
+
+# ----------------------------------------------------------------------------- drawing
+
+
+def render(spec: dict, style: str | None = None) -> np.ndarray:
+    """spec -> (32, 32, 3) float32 in [0, 1], in large pixels."""
+    painter = {"landscape": _landscape, "portrait": _portrait, "text": _poster}[spec["category"]]
+    small = np.asarray(painter(spec).reduce(FINE), dtype=np.float32) / 255
+    return small if style is None else restyle(small, style)
+
+
+def restyle(small: np.ndarray, style: str) -> np.ndarray:
+    if style == "negative":
+        return 1 - small
+    gray = small @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    if style == "gray":
+        return np.repeat(gray[..., None], 3, axis=2)
+    dark, light = np.array([0.16, 0.06, 0.0]), np.array([1.0, 0.92, 0.70])  # sepia
+    return (dark + gray[..., None] * (light - dark)).astype(np.float32)
+
+
+def degrade(small: np.ndarray, how: str, rng: random.Random) -> np.ndarray:
+    if how == "noise":
+        noise = np.random.default_rng(rng.getrandbits(64)).normal(0, 0.13, small.shape)
+        return np.clip(small + noise, 0, 1).astype(np.float32)
+    if how == "blur":
+        return blur(small, 1.1)
+    return (0.62 + 0.30 * (small - 0.5)).astype(np.float32)  # fade
+
+
+def blur(small: np.ndarray, radius: float) -> np.ndarray:
+    """Gaussian blur, radius in large pixels."""
+    image = Image.fromarray((small * 255).round().astype(np.uint8))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(radius)), dtype=np.float32) / 255
+
+
+def enlarge(small: np.ndarray) -> Image.Image:
+    """(32, 32, 3) in [0, 1] -> the 128 x 128 opaque RGBA picture."""
+    image = Image.fromarray((small * 255).round().astype(np.uint8))
+    return image.resize((SIDE * ENLARGE, SIDE * ENLARGE), Image.NEAREST).convert("RGBA")
+
+
+def shrink(image: Image.Image) -> np.ndarray:
+    """The mean colour of each large pixel, over white where transparent: (32, 32, 3) float32 in [0, 1]."""
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+    return np.asarray(flat.resize((SIDE, SIDE), Image.BOX), dtype=np.float32) / 255
+
+
+class Pen:
+    """ImageDraw in large-pixel coordinates, under a coloured light."""
+
+    def __init__(self, canvas: Image.Image, light: tuple = (1.0, 1.0, 1.0)):
+        self.draw, self.light = ImageDraw.Draw(canvas), light
+
+    def colour(self, rgb: tuple) -> tuple:
+        return tuple(int(c * factor) for c, factor in zip(rgb, self.light))
+
+    def box(self, x0, y0, x1, y1, rgb):
+        self.draw.rectangle([x0 * FINE, y0 * FINE, x1 * FINE - 1, y1 * FINE - 1], fill=self.colour(rgb))
+
+    def oval(self, x, y, rx, ry, rgb):
+        self.draw.ellipse(
+            [(x - rx) * FINE, (y - ry) * FINE, (x + rx) * FINE - 1, (y + ry) * FINE - 1], fill=self.colour(rgb)
+        )
+
+    def shape(self, points, rgb):
+        self.draw.polygon([(x * FINE, y * FINE) for x, y in points], fill=self.colour(rgb))
+
+    def bow(self, x, y, rx, ry, start, end, rgb):
+        """The segment of an ellipse between two angles in degrees, 0 at three o'clock, clockwise."""
+        box = [(x - rx) * FINE, (y - ry) * FINE, (x + rx) * FINE, (y + ry) * FINE]
+        self.draw.chord(box, start, end, fill=self.colour(rgb))
+
+
+@cache
+def _sky(time: str) -> Image.Image:
+    top, bottom, _ = (np.array(c, dtype=np.float32) for c in SKY[time])
+    ramp = np.clip(np.linspace(0, 1.35, SIDE * FINE), 0, 1)[:, None, None]
+    rows = np.broadcast_to(top + ramp * (bottom - top), (SIDE * FINE, SIDE * FINE, 3))
+    return Image.fromarray(rows.astype(np.uint8))
+
+
+def _landscape(spec: dict) -> Image.Image:
+    canvas, time = _sky(spec["time"]).copy(), spec["time"]
+    sky, pen = Pen(canvas), Pen(canvas, SKY[time][2])
+    if time == "night":
+        for x, y in ((3, 3), (9, 7), (15, 2), (18, 11), (24, 5), (29, 10), (6, 13), (30, 2)):
+            sky.box(x, y, x + 1, y + 1, (200, 205, 230))
+    x, y = spec["sun_x"], spec["sun_y"]
+    sky.oval(x, y, 3.4, 3.4, SUN[time])
+    if time == "night":  # a crescent: the dark sky bites into the disc
+        sky.oval(x + 1.6, y - 0.8, 2.9, 2.9, (14, 17, 44))
+    if spec["weather"] == "cloudy":
+        for x, y in (((6, 8), (20, 4)), ((10, 5), (27, 9)), ((4, 4), (16, 10)), ((15, 7), (29, 3)))[spec["clouds"]]:
+            white = {"day": (252, 252, 252), "sunset": (190, 120, 130), "night": (86, 92, 120)}.get(time, (240, 226, 230))
+            sky.oval(x, y, 5, 1.7, white)
+            sky.oval(x + 1, y - 1.3, 2.8, 1.7, white)
+
+    def surface(x: float) -> float:
+        """Height of the ground line at column x."""
+        if spec["ground"] == "sea":
+            return spec["horizon"]
+        wave = math.sin((x / SIDE + spec["phase"] / 6) * 2 * math.pi)
+        if spec["ground"] == "hills":
+            return spec["horizon"] + spec["steep"] * wave
+        if spec["ground"] == "dunes":  # asymmetric: a slow rise and a fast fall
+            return spec["horizon"] + 2 + spec["steep"] * (2 * ((x / SIDE + spec["phase"] / 6) % 1) - 1)
+        return spec["horizon"] + 5
+
+    xs = [i / 2 for i in range(2 * SIDE + 1)]
+    land = [(x, surface(x)) for x in xs] + [(SIDE, SIDE), (0, SIDE)]
+    rgb = GROUND[spec["ground"]]
+    if spec["ground"] == "mountains":
+        for peak in range(-1, 4):
+            x = peak * 11 + spec["phase"] * 11 / 6
+            top = spec["horizon"] - 3 - spec["steep"] * (1.6 if peak % 2 else 0.4)
+            pen.shape([(x - 8, SIDE), (x, top), (x + 8, SIDE)], rgb)
+            pen.shape([(x - 1.7, top + 4), (x, top), (x + 1.7, top + 4)], (244, 246, 250))
+        pen.shape(land, (84, 108, 84))
+    elif spec["ground"] == "sea":
+        pen.shape(land, rgb)
+        for i in range(6):
+            x, y = (i * 11 + spec["phase"] * 5) % 30, spec["horizon"] + 2 + i * (3 if spec["steep"] < 2 else 2)
+            pen.box(x, y, x + 4, y + 1, (150, 200, 240))
+    else:
+        pen.shape(land, rgb)
+        lower = [(x, y + 6 + 0.8 * math.sin(x / 4 + spec["phase"])) for x, y in land[:-2]] + land[-2:]
+        pen.shape(lower, tuple(int(c * 0.82) for c in rgb))
+
+    if spec["thing"] != "nothing":
+        x = (4 if spec["side"] == "left" else 19) + spec["step"]
+        y = round(surface(x)) + 2
+        if spec["ground"] == "sea":
+            pen.oval(x, y + 0.5, 5, 1.8, (214, 190, 120))  # an islet to stand on
+        if spec["thing"] == "house":
+            pen.box(x - 3, y - 5, x + 3, y, (240, 226, 204))
+            pen.shape([(x - 4.4, y - 5), (x, y - 9), (x + 4.4, y - 5)], (190, 44, 40))
+            sky.box(x - 1, y - 3, x + 1, y, (255, 220, 90) if time == "night" else (100, 60, 40))
+        elif spec["thing"] == "tree":
+            pen.box(x - 1, y - 4, x + 1, y, (110, 70, 36))
+            pen.oval(x, y - 7, 4, 4.2, (24, 92, 40))
+        else:
+            for i in range(4):
+                pen.box(x - 2, y - 3 * i - 3, x + 2, y - 3 * i, ((206, 40, 40), (246, 246, 246))[i % 2])
+            sky.box(x - 2, y - 14, x + 2, y - 12, (255, 224, 90))
+    return canvas
+
+
+def _portrait(spec: dict) -> Image.Image:
+    rgb = BACKDROP[spec["backdrop"]]
+    canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), rgb)
+    pen, shade = Pen(canvas), tuple(int(c * 0.80) for c in rgb)
+    for i in range(0, 48, 6):
+        if spec["pattern"] == "columns":
+            pen.box(i, 0, i + 2, SIDE, shade)
+        elif spec["pattern"] == "rows":
+            pen.box(0, i, SIDE, i + 2, shade)
+        elif spec["pattern"] == "slanted":
+            pen.shape([(i, 0), (i + 3, 0), (i - SIDE + 3, SIDE), (i - SIDE, SIDE)], shade)
+            pen.shape([(i + 18, 0), (i + 21, 0), (i + 21 - SIDE, SIDE), (i + 18 - SIDE, SIDE)], shade)
+        elif spec["pattern"] == "dots":
+            for j in range(0, SIDE, 6):
+                pen.oval(i + 2 + (j // 6 % 2) * 3, j + 2, 1.4, 1.4, shade)
+
+    x, s = spec["x"], spec["size"]
+    y = 31 - 14 * s  # centre of the face: the shoulders always touch the lower edge
+    hair, skin = HAIR[spec["hair"]], SKIN[spec["skin"]]
+    dim = tuple(int(c * 0.86) for c in skin)
+    if spec["length"] == "long":
+        pen.oval(x, y + 1 * s, 8.2 * s, 10 * s, hair)
+        pen.box(x - 8.2 * s, y + 1 * s, x + 8.2 * s, y + 9.5 * s, hair)
+    else:
+        pen.oval(x, y - 2 * s, 7.2 * s, 7.2 * s, hair)
+    pen.oval(x, 33.5, 11 * s, 7 * s, CLOTHES[spec["clothes"]])
+    pen.box(x - 2 * s, y + 4 * s, x + 2 * s, y + 9 * s, dim)
+    pen.oval(x, y, 6 * s, 7.4 * s, skin)
+    pen.bow(x, y - 1.4 * s, 6.4 * s, 6.4 * s, 200, 340, hair)  # the fringe
+    for side in (-1, 1):
+        pen.oval(x + side * 2.7 * s, y - 0.4 * s, 1.9 * s, 1.5 * s, (255, 255, 255))
+        pen.oval(x + side * 2.7 * s, y - 0.4 * s, 1.2 * s, 1.4 * s, EYES[spec["eyes"]])
+    red = (150, 20, 36)
+    if spec["mouth"] == "smiling":
+        pen.bow(x, y + 2.6 * s, 3.4 * s, 2.9 * s, 0, 180, red)
+    elif spec["mouth"] == "frowning":
+        pen.bow(x, y + 5.6 * s, 3.2 * s, 2.6 * s, 180, 360, red)
+        pen.bow(x, y + 6.4 * s, 2.4 * s, 1.9 * s, 180, 360, skin)
+    else:
+        pen.box(x - 2.6 * s, y + 3.6 * s, x + 2.6 * s, y + 4.7 * s, red)
+    if spec["hat"] == "cap":
+        pen.bow(x, y - 3.6 * s, 7 * s, 5.6 * s, 180, 360, (60, 170, 60))
+        pen.box(x - 1 * s, y - 4.4 * s, x + 9.4 * s, y - 3.2 * s, (30, 110, 40))
+    elif spec["hat"] == "crown":
+        w, b, t = 6.4 * s, y - 4 * s, y - 10 * s
+        points = [(x - w, b), (x - w, t), (x - w / 2, b - 2.6 * s), (x, t), (x + w / 2, b - 2.6 * s), (x + w, t), (x + w, b)]
+        pen.shape(points, (255, 190, 20))
+        pen.box(x - w, b - 1 * s, x + w, b, (220, 130, 10))
+    elif spec["hat"] == "top hat":
+        pen.box(x - 4.8 * s, y - 12 * s, x + 4.8 * s, y - 4 * s, (52, 52, 62))
+        pen.box(x - 8 * s, y - 5 * s, x + 8 * s, y - 3.6 * s, (52, 52, 62))
+        pen.box(x - 4.8 * s, y - 6.4 * s, x + 4.8 * s, y - 5 * s, (206, 60, 70))
+    return canvas
+
+
+def _poster(spec: dict) -> Image.Image:
+    rgb = WALL[spec["wall"]]
+    canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), rgb)
+    pen, mortar = Pen(canvas), tuple(int(c * 0.74) for c in rgb)
+    dx, dy = spec["bricks"] % 2 * 4, spec["bricks"] // 2 * 3
+    for i in range(-1, 7):
+        y = 6 * i + dy
+        pen.box(0, y, SIDE, y + 1, mortar)
+        for j in range(-1, 5):
+            x = 8 * j + dx + (i % 2) * 4
+            pen.box(x, y, x + 1, y + 6, mortar)
+    sites = {"sticker_a": ((4, 4), (27, 4), (16, 3)), "sticker_b": ((4, 28), (27, 28), (16, 29))}
+    for name, places in sites.items():
+        tint, place = spec[name]
+        if tint != "none":
+            pen.oval(*places[place], 2.4, 2.4, STICKER[tint])
+    x, y, sign = spec["column"], spec["row"], SIGN[spec["sign"]]
+    pen.box(x - 2, y, x + 13, y + 7, sign)
+    ink = (12, 12, 16) if spec["sign"] in ("green", "yellow") else (255, 255, 255)
+    for i, letter in enumerate(word(spec)):
+        for j, line in enumerate(GLYPHS[letter].split()):
+            for k, bit in enumerate(line):
+                if bit == "1":
+                    pen.box(x + 4 * i + k, y + 1 + j, x + 4 * i + k + 1, y + 2 + j, ink)
+    return canvas
+
+
+# ----------------------------------------------------------------------------- edits
+
+
+@dataclass
+class Edit:
+    """One editing case. Judged against `target` in `style`; `free` names the open entries that the edit itself opens."""
+
+    family: str
+    instruction: str
+    source: dict
+    target: dict
+    degradation: str | None = None  # of the source (family enhance)
+    style: str | None = None  # of the target (family style)
+    free: tuple[str, ...] = field(default=())
+
+
+def draw_edit(family: str, rng: random.Random) -> Edit:
+    """A uniform draw of a source and of one instruction of this family."""
+    category = rng.choice(
+        {
+            "scene": CATEGORIES,
+            "enhance": CATEGORIES,
+            "object": ("landscape", "portrait"),
+            "text": ("text",),
+            "identity": ("portrait",),
+            "style": CATEGORIES,
+        }[family]
+    )
+    source = draw_spec(category, rng)
+    target = dict(source)
+
+    def change(name: str) -> str:
+        """Give the target another value of this attribute; returns it."""
+        target[name] = rng.choice([v for v in ATTRIBUTES[category][name] if v != source[name]])
+        return target[name]
+
+    if family == "scene":
+        name = {"landscape": "time", "portrait": "backdrop", "text": "wall"}[category]
+        value = change(name)
+        phrases = {"time": f"Make it {value}.", "backdrop": f"Make the background {value}.", "wall": f"Make the wall {value}."}
+        return Edit(family, phrases[name], source, target)
+    if family == "enhance":
+        how = rng.choice(tuple(DEGRADATIONS))
+        return Edit(family, DEGRADATIONS[how], source, target, degradation=how)
+    if family == "style":
+        style = rng.choice(tuple(STYLES))
+        return Edit(family, f"Turn this picture into {STYLES[style]}.", source, target, style=style)
+    if family == "text":
+        for i in range(3):
+            target[f"letter{i}"] = rng.choice(LETTERS)
+        if word(target) == word(source):
+            change("letter0")
+        return Edit(family, f'Change the word to "{word(target)}".', source, target)
+    if family == "identity":
+        name = rng.choice(("hair", "eyes", "mouth"))
+        value = change(name)
+        phrase = f"Give this person {value} {name}." if name != "mouth" else f"Give this person a {value} mouth."
+        return Edit(family, phrase, source, target)
+    name = "thing" if category == "landscape" else "hat"  # object
+    old, new = source[name], change(name)
+    if new == "nothing":
+        return Edit(family, f"Remove the {old}.", source, settle(target))
+    if old != "nothing":
+        return Edit(family, f"Replace the {old} with a {new}.", source, target)
+    if name == "hat":
+        return Edit(family, f"Add a {new}.", source, target)
+    target["side"], target["step"] = rng.choice(("left", "right")), rng.choice(OPEN["landscape"]["step"])
+    return Edit(family, f"Add a {new} on the {target['side']}.", source, target, free=("step",))
+
+
+def source_picture(edit: Edit, rng: random.Random) -> Image.Image:
+    small = render(edit.source)
+    return enlarge(small if edit.degradation is None else degrade(small, edit.degradation, rng))
+
+
+# ----------------------------------------------------------------------------- data for training and for the benches
+
+
+@dataclass
+class Case:
+    """A benched prompt: what the model is shown, and the truth that the judge holds."""
+
+    task: str
+    category: str
+    prompt: str
+    images: list[Image.Image]
+    target: dict
+    edit: Edit | None = None
+
+
+def draw_case(task: str, category: str, seed: int, index: int, benched: bool) -> Case:
+    """Case number `index` of a stream. Benched cases have a held-out target (see held_out), training cases never do."""
+    rng = random.Random(f"{task} {category} {seed} {index} {benched}")
+    while True:
+        if task == "t2i":
+            spec = draw_spec(category, rng)
+            if held_out(spec) == benched:
+                return Case(task, category, caption(spec), [], spec)
+        else:
+            edit = draw_edit(category, rng)
+            if held_out(edit.target) == benched and (benched or not held_out(edit.source)):
+                return Case(task, category, edit.instruction, [source_picture(edit, rng)], edit.target, edit)
+
+
+def training_prompts(task: str, category: str, count: int, seed: int, targets: bool = True) -> list[Prompt]:
+    """`count` prompts of one category (or editing family) that no bench contains, with target pictures if asked for."""
+    prompts = []
+    for index in range(count):
+        case = draw_case(task, category, seed, index, benched=False)
+        target = enlarge(render(case.target, case.edit and case.edit.style)) if targets else None
+        prompts.append(Prompt(task, category, case.prompt, case.images, target))
+    return prompts
+
+
+def bench(task: str, category: str, count: int) -> list[Case]:
+    """The fixed cases of T2I-Bench (task "t2i") or Editing-Bench (task "edit") in one category or family."""
+    return [draw_case(task, category, 2026, index, benched=True) for index in range(count)]
+
+
+def sheet(rows: list[list[Image.Image]], gap: int = 6) -> Image.Image:
+    """Pictures in rows on white, for people to look at."""
+    side = max(image.width for row in rows for image in row) + gap
+    canvas = Image.new("RGB", (side * max(map(len, rows)) + gap, side * len(rows) + gap), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            tile = ImageOps.expand(image.convert("RGBA"), 0)
+            canvas.paste(tile, (gap + x * side, gap + y * side), tile)
+    return canvas
+
+
+def main(path: str) -> None:
+    rows = []
+    for category in CATEGORIES:
+        rng = random.Random(0)
+        rows += [[enlarge(render(draw_spec(category, rng))) for _ in range(12)] for _ in range(2)]
+    for category in CATEGORIES:  # one caption, many pictures: what the caption leaves open
+        rng = random.Random(1)
+        spec = draw_spec(category, rng)
+        fixed = {name: spec[name] for name in ATTRIBUTES[category]}
+        rows += [[enlarge(render(settle(draw_spec(category, rng) | fixed))) for _ in range(12)]]
+    for family in FAMILIES:
+        row = []
+        for index in range(6):
+            case = draw_case("edit", family, 0, index, benched=False)
+            row += [case.images[0], enlarge(render(case.target, case.edit.style))]
+        rows.append(row)
+    sheet(rows).save(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "world.png")
