@@ -1,0 +1,468 @@
+"""Draw and edit with any checkpoint in the published layout: words and source pictures in, RGBA pictures out.
+
+What a condition is. The MMDiT sees neither words nor pictures. It sees one sequence of tokens, and all but the last of
+them, the noisy target's, are the condition:
+
+    words      the language model reads the prompt inside a fixed template; its states, one for each token, are the text
+    sources    enter twice. The language model looks at them as it reads, so that "the red one" finds its red one; of
+               these states the MMDiT sees nothing directly, only what the words took from them. And the VAE encodes
+               them: these latents carry the pixels, and stand in the sequence where the language model had its image
+               slots, four to a slot, before the words that speak about them
+
+Nothing in it depends on the step. With `causal_condition` its keys and values do not either, so a picture pays for its
+condition once (`MMDiT.prefix`) and then for the target's tokens alone at every step. A negative prompt is a second
+condition with other words and the same sources.
+
+Symbols: B prompts; H, W the picture's sides in pixels; h, w = H/16, W/16 the latent grid; t = 1 is noise, t = 0 the
+picture; guidance is negative + w (positive - negative), off at w = 1. Reference for behaviour: `QwenImage21Pipeline`
+of diffusers 0.42.1; tests/test_sample.py holds every picture to 1/255 of the reference's.
+
+    python sample.py --prompt "a red house under a small moon" --out house.png
+    python sample.py --checkpoint runs/flash/student --prompt "make it night" --image house.png --out night.png
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import flow
+from encoders.qwen3vl import Qwen3VL
+from encoders.vae import VAE
+from model import Condition, MMDiT, config_from_json, read_json, write_json
+from recipe import read_prompts
+
+Source = str | Path | Image.Image  # a picture, or the file it is in
+MULTIPLE = 32  # sides are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def open_picture(source: Source) -> Image.Image:
+    """Read a picture of any mode, upright, as RGBA.
+
+    The reference leaves both traps to the caller: a camera's rotation mark is not applied, and 16-bit grey is cut off
+    at 255, which turns it white. OSError or ValueError name the file.
+    """
+    name = "the picture" if isinstance(source, Image.Image) else str(source)
+    try:
+        picture = source if isinstance(source, Image.Image) else Image.open(source)
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # I;16 and its byte orders; I is what older files of 16 bits open as
+            grey = np.asarray(picture).astype(np.float64) / 257  # 65535 -> 255
+            picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        if picture.mode == "F":
+            raise ValueError("its pixels are floats without a known range; save it with 8 or 16 bits")
+        return picture.convert("RGBA")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such picture") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on bad files
+        raise ValueError(f"{name}: cannot be read as a picture ({error})") from None
+
+
+def fit(source: Source, resolution: int) -> Image.Image:
+    """Open a source and resize it to about resolution^2 pixels: its own aspect ratio, sides rounded to multiples of 32.
+
+    One resize serves language model and VAE alike. It is done in RGBA, where Pillow weighs colours by their alpha.
+    """
+    picture = open_picture(source)
+    ratio = picture.width / picture.height
+    width = math.sqrt(resolution * resolution * ratio)
+    size = round(width / MULTIPLE) * MULTIPLE, round(width / ratio / MULTIPLE) * MULTIPLE
+    if min(size) == 0:
+        raise ValueError(f"a source of {picture.width} x {picture.height} is too thin for the area {resolution}^2")
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def to_tensor(pictures: list[Image.Image]) -> Tensor:
+    """B RGBA pictures of one size -> (B, 4, H, W) in [-1, 1], fp32."""
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))  # (B, H, W, 4) in 0 .. 255
+    return rearrange(pixels.float() / 255 * 2 - 1, "b h w c -> b c h w")
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """(B, 4, H, W), clamped to [-1, 1] -> B RGBA pictures."""
+    pixels = (images.float().clamp(-1, 1) / 2 + 0.5) * 255
+    pixels = rearrange(pixels.round().to(torch.uint8), "b c h w -> b h w c").cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The checkpoint's schedule
+
+
+@dataclass
+class Scheduler:
+    """scheduler/scheduler_config.json: how a list of sigmas is bent before it is used.
+
+    The published values bend it towards noise; a few-step student's file is the identity.
+    """
+
+    use_dynamic_shifting: bool = True  # the more target tokens, the longer the steps stay near noise
+    shift: float = 1.0  # where dynamic shifting is off
+    base_shift: float = 0.5
+    max_shift: float = 0.9
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 8192
+    shift_terminal: float | None = None  # the last sigma before 0; published: 0.02
+    # The class has more keys. No checkpoint of this family uses them.
+    num_train_timesteps: int = 1000
+    time_shift_type: str = "exponential"
+    invert_sigmas: bool = False
+    stochastic_sampling: bool = False
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+
+    def __post_init__(self):
+        for key in fields(self)[7:]:
+            if vars(self)[key.name] != key.default:
+                raise ValueError(f"{key.name} is {vars(self)[key.name]!r}; only {key.default!r} is implemented")
+
+    def sigmas(self, steps: int | list[float], tokens: int) -> list[float]:
+        """For a target of `tokens` tokens, from a number of steps or from given sigmas; the final 0 is included."""
+        return flow.teacher_sigmas(
+            steps,
+            tokens,
+            use_dynamic_shifting=self.use_dynamic_shifting,
+            shift=self.shift,
+            base_shift=self.base_shift,
+            max_shift=self.max_shift,
+            base_image_seq_len=self.base_image_seq_len,
+            max_image_seq_len=self.max_image_seq_len,
+            shift_terminal=self.shift_terminal,
+        )
+
+
+def check_sigmas(sigmas: list[float], name: str) -> list[float]:
+    """The sigmas as they are, or a ValueError that names their origin."""
+    numbers = isinstance(sigmas, (list, tuple)) and sigmas and all(type(s) in (int, float) for s in sigmas)
+    if not numbers or not all(a > b for a, b in pairwise([*sigmas, 0.0])) or sigmas[0] > 1:
+        raise ValueError(f"{name}: {sigmas!r} is no schedule; it must fall within (0, 1], without the final 0")
+    return [float(s) for s in sigmas]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pipeline
+
+
+@dataclass
+class Pipeline:
+    """A checkpoint in the published layout, ready to draw. `from_pretrained` opens one; the parts can be exchanged."""
+
+    encoder: Qwen3VL
+    vae: VAE
+    mmdit: MMDiT
+    scheduler: Scheduler
+    sample_sigmas: list[float] | None  # a few-step student's own schedule
+    resolution: int  # default side in pixels, and the area that sources are resized to
+    guidance: float  # what the checkpoint was meant to be sampled with; a call's own default is 1
+    dtype: torch.dtype
+    device: torch.device
+    offload: bool  # the three networks take turns on the device and rest on the CPU
+    progress: bool = True  # a bar over the steps
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        offload: bool = False,
+    ) -> "Pipeline":
+        """Open a folder in the published layout. ValueError or FileNotFoundError name the file that is wrong."""
+        directory, device = Path(directory), torch.device(device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device {device} is asked for, but torch finds no CUDA here")
+        index = read_index(directory)
+        rest = "cpu" if offload else device
+        return cls(
+            encoder=Qwen3VL.from_pretrained(directory, dtype, rest),
+            vae=VAE.from_pretrained(directory / "vae", dtype, rest),
+            mmdit=MMDiT.from_pretrained(directory / "transformer", dtype, rest),
+            scheduler=config_from_json(Scheduler, directory / "scheduler" / "scheduler_config.json"),
+            sample_sigmas=index["sample_sigmas"],
+            resolution=index["resolution"],
+            guidance=index["guidance"],
+            dtype=dtype,
+            device=device,
+            offload=offload,
+        )
+
+    @contextmanager
+    def at_work(self, network: nn.Module) -> Iterator[nn.Module]:
+        """Lend the device to one network, where they take turns."""
+        if self.offload:
+            network.to(self.device)
+        yield network
+        if self.offload:
+            network.to("cpu")
+
+    @torch.no_grad()
+    def condition(self, prompts: list[str], sources: list[list[Image.Image]] | None = None) -> Condition:
+        """Encode B prompts, each with its own list of sources as `fit` returns them, into the MMDiT's condition.
+
+        A batch has one layout: all its prompts have equally many sources, of the same sizes. Otherwise ValueError.
+        """
+        sources = [[] for _ in prompts] if sources is None else sources
+        with self.at_work(self.encoder) as encoder:
+            states, mask, slots = encoder.encode(prompts, sources)  # (B, L, C), (B, L), one [start, stop) a source
+        latents = []
+        with self.at_work(self.vae) as vae:
+            for column in zip(*sources, strict=True):  # the i-th source of every prompt
+                column = column[:1] if all(picture is column[0] for picture in column) else column
+                z = vae.encode(to_tensor(column).to(self.device, self.dtype))  # (B or 1, 64, h_i, w_i)
+                latents.append(z.expand(len(prompts), -1, -1, -1))  # (B, 64, h_i, w_i)
+        return Condition(states, mask, latents, slots)
+
+    def velocity(self, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
+        """The MMDiT under one condition, v(z, t), as flow.py takes it. z (B, 64, h, w); t (B,)."""
+        prefix = self.mmdit.prefix(condition) if self.mmdit.config.causal_condition else None
+
+        def velocity(z: Tensor, t: Tensor) -> Tensor:
+            # The reference rounds so: in bf16, t keeps 8 bits. The state itself stays in fp32 between the steps.
+            t = (1000 * t).to(self.dtype) / 1000  # (B,)
+            return self.mmdit(z.to(self.dtype), t, condition, prefix)  # (B, 64, h, w)
+
+        return velocity
+
+    def sigmas(self, steps: int | None, tokens: int) -> list[float]:
+        """The schedule of a picture of `tokens` tokens, its final 0 included. steps None: the checkpoint's, else 40."""
+        own = self.sample_sigmas
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps {steps}: at least 1 is needed")
+        if own is not None and steps not in (None, len(own)):
+            raise ValueError(f"{steps} steps: this checkpoint draws in {len(own)}, at its own sigmas {own}")
+        return self.scheduler.sigmas(own or steps or 40, tokens)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        images: Source | list[Source] | list[list[Source]] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        resolution: int | None = None,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        negative_prompt: str | list[str] | None = None,
+        seed: int = 0,
+        noise: Tensor | None = None,
+    ) -> Image.Image | list[Image.Image]:
+        """Draw one picture for each prompt; one string gives one RGBA picture, a list a list.
+
+        images              sources, in the order the prompt speaks of them: one list that all prompts share, or a
+                            list of lists, one for each prompt (a batch has one layout: equal numbers and sizes)
+        height, width       in pixels, floored to multiples of 32. None: the last source's aspect ratio at the area
+                            resolution^2, without sources resolution x resolution
+        resolution          sources are resized to this side's area; None: the checkpoint's
+        steps               None: the checkpoint's sample_sigmas, whose number is the only one it takes, else 40
+        guidance            above 1 a negative branch runs too, with negative_prompt (None: an empty one)
+        seed                of the noise, which is drawn on the CPU: the same on every machine, and the reference's
+        noise               (B, h w, 64) to start from instead, tokens in row-major order
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise ValueError("no prompt is given")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed}: a number from 0 to 2^63 - 1 is expected")
+        resolution = self.resolution if resolution is None else resolution
+        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
+        if images and isinstance(images[0], (list, tuple)):
+            sources = [[fit(image, resolution) for image in row] for row in images]
+        else:
+            sources = [[fit(image, resolution) for image in images]] * len(prompts)
+
+        default = sources[0][-1].size if sources[0] else (resolution, resolution)
+        width, height = default[0] if width is None else width, default[1] if height is None else height
+        h, w = (side // MULTIPLE * 2 for side in (height, width))  # of 16 pixels each
+        if min(h, w) < 1:
+            raise ValueError(f"{width} x {height} pixels: both sides must be at least {MULTIPLE}")
+        sigmas = self.sigmas(steps, h * w)
+
+        shape = (len(prompts), self.mmdit.config.in_channels, h, w)
+        if noise is None:
+            z = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=self.dtype)  # (B, 64, h, w)
+        elif noise.shape == (shape[0], h * w, shape[1]):
+            z = rearrange(noise, "b (h w) c -> b c h w", h=h)
+        else:
+            raise ValueError(f"noise of shape {tuple(noise.shape)}: {(shape[0], h * w, shape[1])} is expected")
+        z = z.to(self.device, self.dtype)
+
+        conditions = [self.condition(prompts, sources)]
+        if guidance > 1:  # the same sources with other words: guidance is about the words alone
+            words = negative_prompt or ""
+            words = [words] * len(prompts) if isinstance(words, str) else list(words)
+            conditions.append(self.condition(words, sources))
+
+        with self.at_work(self.mmdit), tqdm(total=len(sigmas) - 1, unit="step", disable=not self.progress) as bar:
+            velocity = self.velocity(conditions[0])
+            if guidance > 1:
+                velocity = flow.guided(velocity, self.velocity(conditions[1]), guidance)
+
+            def step(z: Tensor, t: Tensor) -> Tensor:
+                v = velocity(z, t)  # (B, 64, h, w)
+                bar.update()
+                return v
+
+            z = flow.euler(step, z, sigmas)  # (B, 64, h, w) in fp32
+        if not z.isfinite().all():
+            raise ValueError(f"the latents are not finite in {self.dtype}; float32 has the widest range")
+        with self.at_work(self.vae) as vae:
+            pictures = to_pictures(vae.decode(z.to(self.dtype)))
+        return pictures[0] if isinstance(prompt, str) else pictures
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Opening and writing the folder
+
+
+def read_index(directory: str | Path) -> dict:
+    """model_index.json, checked; the three optional keys are filled in with what their absence means."""
+    path = Path(directory) / "model_index.json"
+    index = {"sample_sigmas": None, "resolution": 1024, "guidance": 1.0} | read_json(path)
+    if index.get("_class_name") != "QwenImage21Pipeline":
+        raise ValueError(f"{path}: _class_name is {index.get('_class_name')!r}, QwenImage21Pipeline is expected")
+    known = {"scheduler", "vae", "text_encoder", "processor", "transformer", "sample_sigmas", "resolution", "guidance"}
+    unknown = [key for key in index if key not in known and not key.startswith("_")]
+    if unknown:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}")
+    if index["sample_sigmas"] is not None:
+        index["sample_sigmas"] = check_sigmas(index["sample_sigmas"], f"{path}: sample_sigmas")
+    if type(index["resolution"]) is not int or index["resolution"] < MULTIPLE:
+        raise ValueError(f"{path}: resolution is {index['resolution']!r}, not a whole number from {MULTIPLE} on")
+    if type(index["guidance"]) not in (int, float) or not 1 <= index["guidance"] < math.inf:
+        raise ValueError(f"{path}: guidance is {index['guidance']!r}, not a number from 1 on")
+    return index
+
+
+def export(
+    base_directory: str | Path,
+    model: MMDiT,
+    sigmas: list[float],
+    out_directory: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    link: bool = False,
+) -> None:
+    """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), an identity
+    scheduler; encoder, VAE and processor are copied from the base checkpoint, or linked to it.
+
+    Written beside `out_directory` and renamed, so that whatever stands there is whole. An older checkpoint is replaced;
+    anything else is left alone, with a ValueError.
+    """
+    base, out = Path(base_directory).resolve(), Path(out_directory).resolve()
+    index = read_index(base)
+    sigmas = check_sigmas(sigmas, "sigmas")
+    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "model_index.json").is_file())):
+        raise ValueError(f"{out}: exists and is no checkpoint; it is not overwritten")
+    if base.is_relative_to(out):
+        raise ValueError(f"{out}: holds the base checkpoint, which would be lost; name another folder")
+    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")  # ours: left by a killed run
+    for leftover in part, old:
+        shutil.rmtree(leftover, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name in "vae", "text_encoder", "processor":
+        if link:
+            (part / name).symlink_to(base / name)
+        else:
+            shutil.copytree(base / name, part / name)
+    model.save_pretrained(part / "transformer", dtype)
+    scheduler = read_json(base / "scheduler" / "scheduler_config.json")
+    scheduler |= {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
+    write_json(part / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(part / "model_index.json", index | {"sample_sigmas": sigmas, "guidance": 1.0})
+    if out.exists():
+        os.replace(out, old)
+    os.replace(part, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw or edit pictures with a checkpoint in the published layout.")
+    add = parser.add_argument
+    add("--checkpoint", default="toy/checkpoint", metavar="DIR", help="folder in the published layout")
+    add("--prompt", metavar="TEXT", help="what to draw, or how to edit")
+    add("--image", nargs="+", default=[], metavar="FILE", help="sources of an edit, any format, size and mode")
+    add("--prompt-file", metavar="FILE", help="JSON lines as train.py reads them, instead of --prompt and --image")
+    add("--negative-prompt", metavar="TEXT", help="what to stay away from; works with guidance above 1")
+    add("--guidance", type=float, metavar="W", help="1 is off; default: the checkpoint's own")
+    add("--steps", type=int, metavar="N", help="default: the checkpoint's own sigmas, else 40")
+    add("--height", type=int, metavar="N", help="in pixels, floored to a multiple of 32")
+    add("--width", type=int, metavar="N")
+    add("--resolution", type=int, metavar="N", help="sources get this side's area; default: the checkpoint's")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--num-images", type=int, default=1, metavar="N", help="pictures per prompt, from seeds N, N + 1, ...")
+    add("--out", default="out.png", metavar="FILE.png", help="several pictures are numbered: FILE-1.png, ...")
+    cuda = torch.cuda.is_available()
+    add("--device", default="cuda" if cuda else "cpu")
+    add("--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float16", "float32"])
+    add("--offload", action="store_true", help="keep on the device only the network at work")
+    args = parser.parse_args(arguments)
+
+    out = Path(args.out)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: pictures have an alpha channel and are written as .png")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise FileNotFoundError(f"--out {out}: {out.parent} is no folder that can be written to")
+    if (args.prompt is None) == (args.prompt_file is None) or (args.prompt_file and args.image):
+        raise ValueError("give either --prompt (with --image FILE ... for an edit) or --prompt-file")
+    if args.num_images < 1:
+        raise ValueError(f"--num-images {args.num_images}: at least 1 is needed")
+    if args.prompt_file:
+        jobs = [(line.prompt, line.images) for line in read_prompts([args.prompt_file])]
+    else:
+        jobs = [(args.prompt, args.image)]
+    jobs = [(prompt, images, args.seed + i) for prompt, images in jobs for i in range(args.num_images)]
+
+    pipeline = Pipeline.from_pretrained(args.checkpoint, getattr(torch, args.dtype), args.device, args.offload)
+    settings = {
+        "steps": args.steps,
+        "guidance": pipeline.guidance if args.guidance is None else args.guidance,
+        "negative_prompt": args.negative_prompt,
+        "height": args.height,
+        "width": args.width,
+        "resolution": args.resolution,
+    }
+    for number, (prompt, images, seed) in enumerate(jobs, 1):
+        picture = pipeline(prompt, images, seed=seed, **settings)
+        path = out if len(jobs) == 1 else out.with_stem(f"{out.stem}-{number}")
+        notes = {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings}
+        save(picture, path, {**notes, "checkpoint": args.checkpoint, "dtype": args.dtype})
+        print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
+
+
+def save(picture: Image.Image, path: Path, settings: dict) -> None:
+    """Write a PNG, whole or not at all, with the settings as JSON under the text key `parameters`."""
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps(settings, ensure_ascii=False))
+    part = path.with_name(path.name + ".part")
+    picture.save(part, "PNG", pnginfo=info)
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,414 @@
+"""Whole pictures: from the same noise, ours and diffusers' QwenImage21Pipeline agree to 1/255 in fp32.
+
+The checkpoints are tiny and random, so that a picture is meaningless but depends on everything: a wrong sign, size,
+order or time anywhere shows. The small matrix runs always, the large one with `-m slow`.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reference import open_pipeline, picture, write_checkpoint, write_model_index, write_scheduler, write_transformer
+
+import sample
+from model import MMDiT, read_json
+from sample import Pipeline, export, open_picture
+
+PROMPT = "A capybara wearing a wizard hat"
+IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A teacher's checkpoint: shifted schedule, any number of steps."""
+    return write_checkpoint(tmp_path_factory.mktemp("base"), resolution=96)
+
+
+def variant(base: Path, directory: Path) -> Path:
+    return Path(shutil.copytree(base, directory / "checkpoint"))
+
+
+class Both:
+    """Ours and the reference, opened on one folder and asked for the same picture."""
+
+    def __init__(self, directory: Path):
+        self.ours, self.theirs = Pipeline.from_pretrained(directory), open_pipeline(directory)
+        self.ours.progress = False
+
+    def draw(
+        self, prompt, images=None, steps=None, guidance=1.0, negative_prompt=None, resolution=None, seed=5, **size
+    ):
+        result = self.ours(
+            prompt, images, steps=steps, guidance=guidance, negative_prompt=negative_prompt, resolution=resolution,
+            seed=seed, **size,
+        )  # fmt: skip
+        if guidance > 1 and not isinstance(negative_prompt, list):
+            negative_prompt = negative_prompt or ""
+            negative_prompt = [negative_prompt] * len(prompt) if isinstance(prompt, list) else negative_prompt
+        expected = self.theirs(
+            prompt, image=images, num_inference_steps=steps or 40, true_cfg_scale=guidance,
+            negative_prompt=negative_prompt, output_resolution=resolution or self.ours.resolution,
+            generator=torch.Generator().manual_seed(seed), **size,
+        ).images  # fmt: skip
+        return result if isinstance(result, list) else [result], expected
+
+    def agree(self, prompt=PROMPT, **settings) -> list[Image.Image]:
+        result, expected = self.draw(prompt, **settings)
+        assert len(result) == len(expected)
+        for ours, theirs in zip(result, expected, strict=True):
+            assert (ours.mode, ours.size) == (theirs.mode, theirs.size) == ("RGBA", ours.size)
+            assert difference(ours, theirs) <= 1 and changed(ours, theirs) < 0.01
+            # A picture that is clipped nearly everywhere would agree with anything.
+            assert np.mean((np.asarray(ours) > 0) & (np.asarray(ours) < 255)) > 0.5
+        return result
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
+
+
+def changed(a: Image.Image, b: Image.Image) -> float:
+    """The share of values that are not the same. Rounding flips few; a small systematic error flips many."""
+    return float(np.mean(np.asarray(a) != np.asarray(b)))
+
+
+@pytest.fixture(scope="module")
+def shifted(base):
+    return Both(base)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The small matrix
+
+WIDE, TALL = picture(101, 47, 1), picture(40, 90, 2, "RGBA")
+
+QUICK = {
+    "text": {"steps": 4},
+    "floored sizes": {"steps": 4, "height": 70, "width": 131},
+    "eight steps, guided": {"steps": 8, "guidance": 3.0, "negative_prompt": "blurry, low quality"},
+    "guided, empty negative": {"steps": 4, "guidance": 2.0},
+    "one source": {"steps": 4, "images": [WIDE]},
+    "one RGBA source, guided": {"steps": 4, "images": [TALL], "guidance": 2.5, "negative_prompt": "a dog"},
+    "two sources, own size": {"steps": 4, "images": [WIDE, TALL], "height": 64, "width": 96, "resolution": 80},
+    "two prompts": {"steps": 4, "prompt": [PROMPT, "油画 🎨 of one house, reading a book by candlelight"]},
+    "two prompts, source, guided": {"steps": 4, "prompt": [PROMPT, "red"], "images": [TALL], "guidance": 2.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_equals_reference(shifted, case):
+    shifted.agree(**QUICK[case])
+
+
+def test_every_setting_matters(shifted):
+    """What the matrix varies must change the picture, or it tests nothing."""
+    plain = shifted.ours(PROMPT, steps=4)
+    for other in (
+        {"seed": 1}, {"steps": 5}, {"guidance": 2.0}, {"images": [picture(96, 96)]}, {"prompt": PROMPT + "."},
+    ):  # fmt: skip
+        assert changed(plain, shifted.ours(**({"prompt": PROMPT, "steps": 4} | other))) > 0.2, other
+    source = picture(96, 96, 3, "RGBA")
+    opaque = source.copy()
+    opaque.putalpha(255)
+    pair = [shifted.ours(PROMPT, [i], steps=4) for i in (source, opaque)]
+    assert changed(*pair) > 0.2
+
+
+@pytest.mark.parametrize("sigmas", [[1.0], [1.0, 0.5], [1.0, 0.9, 0.75, 0.5]])
+def test_fixed_sigmas(base, tmp_path, sigmas):
+    directory = variant(base, tmp_path)
+    write_scheduler(directory, **IDENTITY)
+    write_model_index(directory, sample_sigmas=sigmas, resolution=64)
+    both = Both(directory)
+    both.agree()
+    with pytest.raises(ValueError, match=f"5 steps: this checkpoint draws in {len(sigmas)}"):
+        both.ours(PROMPT, steps=5)
+
+
+def test_stored_sigmas_pass_through_the_scheduler(base, tmp_path):
+    directory = variant(base, tmp_path)
+    write_model_index(directory, sample_sigmas=[1.0, 0.6, 0.5], resolution=64)
+    Both(directory).agree()
+
+
+def test_causal_condition_off(base, tmp_path):
+    directory = variant(base, tmp_path)
+    write_transformer(directory, seed=1, causal_condition=False)
+    Both(directory).agree(steps=4, images=[WIDE], guidance=2.0)
+
+
+def test_given_noise(shifted):
+    """Tokens in row-major order, as the reference takes them."""
+    noise = torch.randn(1, 4 * 6, 64, generator=torch.Generator().manual_seed(3))
+    ours = shifted.ours(PROMPT, height=64, width=96, steps=4, noise=noise)
+    theirs = shifted.theirs(PROMPT, height=64, width=96, num_inference_steps=4, latents=noise).images[0]
+    assert difference(ours, theirs) <= 1
+    with pytest.raises(ValueError, match=r"\(1, 36, 64\) is expected"):
+        shifted.ours(PROMPT, steps=4, noise=noise)
+
+
+def test_prefix_cache_changes_nothing(shifted, monkeypatch):
+    settings = {"steps": 4, "images": [WIDE, TALL], "guidance": 2.0}
+    cached = shifted.ours([PROMPT, "red"], **settings)
+    monkeypatch.setattr(shifted.ours.mmdit, "prefix", lambda condition: None)
+    for a, b in zip(cached, shifted.ours([PROMPT, "red"], **settings), strict=True):
+        assert difference(a, b) <= 1
+
+
+def test_batch_with_sources_of_their_own(shifted):
+    """The reference's batches share their sources. Ours may differ: every prompt is drawn as it would be alone."""
+    prompts = ["1 2", "2 1"]  # of equal length, since padding moves the target's positions
+    images = [[picture(96, 64, 1)], [picture(97, 65, 2, "RGBA")]]
+    noise = torch.randn(2, 4 * 8, 64, generator=torch.Generator().manual_seed(0))
+    size = {"height": 64, "width": 128}
+    batch = shifted.ours(prompts, images, steps=4, guidance=2.0, noise=noise, **size)
+    for i, drawn in enumerate(batch):
+        alone = shifted.ours(prompts[i], images[i], steps=4, guidance=2.0, noise=noise[i : i + 1], **size)
+        assert difference(drawn, alone) <= 1 and changed(drawn, alone) < 0.01
+    with pytest.raises(ValueError, match="equal sizes"):
+        shifted.ours(prompts, [[WIDE], [TALL]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Opening pictures
+
+
+def test_camera_rotation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright: turn a quarter clockwise to see it so
+    upright = picture(48, 64)
+    upright.rotate(90, expand=True).save(tmp_path / "photo.png", exif=exif)
+    assert difference(open_picture(tmp_path / "photo.png"), upright.convert("RGBA")) == 0
+
+
+def test_sixteen_bit_grey(tmp_path):
+    grey = np.linspace(0, 65535, 64 * 32).round().astype(np.uint16).reshape(32, 64)
+    for name in "grey.png", "grey.tif":
+        Image.fromarray(grey).save(tmp_path / name)
+        pixels = np.asarray(open_picture(tmp_path / name))
+        assert (pixels[..., :3] == (grey / 257).round()[..., None]).all() and (pixels[..., 3] == 255).all()
+
+
+def test_other_modes(tmp_path):
+    """Palette with a transparent entry, grey with alpha, ink, one bit: what a viewer shows."""
+    palette = picture(32, 32).quantize(8)
+    palette.save(tmp_path / "palette.png", transparency=3)
+    pixels = np.asarray(open_picture(tmp_path / "palette.png"))
+    assert ((pixels[..., 3] == 0) == (np.asarray(palette) == 3)).all()
+    assert (pixels[..., :3] == np.asarray(palette.convert("RGB"))).all()
+
+    picture(32, 32, 1, "LA").save(tmp_path / "grey.png")
+    grey, alpha = np.asarray(picture(32, 32, 1, "LA")).transpose(2, 0, 1)
+    assert (np.asarray(open_picture(tmp_path / "grey.png")) == np.stack([grey, grey, grey, alpha], -1)).all()
+
+    for mode, name in ("CMYK", "ink.tif"), ("1", "bits.png"), ("L", "l.png"):
+        plain = picture(32, 32).convert(mode)
+        plain.save(tmp_path / name)
+        assert difference(open_picture(tmp_path / name), plain.convert("RGB").convert("RGBA")) == 0
+
+
+def test_pictures_that_cannot_be_opened(tmp_path, shifted):
+    whole = tmp_path / "whole.png"
+    picture(64, 64).save(whole)
+    (tmp_path / "half.png").write_bytes(whole.read_bytes()[:3000])
+    (tmp_path / "text.png").write_text("no picture")
+    Image.fromarray(np.ones((8, 8), dtype=np.float32)).save(tmp_path / "float.tif")
+    for name in "half.png", "text.png", "float.tif", ".", "none.png":
+        with pytest.raises((ValueError, OSError), match=str(tmp_path / name)):
+            shifted.ours(PROMPT, tmp_path / name)
+    with pytest.raises(ValueError, match="too thin"):
+        shifted.ours(PROMPT, picture(2000, 3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def test_exported_student(base, tmp_path, shifted):
+    """Trained weights, own sigmas, frozen rest: opens on both sides and draws the same; bf16 weights by default."""
+    student = MMDiT.from_pretrained(base / "transformer")
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    sigmas = [1.0, 0.9, 0.75, 0.5]
+    export(base, student, sigmas, tmp_path / "student")
+    index = read_json(tmp_path / "student" / "model_index.json")
+    assert (index["sample_sigmas"], index["resolution"], index["guidance"]) == (sigmas, 96, 1.0)
+    both = Both(tmp_path / "student")
+    drawn = both.agree(images=[TALL])[0]
+    assert changed(drawn, shifted.ours(PROMPT, [TALL], steps=4)) > 0.2
+
+    # In fp32 the file's picture is that of the model in memory at those sigmas.
+    export(base, student, sigmas, tmp_path / "student", dtype=torch.float32, link=True)
+    shutil.copytree(tmp_path / "student", tmp_path / "copy")
+    reopened = Pipeline.from_pretrained(tmp_path / "copy")
+    condition = reopened.condition([PROMPT], [[sample.fit(TALL, 96)]])
+    z, t = torch.randn(1, 64, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9])
+    assert torch.equal(reopened.mmdit(z, t, condition), student(z, t, condition))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "student"]
+
+
+def test_export_overwrites_nothing_else(base, tmp_path):
+    student = MMDiT.from_pretrained(base / "transformer")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("three years of work")
+    for out in tmp_path / "notes", tmp_path / "notes" / "thesis.txt", base:
+        with pytest.raises(ValueError, match=str(out)):
+            export(base, student, [1.0, 0.5], out)
+    for sigmas in [], [0.5, 1.0], [1.0, 0.0], [1.5], [1.0, float("nan")]:
+        with pytest.raises(ValueError, match="sigmas"):
+            export(base, student, sigmas, tmp_path / "student")
+    assert [p.name for p in tmp_path.rglob("*")] == ["notes", "thesis.txt"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad checkpoints and the command line
+
+
+def test_bad_checkpoints(base, tmp_path):
+    def broken(file: str, **keys) -> Path:
+        shutil.rmtree(tmp_path / "checkpoint", ignore_errors=True)
+        directory = variant(base, tmp_path)
+        path = directory / file
+        path.write_text(json.dumps(read_json(path) | keys))
+        return directory
+
+    for file, keys, message in (
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "FluxPipeline"),
+        ("model_index.json", {"sample_sigmas": [0.5, 1.0]}, "sample_sigmas"),
+        ("model_index.json", {"resolution": "big"}, "resolution"),
+        ("model_index.json", {"guidance": 0.5}, "guidance"),
+        ("model_index.json", {"boundary": 1}, "unknown key 'boundary'"),
+        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas"),
+        ("scheduler/scheduler_config.json", {"extra": True}, "extra"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            Pipeline.from_pretrained(broken(file, **keys))
+        assert file in str(error.value)
+    for missing in "model_index.json", "scheduler/scheduler_config.json", "vae/config.json", "text_encoder":
+        directory = broken("model_index.json")
+        (shutil.rmtree if missing == "text_encoder" else Path.unlink)(directory / missing)
+        with pytest.raises(FileNotFoundError, match=missing):
+            Pipeline.from_pretrained(directory)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Pipeline.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"height": 31}, "96 x 31 pixels"),
+        ({"width": 0}, "0 x 96 pixels"),
+        ({"resolution": 16}, "16 x 16 pixels"),
+        ({"prompt": []}, "no prompt"),
+        ({"negative_prompt": ["a", "b"], "guidance": 2.0}, "2 prompts and 1 lists"),
+        ({"prompt": "a", "images": [[WIDE], [WIDE]]}, "1 prompts and 2 lists"),
+    ],
+)
+def test_bad_calls(shifted, settings, message):
+    with pytest.raises(ValueError, match=message):
+        shifted.ours(**{"prompt": PROMPT} | settings)
+
+
+def test_command_line(base, tmp_path, shifted):
+    picture(50, 70, 1).save(tmp_path / "source.webp")
+    out = tmp_path / "out.png"
+    command = ["--checkpoint", str(base), "--out", str(out), "--device", "cpu", "--dtype", "float32", "--steps", "3"]
+    image = ["--image", str(tmp_path / "source.webp")]
+    sample.main(
+        [*command, "--prompt", PROMPT, *image, "--seed", "4", "--num-images", "2", "--guidance", "2", "--offload"]
+    )
+    drawn = Image.open(tmp_path / "out-2.png")
+    expected = shifted.ours(PROMPT, tmp_path / "source.webp", steps=3, seed=5, guidance=2.0)
+    assert difference(drawn, expected) == 0
+    settings = json.loads(drawn.text["parameters"])
+    assert (settings["prompt"], settings["seed"], settings["guidance"]) == (PROMPT, 5, 2.0)
+
+    lines = [
+        {"task": "t2i", "category": "any", "prompt": "红色"},
+        {"task": "edit", "category": "any", "prompt": "red", "images": ["source.webp"]},
+    ]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sample.main([*command, "--prompt-file", str(tmp_path / "prompts.jsonl")])
+    assert difference(Image.open(tmp_path / "out-1.png"), shifted.ours("红色", steps=3)) == 0
+    assert json.loads(Image.open(tmp_path / "out-1.png").text["parameters"])["prompt"] == "红色"
+    assert difference(Image.open(tmp_path / "out-2.png"), shifted.ours("red", tmp_path / "source.webp", steps=3)) == 0
+
+
+def test_command_line_errors(base, tmp_path):
+    """One line, status 2, and nothing written."""
+    command = [sys.executable, sample.__file__, "--prompt", PROMPT, "--out", str(tmp_path / "out.png")]
+    run = subprocess.run([*command, "--checkpoint", str(tmp_path / "none")], capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.count("\n") == 1 and str(tmp_path / "none") in run.stderr and not list(tmp_path.iterdir())
+    for arguments, message in (
+        (["--out", "out.jpg"], "out.jpg"),
+        (["--out", str(tmp_path / "none" / "out.png")], "no folder"),
+        (["--num-images", "0"], "--num-images 0"),
+        (["--prompt-file", "x"], "either --prompt"),
+        (["--image", str(tmp_path / "none.png")], "none.png: no such picture"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            sample.main(["--checkpoint", str(base), "--prompt", PROMPT, "--device", "cpu", *arguments])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The large matrix: pytest -m slow
+
+SIZES = {"square": (96, 96), "wide": (65, 161), "tall": (190, 64)}  # height, width
+SOURCES = [picture(101, 47, 1), picture(40, 90, 2, "RGBA"), picture(64, 64, 3, "L")]
+PROMPTS = {
+    "long": "A house, a hill, a sign. " * 40,
+    "empty": "",
+    "Chinese": "一只戴着巫师帽的水豚",
+    "emoji": "🎨🏠 a 🌙",
+}
+
+
+def sources(count: int, tmp_path: Path) -> list[Image.Image]:
+    """Odd sizes; transparency; grey; and files as cameras and scanners write them, opened by us, then given to both."""
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    picture(70, 50, 4).save(tmp_path / "camera.jpg", exif=exif)
+    Image.fromarray(np.asarray(picture(60, 80, 5, "L")).astype(np.uint16) * 257).save(tmp_path / "scanner.png")
+    picture(55, 45, 6).quantize(8).save(tmp_path / "palette.png", transparency=2)
+    files = [open_picture(tmp_path / name) for name in ("camera.jpg", "scanner.png", "palette.png")]
+    return [*SOURCES, *files][:count]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [4, 8, 40])
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 6])
+def test_matrix_of_sources(shifted, tmp_path, count, guidance, steps):
+    images = sources(count, tmp_path) or None
+    shifted.agree(images=images, guidance=guidance, steps=steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_matrix_of_sizes_and_prompts(shifted, tmp_path, prompt, count, size):
+    height, width = SIZES[size]
+    images = sources(count, tmp_path) or None
+    shifted.agree(PROMPTS[prompt], images=images, height=height, width=width, steps=4, guidance=2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("count", [0, 3])
+def test_matrix_of_batches(base, tmp_path, count, causal):
+    directory = variant(base, tmp_path)
+    write_transformer(directory, seed=1, causal_condition=causal)
+    both = Both(directory)
+    for guidance in 1.0, 4.0:
+        both.agree(list(PROMPTS.values()), images=sources(count, tmp_path) or None, steps=4, guidance=guidance)
