@@ -115,7 +115,8 @@ class Norm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * ones))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The lengths alone are taken in fp32: a sum of squares loses too much in bf16. A zero pixel stays zero.
+        # The length stays fp32 up to the division: rounded to bf16 it would be wrong for all channels of a pixel at once.
+        # Clamped, so that a zero pixel stays zero.
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)  # (B, 1, H, W)
         scale = x.shape[1] ** 0.5 / length.clamp(min=1e-12)  # (B, 1, H, W)
         gamma = self.gamma.view(-1, 1, 1).to(x.dtype)  # (C, 1, 1); under autocast it is fp32 and would promote x
