@@ -115,7 +115,7 @@ class Norm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * ones))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The length stays fp32 up to the division: rounded to bf16 it would be wrong for all channels of a pixel at once.
+        # The length stays fp32 up to the division: rounded to bf16 it would be off for all of a pixel's channels alike.
         # Clamped, so that a zero pixel stays zero.
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)  # (B, 1, H, W)
         scale = x.shape[1] ** 0.5 / length.clamp(min=1e-12)  # (B, 1, H, W)
