@@ -331,7 +331,7 @@ class Processor:
             raise FileNotFoundError(f"{path}: no such file; a checkpoint in the published layout has it")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 (the library raises no narrower class)
+        except Exception as error:  # the library raises no narrower class
             raise ValueError(f"{path}: not a tokenizer ({error})") from None
         self.tokenizer.no_padding()  # the file may carry the padding of whoever saved it
         self.tokenizer.no_truncation()

@@ -240,3 +240,23 @@ def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.
     pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int64)
     pixels = pixels + rng.integers(-16, 17, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGBA").convert(mode)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+@torch.no_grad()
+def encode_prompt(pipeline: QwenImage21Pipeline, prompts: list[str], images: list[Image.Image]):
+    """The library's answer in our terms: states, mask, slots."""
+    states, mask, is_slot = pipeline.encode_prompt(prompts, images or None)
+    mask = torch.ones(states.shape[:2]) if mask is None else mask
+    edges = torch.diff(is_slot[0].int(), prepend=torch.zeros(1), append=torch.zeros(1))
+    slots = list(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True))
+    return states, mask.bool(), slots
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """The tolerance of every comparison of networks in fp32: 1e-5 of the largest value."""
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()

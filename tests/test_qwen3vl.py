@@ -81,29 +81,14 @@ SOURCES = {
 }
 
 
-@torch.no_grad()
-def encode_prompt(pipeline, prompts, images):
-    """The library's answer in our terms: states, mask, slots."""
-    states, mask, is_slot = pipeline.encode_prompt(prompts, images or None)
-    mask = torch.ones(states.shape[:2]) if mask is None else mask
-    edges = torch.diff(is_slot[0].int(), prepend=torch.zeros(1), append=torch.zeros(1))
-    slots = list(zip((edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist(), strict=True))
-    return states, mask.bool(), slots
-
-
-def assert_close(ours, theirs):
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-
-
 @pytest.mark.parametrize("sources", SOURCES)
 @pytest.mark.parametrize("prompts", PROMPTS)
 def test_states_are_the_reference_pipelines(pair, prompts, sources):
     encoder, pipeline = pair
     prompts, images = PROMPTS[prompts], SOURCES[sources]
     states, mask, slots = encoder.encode(prompts, [images] * len(prompts))
-    expected_states, expected_mask, expected_slots = encode_prompt(pipeline, prompts, images)
-    assert_close(states, expected_states)
+    expected_states, expected_mask, expected_slots = reference.encode_prompt(pipeline, prompts, images)
+    reference.assert_close(states, expected_states)
     assert torch.equal(mask, expected_mask)
     assert slots == expected_slots
     assert [stop - start for start, stop in slots] == [w * h // 1024 for w, h in (image.size for image in images)]
@@ -116,8 +101,8 @@ def test_each_prompt_has_its_own_sources(pair):
     images = [[reference.picture(64, 32, seed), reference.picture(32, 32, seed + 10, "RGBA")] for seed in (1, 2)]
     states, mask, slots = encoder.encode(prompts, images)
     for row in range(2):
-        expected, _, expected_slots = encode_prompt(pipeline, prompts[row : row + 1], images[row])
-        assert_close(states[row, mask[row]], expected[0])
+        expected, _, expected_slots = reference.encode_prompt(pipeline, prompts[row : row + 1], images[row])
+        reference.assert_close(states[row, mask[row]], expected[0])
         assert slots == expected_slots
 
 
