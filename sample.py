@@ -215,12 +215,18 @@ class Pipeline:
             network.to("cpu")
 
     @torch.no_grad()
-    def condition(self, prompts: list[str], sources: list[list[Image.Image]] | None = None) -> Condition:
-        """Encode B prompts, each with its own list of sources as `fit` returns them, into the MMDiT's condition.
+    def condition(
+        self, prompts: list[str], images: list[list[Source]] | None = None, resolution: int | None = None
+    ) -> Condition:
+        """Encode B prompts, each with its own list of sources, into the MMDiT's condition.
 
-        A batch has one layout: all its prompts have equally many sources, of the same sizes. Otherwise ValueError.
+        Sources are fitted to `resolution` (None: the checkpoint's). A batch has one layout: all its prompts have
+        equally many sources, which come to the same sizes; otherwise ValueError.
         """
-        sources = [[] for _ in prompts] if sources is None else sources
+        images = [[] for _ in prompts] if images is None else images
+        resolution = self.resolution if resolution is None else resolution
+        fitted = {id(image): fit(image, resolution) for row in images for image in row}  # a shared one is read once
+        sources = [[fitted[id(image)] for image in row] for row in images]
         with self.at_work(self.encoder) as encoder:
             states, mask, slots = encoder.encode(prompts, sources)  # (B, L, C), (B, L), one [start, stop) a source
         latents = []
@@ -282,34 +288,30 @@ class Pipeline:
             raise ValueError("no prompt is given")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed}: a number from 0 to 2^63 - 1 is expected")
-        resolution = self.resolution if resolution is None else resolution
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        if images and isinstance(images[0], (list, tuple)):
-            sources = [[fit(image, resolution) for image in row] for row in images]
-        else:
-            sources = [[fit(image, resolution) for image in images]] * len(prompts)
+        rows = images if images and isinstance(images[0], (list, tuple)) else [images] * len(prompts)
+        conditions = [self.condition(prompts, rows, resolution)]
+        if guidance > 1:  # the same sources with other words: guidance is about the words alone
+            words = negative_prompt or ""
+            words = [words] * len(prompts) if isinstance(words, str) else list(words)
+            conditions.append(self.condition(words, rows, resolution))
 
-        default = sources[0][-1].size if sources[0] else (resolution, resolution)
-        width, height = default[0] if width is None else width, default[1] if height is None else height
+        if conditions[0].sources:
+            default = [16 * side for side in conditions[0].sources[-1].shape[-2:]]
+        else:
+            default = [self.resolution if resolution is None else resolution] * 2
+        height, width = default[0] if height is None else height, default[1] if width is None else width
         h, w = (side // MULTIPLE * 2 for side in (height, width))  # of 16 pixels each
         if min(h, w) < 1:
             raise ValueError(f"{width} x {height} pixels: both sides must be at least {MULTIPLE}")
         sigmas = self.sigmas(steps, h * w)
-
         shape = (len(prompts), self.mmdit.config.in_channels, h, w)
         if noise is None:
             z = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=self.dtype)  # (B, 64, h, w)
         elif noise.shape == (shape[0], h * w, shape[1]):
-            z = rearrange(noise, "b (h w) c -> b c h w", h=h)
+            z = rearrange(noise, "b (h w) c -> b c h w", h=h)  # (B, 64, h, w)
         else:
             raise ValueError(f"noise of shape {tuple(noise.shape)}: {(shape[0], h * w, shape[1])} is expected")
-        z = z.to(self.device, self.dtype)
-
-        conditions = [self.condition(prompts, sources)]
-        if guidance > 1:  # the same sources with other words: guidance is about the words alone
-            words = negative_prompt or ""
-            words = [words] * len(prompts) if isinstance(words, str) else list(words)
-            conditions.append(self.condition(words, sources))
 
         with self.at_work(self.mmdit), tqdm(total=len(sigmas) - 1, unit="step", disable=not self.progress) as bar:
             velocity = self.velocity(conditions[0])
@@ -321,7 +323,7 @@ class Pipeline:
                 bar.update()
                 return v
 
-            z = flow.euler(step, z, sigmas)  # (B, 64, h, w) in fp32
+            z = flow.euler(step, z.to(self.device, self.dtype), sigmas)  # (B, 64, h, w) in fp32
         if not z.isfinite().all():
             raise ValueError(f"the latents are not finite in {self.dtype}; float32 has the widest range")
         with self.at_work(self.vae) as vae:

@@ -248,7 +248,7 @@ def test_exported_student(base, tmp_path, shifted):
     export(base, student, sigmas, tmp_path / "student", dtype=torch.float32, link=True)
     shutil.copytree(tmp_path / "student", tmp_path / "copy")
     reopened = Pipeline.from_pretrained(tmp_path / "copy")
-    condition = reopened.condition([PROMPT], [[sample.fit(TALL, 96)]])
+    condition = reopened.condition([PROMPT], [[TALL]])
     z, t = torch.randn(1, 64, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9])
     assert torch.equal(reopened.mmdit(z, t, condition), student(z, t, condition))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "student"]
