@@ -71,8 +71,14 @@ def test_path_arithmetic_is_fp32_even_for_bf16_tensors():
     x, eps = draw(2, 64).bfloat16(), draw(2, 64, seed=1).bfloat16()
     t = torch.full((2,), 0.98)
     torch.testing.assert_close(flow.path(x, eps, t), 0.02 * x.float() + 0.98 * eps.float(), atol=1e-6, rtol=1e-6)
-    z = flow.euler(lambda z, t: torch.ones_like(z, dtype=torch.bfloat16), torch.zeros(1, 1), [1.0, 0.999, 0.998])
-    torch.testing.assert_close(z, torch.tensor([[-0.002]]), atol=1e-7, rtol=0)
+
+    def velocity(z, t):  # a network in bf16
+        assert z.dtype == t.dtype == torch.float32
+        return torch.ones_like(z, dtype=torch.bfloat16)
+
+    start, stops = torch.zeros(1, 1, dtype=torch.bfloat16), [1.0, 0.999, 0.998]
+    torch.testing.assert_close(flow.euler(velocity, start, stops), torch.tensor([[-0.002]]), atol=1e-7, rtol=0)
+    torch.testing.assert_close(flow.renoise(velocity, start, [1.0, 0.0], []), torch.tensor([[-1.0]]))
 
 
 def test_loss_is_smallest_at_the_true_velocity():
