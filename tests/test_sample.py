@@ -63,7 +63,7 @@ class Both:
         assert len(result) == len(expected)
         for ours, theirs in zip(result, expected, strict=True):
             assert (ours.mode, ours.size) == (theirs.mode, theirs.size) == ("RGBA", ours.size)
-            assert difference(ours, theirs) <= 1 and changed(ours, theirs) < 0.01
+            assert difference(ours, theirs) <= 1 and changed(ours, theirs) < 0.003
             # A picture that is clipped nearly everywhere would agree with anything.
             assert np.mean((np.asarray(ours) > 0) & (np.asarray(ours) < 255)) > 0.5
         return result
@@ -74,7 +74,7 @@ def difference(a: Image.Image, b: Image.Image) -> int:
 
 
 def changed(a: Image.Image, b: Image.Image) -> float:
-    """The share of values that are not the same. Rounding flips few; a small systematic error flips many."""
+    """The share of values that are not the same. fp32 flips 1 in 10,000; dividing sources by 256 instead of 255, 50."""
     return float(np.mean(np.asarray(a) != np.asarray(b)))
 
 
@@ -94,6 +94,7 @@ QUICK = {
     "eight steps, guided": {"steps": 8, "guidance": 3.0, "negative_prompt": "blurry, low quality"},
     "guided, empty negative": {"steps": 4, "guidance": 2.0},
     "one source": {"steps": 4, "images": [WIDE]},
+    "two sources, the last one's shape": {"steps": 4, "images": [WIDE, TALL]},
     "one RGBA source, guided": {"steps": 4, "images": [TALL], "guidance": 2.5, "negative_prompt": "a dog"},
     "two sources, own size": {"steps": 4, "images": [WIDE, TALL], "height": 64, "width": 96, "resolution": 80},
     "two prompts": {"steps": 4, "prompt": [PROMPT, "油画 🎨 of one house, reading a book by candlelight"]},
