@@ -1,25 +1,24 @@
 """Training: distil a few-step student (--objective dmd, the default), or pretrain and specialise a teacher (flow).
 
-What happens, in this order:
+    pool       every prompt is encoded once: words to states, source (and target) pictures to latents. The encoders are
+               freed afterwards: their memory is the trained networks'
+    batches    recipe.py decides which task and category comes next; which prompts, which noise and which times follow from
+               (seed, step, sample, purpose) alone, so a step counter is all there is to remember of them
+    updates    forty lines between two rulers in `train`: who learns, in which order, and what is frozen
+    the rest   metrics.jsonl, panels/, grid.png, checkpoints/; nothing there changes a weight
 
-    pool       every prompt is encoded once: words to states, source (and target) pictures to latents. The language
-               model is freed afterwards, so that it never shares memory with the networks in training
-    turns      recipe.py decides which task and category a micro-batch has; which prompts, which noise and which times
-               follow from (seed, step, sample, purpose) alone. A step counter is all there is to remember of them
-    updates    the forty lines between two rulers in `train`: who learns, in which order, and what is frozen
-    the rest   metrics.jsonl, panels, grid.png, checkpoints; nothing there changes a weight
-
-Numbering: a STEP is one update of the student (dmd) or of the teacher (flow); the fake score has its own, faster count.
-SAMPLES are numbered over the whole update, whatever the number of micro-batches (or, later, processes) that share it.
-
-Exit status: 0 finished; 2 bad input; 1 a value that is not finite; 130 and 143 after Ctrl-C and SIGTERM, which save
-first. `--resume` goes on from there; on a CPU the run ends with the bits of an uninterrupted one.
+A STEP is one update of the student (dmd) or teacher (flow); the fake score has its own, faster count. SAMPLES are
+numbered over the whole update, whatever the number of micro-batches that share it.
 
     python train.py                                                the laptop run, about five minutes on two cores
-    python train.py --prompts mine.jsonl --out runs/mine           the same with prompts and pictures of one's own
-    python train.py --objective flow --prompts pairs.jsonl --out runs/teacher         every line needs a "target"
+    python train.py --prompts mine.jsonl --out runs/mine           the same on prompts and pictures of one's own
+    python train.py --objective flow --prompts pairs.jsonl --out runs/teacher            every line needs a "target"
 
-Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols: flow.py and dmd.py.
+Exit status: 0 finished; 2 bad input; 1 a value that is not finite; 130 and 143 after Ctrl-C and SIGTERM, which save
+first. `--resume` goes on from there; on a CPU the run ends with the bits of an uninterrupted one. With several other
+programs on the machine, OMP_WAIT_POLICY=passive in the environment keeps idle threads from taking their cores.
+
+Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and dmd.py.
 """
 
 import argparse
@@ -33,7 +32,8 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
@@ -66,80 +66,79 @@ def option(default, text: str):
 
 @dataclass
 class Args:
-    """Every option of a run; the text behind each is its --help. The values are the laptop's distillation.
+    """Every option of a run; the text behind each is its --help. The values are those of the laptop's distillation.
 
-    The 7B published networks: neither paper gives its numbers. Seen in others' DMD of Qwen-Image and its like: AdamW alone
-    (muon_lr and fake_muon_lr 0) with lr and fake_lr 2e-6 to 1e-5 for full weights, batch 32 to 128, 5 fake updates for
-    each student update, clip 1 to 10, EMA .98 to .99, 1,000 to 3,000 steps; the paper itself: AdamW, 2,000 iterations.
+    For the published 7B networks neither paper gives numbers. Others' DMD of Qwen-Image and its like: AdamW alone
+    (muon_lr and fake_muon_lr 0), lr and fake_lr 2e-6 to 1e-5 for full weights, batch 32 to 128, 5 fake updates for each
+    of the student, clip 1 to 10, EMA .98 to .99, 1,000 to 3,000 steps. The paper: AdamW, 2,000 iterations.
     """
 
     objective: str = option("dmd", "dmd: distil a few-step student; flow: pretrain or specialise a teacher")
-    checkpoint: Path = option(TOY, "folder in the published layout: where every network starts")
+    checkpoint: Path = option(TOY, "folder in the published layout: where every network starts")  # noqa: RUF009
     prompts: tuple[Path, ...] = option((), "files of JSON lines; without any, the toy world's own prompts")
     pool: int = option(1024, "without --prompts: how many of the toy's prompts of each task")
     recipe: str = option("flash", "composition, ratio and teachers, by its name in recipe.py")
-    out: Path | None = option(None, "folder of this run (default: runs/OBJECTIVE-RECIPE)")
-    teacher: tuple[str, ...] = option((), "NAME=FOLDER: a specialised teacher besides the checkpoint's teachers/")
-    guidance: float | None = option(None, "the teachers' guidance w (default: model_index.json's, else 1 = off)")
-    resolution: int | None = option(None, "side of the area of sources and targets (default: model_index.json's)")
-    student_steps: int = option(4, "the student's number of steps (NFE)")
-    steps: int = option(150, "updates of the student")
-    batch: int = option(48, "samples per update, over all micro-batches")
-    micro_batch: int = option(16, "samples that run at once; dmd: of one task and category")
+    out: Path | None = option(None, "folder of this run; default: runs/OBJECTIVE-RECIPE")
+    teacher: tuple[str, ...] = option((), "NAME=FOLDER: specialised teachers besides those in the checkpoint")
+    guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: model_index.json's")
+    resolution: int | None = option(None, "side of sources' and targets' area; default: model_index.json's")
+    student_steps: int = option(4, "the student's number of steps, its NFE")
+    steps: int = option(100, "updates of the student")
+    batch: int = option(48, "samples per update, over all its micro-batches")
+    micro_batch: int = option(16, "samples that run at once, of one task and category")
     seed: int = option(0, "all random draws follow from it")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
-    save_every: int = option(100, "steps between two checkpoints")
-    panel_every: int = option(50, "steps between two panels and grids")
+    save_every: int = option(50, "steps from one checkpoint to the next")
+    panel_every: int = option(25, "steps from one panel and grid to the next")
     device: str | None = option(None, "default: cuda if there is one")
-    dtype: str | None = option(None, "of the working weights: bfloat16 or float32 (default: the faster one)")
-    compile: bool = option(False, "torch.compile every block: a minute at first, pays in long runs")
+    dtype: str | None = option(None, "of the working weights, bfloat16 or float32; default: the faster one")
+    compile: bool = option(False, "torch.compile every block: about a minute at first, pays in long runs")
 
-    # The optimisation. All of these are ours, from a prototype of this size, unless a source is named.
+    # The optimisation. These are ours, from a prototype of the laptop's size, unless a source is named.
     muon_lr: float = option(0.004, "Muon, for the blocks' matrices; 0: AdamW for those too")
     lr: float = option(4e-4, "AdamW, for all other tensors")
-    fake_muon_lr: float = option(0.01, "the same two for the fake score, which has to keep up with the student")
-    fake_lr: float = option(1e-3, "AdamW")
-    fake_updates: int = option(2, "updates of the fake score before each of the student (5 in DMD2)")
+    fake_muon_lr: float = option(0.01, "the fake score's, higher because it has to keep up with the student")
+    fake_lr: float = option(1e-3, "the fake score's")
+    fake_updates: int = option(2, "updates of the fake score before each of the student; DMD2 takes 5")
     warmup: int = option(10, "steps over which the learning rates rise from 0")
     decay: float = option(0.0, "share of the run, at its end, over which they fall to 0 again")
     clip: float = option(1.0, "largest norm of a gradient (2.0 report, section 4)")
-    ema: float = option(0.97, "decay per step of the averaged weights, which are what the run exports")
+    ema: float = option(0.97, "decay per step of the averaged weights, which are what a run exports")
     time_shift: float = option(3.0, "dmd: shift of the uniform p(t) at which x_theta is noised again")
     text_dropout: float = option(0.1, "flow: share of samples that see an empty prompt (2.0 report, section 4)")
 
     @property
     def sizes(self) -> list[int]:
-        """Sizes of an update's micro-batches: the last one is smaller where they do not divide the batch."""
+        """Sizes of an update's micro-batches; the last is smaller where they do not divide the batch."""
         return [min(self.micro_batch, self.batch - i) for i in range(0, self.batch, self.micro_batch)]
 
 
 @dataclass
 class FlowArgs(Args):
-    """The same options with the values of the laptop's pretraining (toy/build.py changes some of them)."""
+    """The same options for the flow objective; the values are those of the toy's pretraining, and ours."""
 
     objective: str = "flow"
     steps: int = option(2000, "updates of the teacher")
-    batch: int = option(96, "samples per update")
-    micro_batch: int = option(96, "samples that run at once; flow: of one layout")
-    save_every: int = option(500, "steps between two checkpoints")
-    panel_every: int = option(500, "steps between two panels and grids")
+    batch: int = option(96, "samples per update, over all its micro-batches")
+    micro_batch: int = option(96, "samples that run at once, of one layout")
+    save_every: int = option(500, "steps from one checkpoint to the next")
+    panel_every: int = option(500, "steps from one panel and grid to the next")
     muon_lr: float = option(0.02, "Muon, for the blocks' matrices; 0: AdamW for those too")
     lr: float = option(2e-3, "AdamW, for all other tensors")
     warmup: int = option(100, "steps over which the learning rates rise from 0")
     decay: float = option(0.5, "share of the run, at its end, over which they fall to 0 again")
-    ema: float = option(0.999, "decay per step of the averaged weights, which are what the run exports")
+    ema: float = option(0.999, "decay per step of the averaged weights, which are what a run exports")
 
 
 def parse(argv: list[str] | None = None) -> Args:
-    """The command line as an Args (or FlowArgs): one flag per field, an unknown one is argparse's error (status 2)."""
+    """The command line as Args or FlowArgs, one flag for each field."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--objective", choices=["dmd", "flow"], default="dmd")
     kind = {"dmd": Args, "flow": FlowArgs}[first.parse_known_args(argv)[0].objective]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     for f in fields(kind):
-        flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata.get('help', '')} [{f.default}]".replace("%", "%%")
+        flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata.get('help', '')} [{f.default}]"
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
@@ -150,18 +149,18 @@ def parse(argv: list[str] | None = None) -> Args:
 
 
 def settle(args: Args) -> Args:
-    """Fill in what depends on the checkpoint and the machine. ValueError or FileNotFoundError say what does not fit."""
+    """Fill in what depends on the checkpoint and the machine. ValueError, FileNotFoundError: what does not fit."""
     index = sample.read_index(args.checkpoint)
     for name in ("steps", "batch", "micro_batch", "student_steps", "fake_updates", "pool", "save_every", "panel_every"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
     if args.dtype not in (None, "bfloat16", "float32"):
-        raise ValueError(f"--dtype {args.dtype}: bfloat16 and float32 are known")
+        raise ValueError(f"--dtype {args.dtype}: bfloat16 or float32 is expected")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return replace(
         args,
         out=args.out or Path("runs") / f"{args.objective}-{args.recipe}",
-        guidance=float(index["guidance"]) if args.guidance is None else args.guidance,
+        guidance=float(index["guidance"] if args.guidance is None else args.guidance),
         resolution=args.resolution or index["resolution"],
         device=device,
         dtype=args.dtype or faster_dtype(device),
@@ -169,21 +168,21 @@ def settle(args: Args) -> Args:
 
 
 def faster_dtype(device: str) -> str:
-    """bfloat16 on a GPU; on a CPU whichever multiplies faster (some have no bf16 units and emulate them)."""
+    """bfloat16 on a GPU; on a CPU whichever multiplies faster, for some have no bf16 units and emulate them."""
     seconds = {}
     for name in ("float32", "bfloat16") if device == "cpu" else ():
         a, b = torch.ones(2048, 256, dtype=getattr(torch, name)), torch.ones(256, 768, dtype=getattr(torch, name))
-        a @ b  # the first product also plans it
+        a @ b  # the first product is slower
         start = time.perf_counter()
         for _ in range(5):
             a @ b
         seconds[name] = time.perf_counter() - start
-    return min(seconds, key=seconds.get) if seconds else "bfloat16"
+    return min(seconds, key=seconds.get, default="bfloat16")
 
 
 def generator(seed: int, step: int, number: int, purpose: str) -> torch.Generator:
-    """The source of every random draw of this file: always on the CPU, so that a GPU draws the same; from these four alone,
-    so that neither a resumed run nor another number of processes changes a single draw."""
+    """The source of every random draw in this file. It depends on these four alone, so neither a resumed run nor another
+    number of processes changes a draw; and it is the CPU's everywhere, so a GPU draws the same numbers."""
     digest = hashlib.blake2b(f"{seed}/{step}/{number}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -193,41 +192,34 @@ def generator(seed: int, step: int, number: int, purpose: str) -> torch.Generato
 
 @dataclass
 class Entry:
-    """One encoded prompt. bf16 on the CPU: it is what the 7B computes in, and a toy entry is about 30 KB."""
+    """One encoded prompt, in bf16 on the CPU. One of the toy's takes about 30 KB."""
 
     task: str
     category: str
     states: Tensor  # (L, C) of the language model, without padding
-    empty: Tensor | None  # (L0, C) of an empty prompt with the same sources: guidance and text dropout
-    slots: list[tuple[int, int]]  # where the sources stand in states, and in empty too: they come before the words
+    empty: Tensor | None  # (L0, C) of an empty prompt with the same sources, for guidance and text dropout
+    slots: list[tuple[int, int]]  # of the sources in states, and in empty too: they stand before the words
     sources: list[Tensor]  # (64, h_i, w_i) each
-    target: Tensor | None  # (64, h, w), flow objective alone
-    size: tuple[int, int]  # (h, w) of the latent to be drawn
+    target: Tensor | None  # (64, h, w), for the flow objective
+    size: tuple[int, int]  # (h, w) of what is to be drawn
 
     @property
     def layout(self) -> tuple:
-        """Entries of one layout can share a batch: the places and shapes of all blocks of the sequence are equal."""
-        return self.task, tuple(self.slots), tuple(s.shape for s in self.sources), self.size
+        """What entries must have in common to share a batch: the shapes of all blocks of the sequence."""
+        return tuple(s.shape for s in self.sources), self.size
 
 
 class Pool:
-    """Entries by task and category. `Pool(a.entries + b.entries)` joins two; the entries may come from anywhere."""
+    """Entries, to be drawn by (task, category) or (task, category, layout). `Pool(a.entries + b.entries)` joins two."""
 
     def __init__(self, entries: list[Entry]):
         self.entries = entries
-        self.places = defaultdict(list)  # (task, category) -> entries; (task, category, layout) -> entries
+        self.places: dict[tuple, list[Entry]] = defaultdict(list)
         for entry in entries:
             self.places[entry.task, entry.category].append(entry)
             self.places[entry.task, entry.category, entry.layout].append(entry)
 
-    def categories(self) -> dict[str, list[str]]:
-        found = {"t2i": [], "edit": []}
-        for task, category in sorted(key for key in self.places if len(key) == 2):
-            found[task].append(category)
-        return found
-
-    def draw(self, key: tuple, rng: torch.Generator) -> Entry:
-        """One entry of (task, category) or of (task, category, layout)."""
+    def draw(self, rng: torch.Generator, *key) -> Entry:
         place = self.places[key]
         return place[torch.randint(len(place), (), generator=rng).item()]
 
@@ -241,74 +233,61 @@ def encode_pool(
     targets: bool = False,
     batch: int = 32,
 ) -> Pool:
-    """The first pass: encode prompts (and, with `targets`, target pictures), with the pipeline's networks.
+    """Encode every prompt once, with the pipeline's encoder and VAE; the pool keeps the prompts' order.
 
-    `empty`: also each prompt's unconditional twin, which guidance and text dropout need. Batched over prompts whose
-    pictures have equal sizes; the pool keeps the prompts' order. ValueError names a prompt without its target.
+    empty: also each prompt's twin without words, for guidance and text dropout. targets: also the target pictures, where
+    a missing one is a ValueError. Prompts whose pictures have equal sizes are encoded `batch` at a time.
     """
-    waiting, entries = defaultdict(list), {}  # sizes -> [(number, prompt, sources, target)], number -> Entry
-    blank: list[Tensor] = []  # states of the empty prompt without sources: one for all
+    waiting, done = defaultdict(list), {}  # sizes -> [(number, prompt, sources, target)], number -> Entry
 
-    def flush(group: list) -> None:
-        numbers, some, sources, pictures = zip(*group, strict=True)
-        states, slots = words(pipeline, [p.prompt for p in some], sources)
-        if not empty:
-            twins = [None] * len(some)
-        elif sources[0]:
-            twins = words(pipeline, [""] * len(some), sources)[0]
-        else:
-            blank[:] = blank or words(pipeline, [""], [()])[0]
-            twins = blank * len(some)
-        latents = [encode_pictures(pipeline.vae, column) for column in zip(*sources, strict=True)]
-        goals = encode_pictures(pipeline.vae, pictures) if targets else [None] * len(some)
-        for i, prompt in enumerate(some):
-            last = sources[i][-1] if sources[i] else None  # an edit is drawn at the size of its last source
-            size = goals[i].shape[1:] if targets else (last.height // 16, last.width // 16) if last else default
-            own = [column[i] for column in latents]
-            entry = Entry(prompt.task, prompt.category, states[i], twins[i], slots, own, goals[i], tuple(size))
-            entries[numbers[i]] = entry
+    def states(words: list[str], images: list) -> tuple[list[Tensor], list]:
+        padded, mask, slots = pipeline.encoder.encode(words, images)
+        lengths = mask.sum(1).tolist()
+        return [s[:n].to("cpu", torch.bfloat16).clone() for s, n in zip(padded, lengths, strict=True)], slots
 
-    default = (resolution // 32 * 2, resolution // 32 * 2)  # sides are multiples of 32 pixels, two latents
+    def latents(pictures: Iterable[Image.Image]) -> list[Tensor]:
+        like = pipeline.vae.quant_conv.weight
+        images = sample.to_tensor(list(pictures)).to(like.device, like.dtype)  # (B, 4, H, W)
+        return list(pipeline.vae.encode(images).to("cpu", torch.bfloat16))  # B of (64, h, w)
+
+    blank = states([""], [[]])[0] if empty else [None]  # without sources one twin serves all prompts
+
+    def encode(group: list[tuple]) -> None:
+        numbers, some, images, goals = zip(*group, strict=True)
+        read, slots = states([prompt.prompt for prompt in some], list(images))
+        twins = states([""] * len(some), list(images))[0] if empty and images[0] else blank * len(some)
+        sources = [latents(column) for column in zip(*images, strict=True)]
+        ends = latents(goals) if targets else [None] * len(some)
+        for i, number in enumerate(numbers):
+            prompt, own = some[i], [column[i] for column in sources]
+            # An edit is drawn at the size of its last source; text to image at the target's, or else a square.
+            h, w = own[-1].shape[1:] if own else ends[i].shape[1:] if targets else [resolution // 32 * 2] * 2
+            done[number] = Entry(prompt.task, prompt.category, read[i], twins[i], slots, own, ends[i], (h, w))
+
     for number, prompt in enumerate(tqdm(prompts, desc="encode", unit="prompt", leave=False)):
         if targets and prompt.target is None:
-            raise ValueError(f'the flow objective learns from pictures, and "{prompt.prompt}" has no target')
-        sources = [sample.fit(image, resolution) for image in prompt.images]
-        target = sample.fit(prompt.target, resolution) if targets else None
-        if target and sources and target.size != sources[-1].size:
-            target = sample.open_picture(prompt.target).resize(sources[-1].size, Image.Resampling.LANCZOS)
-        key = (*(s.size for s in sources), target and target.size)
-        waiting[key].append((number, prompt, sources, target))
-        if len(waiting[key]) == batch:
-            flush(waiting.pop(key))
-    for group in waiting.values():
-        flush(group)
-    return Pool([entries[number] for number in sorted(entries)])
-
-
-def words(pipeline: sample.Pipeline, prompts: list[str], sources: Iterable) -> tuple[list[Tensor], list]:
-    """Prompts with sources of one layout -> states (L, C) of each, without padding, in bf16; and the sources' slots."""
-    states, mask, slots = pipeline.encoder.encode(prompts, [list(s) for s in sources])
-    lengths = mask.sum(1).tolist()
-    return [s[:n].to("cpu", torch.bfloat16).clone() for s, n in zip(states, lengths, strict=True)], slots
-
-
-def encode_pictures(vae: nn.Module, pictures: Iterable[Image.Image]) -> list[Tensor]:
-    """Pictures of one size -> latents (64, h, w) of each, in bf16 on the CPU."""
-    weight = next(vae.parameters())
-    latents = vae.encode(sample.to_tensor(list(pictures)).to(weight.device, weight.dtype))  # (B, 64, h, w)
-    return list(latents.to("cpu", torch.bfloat16))
+            raise ValueError(f"the flow objective learns pictures, and the prompt {prompt.prompt!r} has no target")
+        images = [sample.fit(image, resolution) for image in prompt.images]
+        goal = sample.fit(prompt.target, resolution) if targets else None
+        if goal and images and goal.size != images[-1].size:
+            goal = sample.open_picture(prompt.target).resize(images[-1].size, Image.Resampling.LANCZOS)
+        group = waiting[(*(image.size for image in images), goal and goal.size)]
+        group.append((number, prompt, images, goal))
+        if len(group) == batch:
+            encode(group)
+            group.clear()
+    for group in filter(None, waiting.values()):
+        encode(group)
+    return Pool([done[number] for number in sorted(done)])
 
 
 def toy_prompts(args: Args) -> list[Prompt]:
     """`args.pool` prompts of each task, spread evenly over the toy world's categories and editing families."""
-    from toy import world  # only here: a run on one's own prompts does not touch the toy
+    from toy import world  # a run on one's own prompts does not need the toy
 
-    kinds = [("t2i", c, len(world.CATEGORIES)) for c in world.CATEGORIES]
-    kinds += [("edit", f, len(world.FAMILIES)) for f in world.FAMILIES]
-    prompts = []
-    for task, category, share in kinds:
-        prompts += world.training_prompts(task, category, -(-args.pool // share), args.seed, args.objective == "flow")
-    return prompts
+    kinds = {"t2i": world.CATEGORIES, "edit": world.FAMILIES}
+    counts = [(task, kind, math.ceil(args.pool / len(kinds[task]))) for task in kinds for kind in kinds[task]]
+    return [p for case in counts for p in world.training_prompts(*case, args.seed, args.objective == "flow")]
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -316,217 +295,204 @@ def toy_prompts(args: Args) -> list[Prompt]:
 
 @dataclass
 class Batch:
-    """Samples of one layout, on the device: what one forward takes. The draws are fp32, the condition working dtype."""
+    """Samples of one task and layout, on the device. Draws and target are fp32, conditions of the working dtype."""
 
     task: str
     categories: list[str]
     condition: Condition
-    empty: Condition | None  # the same with an empty prompt
+    empty: Condition | None  # the same without words
     target: Tensor | None  # (B, 64, h, w)
-    noise: Tensor  # (B, 64, h, w), eps: where a rollout or a path starts
+    noise: Tensor  # (B, 64, h, w): where a path or a rollout starts
     xi: Tensor  # (B, 64, h, w): noise for x_theta
-    t: Tensor  # (B,) in [0, 1)
+    t: Tensor  # (B,) in [0, 1]
     k: int | None = None  # the student's step (dmd)
 
-    def where(self, times: list[float]) -> str:
-        return f"task {self.task}, k = {self.k}, t = {[round(t, 4) for t in times]}"
-
-
-def collate(entries: list[Entry], states: list[Tensor], device: str, dtype: torch.dtype) -> Condition:
-    """One Condition of entries of one layout, text padded with zeros to the longest."""
-    lengths = torch.tensor([len(s) for s in states])  # (B,)
-    padded = pad_sequence(states, batch_first=True)  # (B, L, C)
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]  # (B, L)
-    sources = [torch.stack(column).to(device, dtype) for column in zip(*(e.sources for e in entries), strict=True)]
-    return Condition(padded.to(device, dtype), mask.to(device), sources, entries[0].slots)
+    def where(self) -> str:
+        return f"task {self.task}, k = {self.k}, t = {[round(t, 4) for t in self.t.tolist()]}"
 
 
 def make_batch(args: Args, entries: list[Entry], rngs: list[torch.Generator], k: int | None = None) -> Batch:
-    """Entries of one layout and their generators (each already used to draw its entry) -> a Batch.
+    """Entries of one layout, and for each the generator that its noises and its time are drawn from, in this order."""
+    device, dtype, shape = args.device, getattr(torch, args.dtype), (64, *entries[0].size)
+    noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
+    xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
+    u, drop = torch.stack([torch.rand(2, generator=rng) for rng in rngs]).unbind(1)  # 2 x (B,)
+    sources = [torch.stack(column).to(device, dtype) for column in zip(*(e.sources for e in entries), strict=True)]
 
-    The order of the draws from each generator is part of the format: eps, xi, u, dropout.
-    """
-    device, dtype = args.device, getattr(torch, args.dtype)
-    shape = (64, *entries[0].size)
-    noise = torch.stack([torch.randn(shape, generator=g) for g in rngs]).to(device)  # (B, 64, h, w)
-    xi = torch.stack([torch.randn(shape, generator=g) for g in rngs]).to(device)  # (B, 64, h, w)
-    u = torch.stack([torch.rand((), generator=g) for g in rngs])  # (B,)
-    states = [e.states for e in entries]
-    if args.objective == "flow":
-        t = flow.logit_normal(u)
-        dropped = [torch.rand((), generator=g).item() < args.text_dropout for g in rngs]
-        states = [e.empty if drop else e.states for e, drop in zip(entries, dropped, strict=True)]
-    else:
-        t = flow.shifted_uniform(u, args.time_shift)
+    def condition(states: list[Tensor]) -> Condition:
+        lengths = torch.tensor([len(s) for s in states])[:, None]  # (B, 1)
+        padded = pad_sequence(states, batch_first=True).to(device, dtype)  # (B, L, C)
+        mask = (torch.arange(padded.shape[1]) < lengths).to(device)  # (B, L)
+        return Condition(padded, mask, sources, entries[0].slots)
+
+    flows, first = args.objective == "flow", entries[0]
+    dropped = (drop < args.text_dropout).tolist() if flows else [False] * len(entries)
     return Batch(
-        entries[0].task,
+        first.task,
         [e.category for e in entries],
-        collate(entries, states, device, dtype),
-        collate(entries, [e.empty for e in entries], device, dtype) if entries[0].empty is not None else None,
-        torch.stack([e.target for e in entries]).to(device).float() if entries[0].target is not None else None,
+        condition([e.empty if out else e.states for e, out in zip(entries, dropped, strict=True)]),
+        condition([e.empty for e in entries]) if first.empty is not None and not flows else None,
+        torch.stack([e.target for e in entries]).to(device).float() if flows else None,
         noise,
         xi,
-        t.to(device),
+        (flow.logit_normal(u) if flows else flow.shifted_uniform(u, args.time_shift)).to(device),
         k,
     )
 
 
 def flow_batches(args: Args, pool: Pool, recipe: recipes.Recipe, step: int) -> list[Batch]:
-    """One update of the flow objective: every sample has a turn of its own; those of one layout run together."""
-    groups = defaultdict(list)  # layout -> [(entry, generator)]
+    """One update of the flow objective. Every sample has a turn of its own, and those of one layout run together."""
+    groups = defaultdict(list)  # task and layout -> [(entry, generator)]
     for number in range(args.batch):
         task, category, _ = recipe.turn(step * args.batch + number)
         rng = generator(args.seed, step, number, "flow")
-        entry = pool.draw((task, category), rng)
-        groups[entry.layout].append((entry, rng))
+        entry = pool.draw(rng, task, category)
+        groups[task, entry.layout].append((entry, rng))
     chunks = [g[i : i + args.micro_batch] for g in groups.values() for i in range(0, len(g), args.micro_batch)]
     return [make_batch(args, *zip(*chunk, strict=True)) for chunk in chunks]
 
 
-def dmd_batch(args: Args, pool: Pool, recipe: recipes.Recipe, purpose: str, update: int, micro: int) -> Batch:
-    """Micro-batch number `micro` of one update: one task, one category and one k, because the teachers' weights depend on
-    all three. Student and fake score (`purpose`) count their own updates: were they to share one count, five fake updates
-    for each student update and a ratio of 1:1 would show the student one task for ever."""
-    count = len(args.sizes)
-    task, category, _ = recipe.turn(update * count + micro)
-    numbers = range(micro * args.micro_batch, micro * args.micro_batch + args.sizes[micro])
-    rngs = [generator(args.seed, update, number, purpose) for number in numbers]
-    first = pool.draw((task, category), rngs[0])  # its layout is the micro-batch's
-    entries = [first] + [pool.draw((task, category, first.layout), rng) for rng in rngs[1:]]
-    lowest = 1 if recipe.first_step_weight and args.student_steps > 1 else 0  # then the first step has a loss of its own
-    k = torch.randint(lowest, args.student_steps, (), generator=generator(args.seed, update, micro, purpose + " k"))
-    return make_batch(args, entries, rngs, k.item())
+def dmd_batches(
+    args: Args, pool: Pool, recipe: recipes.Recipe, purpose: str, update: int
+) -> Iterator[tuple[Batch, float]]:
+    """The micro-batches of one update, each with its share of it: one task, one category and one k in each, because the
+    teachers' weights depend on all three.
+
+    Student and fake score (`purpose`) count their own updates. Were they to share one count, then at a ratio of 1:1 and
+    five fake updates for each of the student, the student would see one task for ever.
+    """
+    for micro, size in enumerate(args.sizes):
+        task, category, _ = recipe.turn(update * len(args.sizes) + micro)
+        rngs = [generator(args.seed, update, micro * args.micro_batch + i, purpose) for i in range(size)]
+        first = pool.draw(rngs[0], task, category)  # its layout is the micro-batch's
+        entries = [first, *(pool.draw(rng, task, category, first.layout) for rng in rngs[1:])]
+        lowest = 1 if recipe.first_step_weight and args.student_steps > 1 else 0  # then step 0 has its own loss
+        k = torch.randint(lowest, args.student_steps, (), generator=generator(args.seed, update, micro, purpose + " k"))
+        yield make_batch(args, entries, rngs, k.item()), size / args.batch
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
 def load(args: Args, folder: Path) -> MMDiT:
+    """A transformer folder in fp32 on the device."""
     model = MMDiT.from_pretrained(folder, device=args.device)
-    if args.compile:
-        for block in model.transformer_blocks:
-            block.compile()
+    for block in model.transformer_blocks if args.compile else ():
+        block.compile()
     return model
 
 
 def velocity(model: MMDiT, condition: Condition) -> flow.Velocity:
-    """The network under one condition, as flow.py and dmd.py take it.
+    """The network under one condition, as flow.py and dmd.py take it. Good until the weights change.
 
-    Where no gradient is wanted, keys and values of text and sources are computed once and serve all further steps: a
-    rollout's first steps, and the whole of it for the fake score. With gradient they are part of the graph.
+    Where no gradient is wanted, keys and values of text and sources are computed once and serve all further calls: the
+    first steps of a rollout, and all of them for the fake score. With gradient they are part of the graph.
     """
-    dtype = model.proj_out.weight.dtype
     prefix = None
 
     def call(z: Tensor, t: Tensor) -> Tensor:
         nonlocal prefix
         if torch.is_grad_enabled() or not model.config.causal_condition:
-            return model(z.to(dtype), t, condition)  # (B, 64, h, w)
+            return model(z, t, condition)  # (B, 64, h, w)
         prefix = prefix or model.prefix(condition)
-        return model(z.to(dtype), t, condition, prefix)  # (B, 64, h, w)
+        return model(z, t, condition, prefix)  # (B, 64, h, w)
 
     return call
 
 
-def guided(args: Args, model: MMDiT, batch: Batch) -> flow.Velocity:
-    """A teacher: guidance is about the words, the sources stay."""
-    v = velocity(model, batch.condition)
-    return v if args.guidance == 1 else flow.guided(v, velocity(model, batch.empty), args.guidance)
+def guided(args: Args, model: MMDiT, words: Condition, empty: Condition | None) -> flow.Velocity:
+    """A teacher, with the run's guidance: away from what it would draw from the same sources without words."""
+    v = velocity(model, words)
+    return v if args.guidance == 1 else flow.guided(v, velocity(model, empty), args.guidance)
 
 
 def first_step(v: flow.Velocity, teacher: flow.Velocity, sigmas: list[float], batch: Batch) -> Tensor:
-    """The first-step loss, (B,): the teacher walks from the noise to where the student's first step ends, in 5 steps (ours)."""
+    """The first-step loss, (): the teacher walks to where the student's first step ends, in 5 steps (ours)."""
     walk = [sigmas[0] + (sigmas[1] - sigmas[0]) * i / 5 for i in range(6)]
-    return dmd.first_step_loss(v, batch.noise, flow.euler(teacher, batch.noise, walk), walk[-1])
+    return dmd.first_step_loss(v, batch.noise, flow.euler(teacher, batch.noise, walk), walk[-1]).mean()
 
 
 class Trainee:
     """A network in training: `model` computes in the working dtype, fp32 `masters` learn, `average` is their EMA.
 
-    Masters, because in bf16 (8 bits) an update below 1/512 of its weight is rounded away, which is most of them. With an
-    fp32 model the masters are the model's own weights, not a copy. Muon has the blocks' matrices, AdamW all the rest.
+    Masters, because bf16 has 8 bits: an update below 1/512 of its weight is rounded away, and most are. Those of an fp32
+    model are its own weights, not a copy. Muon trains the blocks' matrices, AdamW the rest.
     """
 
-    def __init__(self, name: str, model: MMDiT, dtype: torch.dtype, muon_lr: float, lr: float, clip: float, ema: float):
-        self.name, self.clip, self.ema, self.updates = name, clip, ema, 0
+    def __init__(self, name: str, model: MMDiT, args: Args, muon_lr: float, lr: float, ema: float):
+        self.name, self.clip, self.ema, self.updates = name, args.clip, ema, 0
         names, self.weights = zip(*model.named_parameters(), strict=True)
-        self.masters = [w.detach() for w in self.weights]  # share storage with the fp32 model, until it is cast
-        self.model = model.to(dtype)
+        self.masters = [w.detach() for w in self.weights]  # one storage with the fp32 model, until it is cast
+        self.model = model.to(getattr(torch, args.dtype))
         self.average = [m.clone() for m in self.masters] if ema else []
-        for m in self.masters:
+        muon, rest = [], []
+        for n, m in zip(names, self.masters, strict=True):
             m.grad = torch.zeros_like(m)
-        matrix = [muon_lr > 0 and n.startswith("transformer_blocks.") and m.ndim == 2 for n, m in zip(names, self.masters)]
-        muon = [m for m, yes in zip(self.masters, matrix, strict=True) if yes]
-        rest = [m for m, yes in zip(self.masters, matrix, strict=True) if not yes]
+            (muon if muon_lr and m.ndim == 2 and n.startswith("transformer_blocks.") else rest).append(m)
         self.optimizers = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, fused=True)]
         if muon:
             self.optimizers.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=0.0))
-        self.rates = [group["lr"] for o in self.optimizers for group in o.param_groups]
-        self.seen: list[str] = []  # what went into the gradient so far
+        self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
+        self.seen: list[str] = []  # what is in the gradient so far
 
     def backward(self, losses: Tensor, share: float, batch: Batch) -> None:
-        """Add `share` times the mean of losses (B,) or () to the gradient, which is summed in fp32."""
+        """Add `share` times the mean of losses, (B,) or (), to the gradient. Between micro-batches it is fp32."""
         if not losses.isfinite().all():
-            bad = batch.t[~losses.isfinite()].tolist() if losses.ndim else batch.t.tolist()
-            raise FloatingPointError(f"the {self.name}'s loss is not finite: {batch.where(bad)}")
-        self.seen.append(batch.where(batch.t.tolist()))
+            bad = batch.t[~losses.isfinite()] if losses.ndim else batch.t
+            raise FloatingPointError(f"the {self.name}'s loss is not finite at t = {bad.tolist()}")
         (share * losses.mean()).backward()
         for master, weight in zip(self.masters, self.weights, strict=True):
             if weight.grad is not None:
                 master.grad += weight.grad
                 weight.grad = None
+        self.seen.append(batch.where())
 
-    def update(self, scale: float) -> float:
-        """One step of the optimisers at `scale` times their rates; returns the gradient's norm before clipping."""
+    def update(self, rate: float) -> float:
+        """Clip, one step at `rate` times the learning rates, average. Returns the gradient's norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.masters, self.clip).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the {self.name}'s gradient is not finite: {'; '.join(self.seen)}")
-        groups = [group for o in self.optimizers for group in o.param_groups]
-        for group, rate in zip(groups, self.rates, strict=True):
-            group["lr"] = scale * rate
-        for optimizer in self.optimizers:
+            raise FloatingPointError(f"the {self.name}'s gradient is {norm} after {'; '.join(self.seen)}")
+        for optimizer, full in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * full
             optimizer.step()
         self.updates += 1
+        self.seen.clear()
         with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.masters)  # fp32 -> working dtype
+            torch._foreach_copy_(self.weights, self.masters)
             torch._foreach_zero_([m.grad for m in self.masters])
-            if self.ema:  # a young average forgets faster: else a short run exports its initial weights
+            if self.ema:  # a young average forgets faster, or a short run would export its initial weights
                 decay = min(self.ema, (1 + self.updates) / (10 + self.updates))
                 torch._foreach_lerp_(self.average, self.masters, 1 - decay)
-        self.seen.clear()
         return norm
 
     def averaged(self) -> MMDiT:
-        """A copy of the model that holds the average, in the working dtype."""
-        model = MMDiT(self.model.config).to(self.weights[0].device, self.weights[0].dtype)
-        with torch.no_grad():
-            torch._foreach_copy_(list(model.parameters()), self.average)
-        return model.requires_grad_(False)
+        """The average as a network of its own."""
+        with torch.device("meta"):
+            model = MMDiT(self.model.config)
+        model = model.to(self.model.proj_out.weight.dtype).to_empty(device=self.model.proj_out.weight.device)
+        torch._foreach_copy_([p.requires_grad_(False) for p in model.parameters()], self.average)
+        return model
 
-    def state_dict(self) -> dict:
+    def state(self) -> dict:
         optimizers = [o.state_dict() for o in self.optimizers]
         return {"updates": self.updates, "masters": self.masters, "average": self.average, "optimizers": optimizers}
 
-    def load_state_dict(self, state: dict) -> None:
+    def restore(self, state: dict) -> None:
         self.updates = state["updates"]
         with torch.no_grad():
-            for mine, saved in ((self.masters, state["masters"]), (self.average, state["average"])):
-                for tensor, value in zip(mine, saved, strict=True):
-                    tensor.copy_(value)
+            torch._foreach_copy_(self.masters + self.average, state["masters"] + state["average"])
             torch._foreach_copy_(self.weights, self.masters)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
 
 def find_teachers(args: Args) -> dict[str, Path]:
-    """Specialised teachers by name: the checkpoint's teachers/NAME, and --teacher NAME=FOLDER, which wins."""
+    """Specialised teachers by name: the checkpoint's teachers/NAME, and --teacher NAME=FOLDER, which goes first."""
     found = {f.name: f for f in sorted((args.checkpoint / "teachers").glob("*")) if f.is_dir()}
     for given in args.teacher:
-        name, separator, folder = given.partition("=")
-        if not (name and separator and folder) or name == "base":
-            raise ValueError(f"--teacher {given}: expected NAME=FOLDER, with a name other than base")
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"--teacher {given}: no folder {folder}")
+        name, _, folder = given.partition("=")
+        if not name or name == "base" or not Path(folder).is_dir() or not folder:
+            raise ValueError(f"--teacher {given}: NAME=FOLDER is expected, a name other than base and a folder")
         found[name] = Path(folder)
     return found
 
@@ -535,27 +501,29 @@ def find_teachers(args: Args) -> dict[str, Path]:
 
 
 def open_run(args: Args) -> tuple[Args, dict | None]:
-    """Settle the arguments and open the run's folder -> the arguments, and the state to go on from (None: a new run).
+    """Settle the arguments and open the run's folder: the arguments, and the state to go on from (None: a new run).
 
-    A folder that holds anything is only ever continued, with --resume and the same arguments; ValueError otherwise.
+    A folder that holds anything is only ever continued, with --resume and the same arguments; else ValueError.
     """
-    note = (args.out or Path("runs") / f"{args.objective}-{args.recipe}") / "args.json"
+    out = args.out or Path("runs") / f"{args.objective}-{args.recipe}"
     if args.resume:
-        recorded = read_json(note)["arguments"]
-        args = settle(replace(args, dtype=args.dtype or recorded["dtype"]))  # a measured default may have turned
+        recorded = read_json(out / "args.json")["arguments"]
+        args = settle(
+            replace(args, dtype=args.dtype or recorded["dtype"])
+        )  # what was measured once may turn out otherwise
         free = {"resume", "out", "steps", "save_every", "panel_every", "device", "compile"}
         for name, value in plain(args).items():
             if name not in free and value != recorded[name]:
                 flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} is {value}, but the run in {args.out} was started with {recorded[name]}")
+                raise ValueError(f"{flag} is {value}, but the run in {out} was started with {recorded[name]}")
     else:
         args = settle(args)
-        if args.out.is_dir() and any(args.out.iterdir()):
-            raise ValueError(f"{args.out}: not empty; --resume goes on with the run in it, --out names another folder")
-    args.out.mkdir(parents=True, exist_ok=True)
+        if out.is_dir() and any(out.iterdir()):
+            raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
+    out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    write_json(note, {"arguments": plain(args), "versions": versions})
-    return args, load_newest(args.out) if args.resume else None
+    write_json(out / "args.json", {"arguments": plain(args), "versions": versions})
+    return args, load_newest(out) if args.resume else None
 
 
 def plain(args: Args) -> dict:
@@ -564,68 +532,71 @@ def plain(args: Args) -> dict:
 
 
 def save(out: Path, state: dict) -> None:
-    """Write checkpoints/STEP/state.pt aside and rename the folder into place; keep the last two.
+    """Write checkpoints/STEP/state.pt aside, rename the folder into place, keep the last two.
 
-    The rename is one operation of the file system: a writer that is killed leaves a folder whose name is no number, which
-    nothing reads. Flushed to the disk before it, or a power cut could leave the new name with old bytes.
+    A rename happens or does not: a writer killed before it leaves a folder that is not named by a number, which nothing
+    reads. The bytes are forced to the disk first, or a power cut could keep the new name without them.
     """
     aside, place = out / "checkpoints" / "unfinished", out / "checkpoints" / f"{state['step']:08d}"
-    shutil.rmtree(aside, ignore_errors=True)
+    for leftover in aside, place:
+        shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir(parents=True)
     with open(aside / "state.pt", "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    shutil.rmtree(place, ignore_errors=True)
     os.replace(aside, place)
-    for old in saved(out)[:-2]:
+    for old in whole_checkpoints(out)[:-2]:
         shutil.rmtree(old)
 
 
-def saved(out: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+def whole_checkpoints(out: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
     return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit() and (f / "state.pt").is_file())
 
 
 def load_newest(out: Path) -> dict | None:
-    """The newest checkpoint's state; None where a run ended before its first. Its metrics are cut back to its step."""
-    checkpoints = saved(out)
-    state = torch.load(checkpoints[-1] / "state.pt", map_location="cpu", weights_only=True) if checkpoints else None
-    metrics = out / "metrics.jsonl"
-    if metrics.is_file():
-        lines = metrics.read_text().splitlines()[: state["step"] if state else 0]
-        metrics.write_text("".join(line + "\n" for line in lines))
+    """The newest checkpoint's state; None for a run that ended before its first. The metrics are cut back to its step."""
+    state = None
+    if checkpoints := whole_checkpoints(out):
+        state = torch.load(checkpoints[-1] / "state.pt", map_location="cpu", weights_only=True)
+    if (metrics := out / "metrics.jsonl").is_file():
+        lines = metrics.read_text().splitlines(keepends=True)
+        metrics.write_text("".join(lines[: state["step"] if state else 0]))
     return state
 
 
-class Signals:
-    """Ctrl-C and SIGTERM are noted and the step in progress is finished; a second one ends the program at once."""
-
-    def __enter__(self):
-        self.number = 0
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number: int, frame) -> None:
-        if self.number:
-            raise KeyboardInterrupt
-        self.number = number
-
-    def __exit__(self, *error) -> None:
-        for s, handler in self.before.items():
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Within, Ctrl-C and SIGTERM only add their number to the list; who works there ends when it suits."""
+    noted: list[int] = []
+    before = {s: signal.signal(s, lambda number, frame: noted.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for s, handler in before.items():
             signal.signal(s, handler)
+
+
+@contextmanager
+def located(where: Callable[[], str]) -> Iterator[None]:
+    """Within, a FloatingPointError says where it happened."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{where()}: {error}") from None
 
 
 # ---- what a run shows ------------------------------------------------------------------------------------------------
 
 
 class Log:
-    """Collects one step's line of metrics.jsonl. The loss by time is the first place to look when a run goes wrong."""
+    """One step's line of metrics.jsonl. The loss by time is the first place to look when a run goes wrong."""
 
     BINS = 5  # of t
 
     def __init__(self):
-        self.losses = defaultdict(list)  # name -> [(loss, t) of each sample]
+        self.losses: dict[str, list[tuple[float, float]]] = defaultdict(list)  # name -> (loss, t) of each sample
         self.norms: dict[str, float] = {}
         self.batches: list[Batch] = []
 
@@ -633,180 +604,156 @@ class Log:
         self.losses[name] += zip(losses.tolist(), batch.t.tolist(), strict=True)
         self.batches.append(batch)
 
-    def mean(self, name: str) -> float:
-        return sum(loss for loss, _ in self.losses[name]) / len(self.losses[name])
-
-    def line(self, step: int, scale: float, seconds: float, samples: int) -> dict:
-        by_t = {}
+    def line(self, **numbers) -> dict:
+        mean, by_t = {}, {}
         for name, pairs in self.losses.items():
-            bins = [[loss for loss, t in pairs if min(int(t * self.BINS), self.BINS - 1) == i] for i in range(self.BINS)]
-            by_t[name] = [round(sum(b) / len(b), 5) if b else None for b in bins]
-        return {
-            "step": step,
-            **{name: self.mean(name) for name in self.losses},
-            **self.norms,
-            "rate": scale,  # of the full learning rates
-            "seconds": round(seconds, 4),
-            "images_per_second": round(samples / seconds, 2),
-            "tasks": [b.task for b in self.batches],
-            "k": [b.k for b in self.batches],
-            "categories": Counter(f"{b.task} {c}" for b in self.batches for c in b.categories),
-            "by_t": by_t,
-        }
-
-
-def sheet(vae: nn.Module, rows: Iterable[Tensor], path: Path) -> None:
-    """Latents, one (B, 64, h, w) a row, decoded and pasted on white."""
-    weight = next(vae.parameters())
-    pictures = [sample.to_pictures(vae.decode(row.to(weight.device, weight.dtype))) for row in rows]
-    width = max(sum(p.width + 4 for p in row) for row in pictures)
-    canvas = Image.new("RGBA", (width, sum(row[0].height + 4 for row in pictures)), "white")
-    y = 0
-    for row in pictures:
-        x = 0
-        for picture in row:
-            canvas.alpha_composite(picture, (x, y))
-            x += picture.width + 4
-        y += row[0].height + 4
-    path.parent.mkdir(exist_ok=True)
-    canvas.convert("RGB").save(path)
+            mean[name] = sum(loss for loss, _ in pairs) / len(pairs)
+            bins = [
+                [loss for loss, t in pairs if min(int(t * self.BINS), self.BINS - 1) == i] for i in range(self.BINS)
+            ]
+            by_t[name + "_by_t"] = [round(sum(b) / len(b), 5) if b else None for b in bins]
+        counts = Counter(f"{b.task} {category}" for b in self.batches for category in b.categories)
+        each = {"tasks": [b.task for b in self.batches], "k": [b.k for b in self.batches], "categories": counts}
+        return numbers | mean | self.norms | each | by_t
 
 
 @torch.no_grad()
 def draw(args: Args, pool: Pool, model: MMDiT, panel: list[Tensor], step: int) -> None:
-    """panels/STEP.png, and grid.png: two prompts of every category, the sources of edits above their results."""
-    vae = VAE.from_pretrained(args.checkpoint / "vae", device=args.device)  # not kept: it would cost memory all the time
-    sheet(vae, [row[:8] for row in panel], args.out / "panels" / f"{step:06d}.png")
+    """panels/STEP.png; and grid.png: two prompts of every category, edits below their sources."""
     groups = defaultdict(list)
     for entry in [e for key, place in pool.places.items() if len(key) == 2 for e in place[:2]][:24]:
-        groups[entry.layout].append(entry)
-    rows = []
+        groups[entry.task, entry.layout].append(entry)
+    grid, flows = [], args.objective == "flow"
     for group in groups.values():
+        # Both conditions are wanted whatever the objective, and no text dropout: so the batch is made as for dmd.
         rngs = [generator(args.seed, 0, number, "grid") for number in range(len(group))]
-        batch = make_batch(replace(args, text_dropout=0.0), group, rngs)
-        if args.objective == "flow":
-            result = flow.euler(guided(args, model, batch), batch.noise, flow.student_sigmas(20))
-        else:
-            v = velocity(model, batch.condition)
-            result = flow.euler(v, batch.noise, flow.student_sigmas(args.student_steps))
-        rows += [*batch.condition.sources, result]
-    sheet(vae, rows, args.out / "grid.png")
+        batch = make_batch(replace(args, objective="dmd"), group, rngs)
+        v = guided(args, model, batch.condition, batch.empty) if flows else velocity(model, batch.condition)
+        sigmas = flow.student_sigmas(20 if flows else args.student_steps)
+        grid += [*batch.condition.sources, flow.euler(v, batch.noise, sigmas)]
+    vae = VAE.from_pretrained(args.checkpoint / "vae", device=args.device)  # not kept between panels: memory
+    for rows, path in ((panel, args.out / "panels" / f"{step:06d}.png"), (grid, args.out / "grid.png")):
+        pictures = [sample.to_pictures(vae.decode(row[:24].float())) for row in rows]  # one row of pictures each
+        canvas = Image.new("RGBA", (max(sum(p.width + 4 for p in r) for r in pictures), 1), "white")
+        canvas = canvas.resize((canvas.width, sum(r[0].height + 4 for r in pictures)))
+        y = 0
+        for row in pictures:
+            for i, picture in enumerate(row):
+                canvas.alpha_composite(picture, (i * (picture.width + 4), y))
+            y += row[0].height + 4
+        path.parent.mkdir(exist_ok=True)
+        canvas.convert("RGB").save(path)
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
 def train(args: Args, pool: Pool, state: dict | None) -> Path:
-    """Train on the pool and return the finished folder: `out`/student, or `out`/transformer for the flow objective.
+    """Train on the pool; args and state are open_run's. Returns out/student, or out/transformer for the flow objective.
 
-    args and state are open_run's. SystemExit(128 + signal) after a Ctrl-C or SIGTERM, when all is saved;
-    FloatingPointError, before the update, for a value that is not finite.
+    SystemExit(128 + signal) after a Ctrl-C or SIGTERM, when all is saved. FloatingPointError, before the update, where
+    a loss or gradient is not finite.
     """
-    dtype = getattr(torch, args.dtype)
-    distils = args.objective == "dmd"
-    folders = find_teachers(args) if distils else {}
+    flows = args.objective == "flow"
+    folders = {} if flows else find_teachers(args)
     recipe = recipes.find(args.recipe)
-    if distils and (missing := sorted(recipe.teachers - folders.keys())):
-        print(f"no teacher {', '.join(missing)}: the base teacher takes its part")
-    recipe = recipe.resolve(pool.categories(), folders)
+    if not flows and (missing := sorted(recipe.teachers - folders.keys())):
+        print(f"no teacher {', '.join(missing)} here: the base teacher takes its part")
+    recipe = recipe.resolve(recipes.categories(pool.entries), folders)
 
     base = args.checkpoint / "transformer"
-    student = Trainee("student", load(args, base), dtype, args.muon_lr, args.lr, args.clip, args.ema)
+    student = Trainee("teacher" if flows else "student", load(args, base), args, args.muon_lr, args.lr, args.ema)
     trainees = {"student": student}
-    if distils:
-        fake = Trainee("fake score", load(args, base), dtype, args.fake_muon_lr, args.fake_lr, args.clip, ema=0)
-        trainees["fake"] = fake
+    if not flows:
+        trainees["fake"] = fake = Trainee("fake score", load(args, base), args, args.fake_muon_lr, args.fake_lr, ema=0)
         folders = {"base": base} | {name: folders[name] for name in sorted(recipe.teachers)}
-        teachers = {name: load(args, f).to(dtype).requires_grad_(False) for name, f in folders.items()}
+        teachers = {name: load(args, f).to(getattr(torch, args.dtype)) for name, f in folders.items()}
         sigmas = flow.student_sigmas(args.student_steps)
-    start = 0
-    if state:
-        start = state["step"]
-        for name, trainee in trainees.items():
-            trainee.load_state_dict(state[name])
+    start = state["step"] if state else 0
+    for name, trainee in trainees.items() if state else ():
+        trainee.restore(state[name])
 
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.objective, unit="step")
-    with Signals() as signals, open(args.out / "metrics.jsonl", "a") as metrics:
+    here = located(lambda: f"step {step + 1}, task {batch.task}, k = {batch.k}")
+    with here, noted_signals() as signals, open(args.out / "metrics.jsonl", "a") as metrics:
         for step in bar:
             began, log = time.perf_counter(), Log()
-            scale = min(1, (step + 1) / args.warmup) if args.warmup else 1.0
-            scale *= min(1, (args.steps - step) / (args.decay * args.steps)) if args.decay else 1.0
+            rate = min(1, (step + 1) / args.warmup) if args.warmup else 1.0
+            rate *= min(1, (args.steps - step) / (args.decay * args.steps)) if args.decay else 1.0
             # ==========================================================================================================
-            if not distils:
+            if flows:
                 for batch in flow_batches(args, pool, recipe, step):
                     v = velocity(student.model, batch.condition)
                     losses = flow.flow_matching_loss(v, batch.target, batch.noise, batch.t)  # (B,)
                     student.backward(losses, len(losses) / args.batch, batch)
                     log.add("loss", losses, batch)
-                log.norms["grad_norm"] = student.update(scale)
+                log.norms["grad_norm"] = student.update(rate)
             else:
-                # 1. The fake score learns what the student draws now. The student rolls out and does not learn.
+                # 1. The fake score learns what the student draws by now. The student draws, and does not learn.
                 for update in range(step * args.fake_updates, (step + 1) * args.fake_updates):
-                    for micro, size in enumerate(args.sizes):
-                        batch = dmd_batch(args, pool, recipe, "fake", update, micro)
+                    for batch, share in dmd_batches(args, pool, recipe, "fake", update):
                         with torch.no_grad():
-                            v = velocity(student.model, batch.condition)
-                            x_theta = dmd.rollout(v, batch.noise, sigmas, batch.k)
+                            x_theta = dmd.rollout(
+                                velocity(student.model, batch.condition), batch.noise, sigmas, batch.k
+                            )
                         v = velocity(fake.model, batch.condition)
                         losses = dmd.fake_score_loss(v, x_theta, batch.xi, batch.t)  # (B,)
-                        fake.backward(losses, size / args.batch, batch)
+                        fake.backward(losses, share, batch)
                         log.add("fake_loss", losses, batch)
-                    log.norms["fake_grad_norm"] = fake.update(scale)
-                # 2. The student learns once. The fake score and the teachers only look.
-                for micro, size in enumerate(args.sizes):
-                    batch = dmd_batch(args, pool, recipe, "student", step, micro)
-                    v_student = velocity(student.model, batch.condition)
-                    x_theta = dmd.rollout(v_student, batch.noise, sigmas, batch.k)  # gradient through step k alone
-                    with torch.no_grad():
-                        weights = recipe.weights(batch.k, args.student_steps, batch.task, batch.categories[0])
-                        real = dmd.mixture(weights, {name: guided(args, teachers[name], batch) for name in weights})
-                        v_fake = velocity(fake.model, batch.condition)
-                        g, x0_real, x0_fake = dmd.dmd_gradient(real, v_fake, x_theta, batch.xi, batch.t)
+                    log.norms["fake_grad_norm"] = fake.update(rate)
+                # 2. The student learns once. Teachers and fake score look on, without gradient (dmd_gradient has none).
+                for batch, share in dmd_batches(args, pool, recipe, "student", step):
+                    v = velocity(student.model, batch.condition)
+                    x_theta = dmd.rollout(v, batch.noise, sigmas, batch.k)  # gradient through its step k alone
+                    weights = recipe.weights(batch.k, args.student_steps, batch.task, batch.categories[0])
+                    chosen = {m: guided(args, teachers[m], batch.condition, batch.empty) for m in weights}
+                    real, seen = dmd.mixture(weights, chosen), velocity(fake.model, batch.condition)
+                    g, x0_real, x0_fake = dmd.dmd_gradient(real, seen, x_theta, batch.xi, batch.t)
                     loss = dmd.surrogate_loss(x_theta, g)  # ()
                     if recipe.first_step_weight:
-                        loss = loss + recipe.first_step_weight * first_step(v_student, real, sigmas, batch).mean()
-                    student.backward(loss, size / args.batch, batch)
-                    log.add("loss", 0.5 * g.square().flatten(1).mean(1), batch)  # the surrogate's value, by sample
-                log.norms["grad_norm"] = student.update(scale)
+                        loss = loss + recipe.first_step_weight * first_step(v, real, sigmas, batch)
+                    student.backward(loss, share, batch)
+                    log.add("loss", 0.5 * g.square().flatten(1).mean(1), batch)  # the surrogate's value, per sample
+                log.norms["grad_norm"] = student.update(rate)
             # ==========================================================================================================
-            seconds = time.perf_counter() - began
-            metrics.write(json.dumps(log.line(step + 1, scale, seconds, args.batch)) + "\n")
+            seconds, done = time.perf_counter() - began, step + 1
+            pace = {"seconds": round(seconds, 4), "images_per_second": round(args.batch / seconds, 2)}
+            line = log.line(step=done, rate=rate, **pace)
+            metrics.write(json.dumps(line) + "\n")
             metrics.flush()
-            bar.set_postfix_str(f"loss {log.mean('loss'):.4f}, {args.batch / seconds:.0f} images/s", refresh=False)
-            last = step + 1 == args.steps
-            if last or (step + 1) % args.panel_every == 0:
-                if distils:
-                    rows = [x_theta, x0_real, x0_fake]
-                else:
+            bar.set_postfix_str(f"loss {line['loss']:.4f}, {args.batch / seconds:.0f} images/s", refresh=False)
+            if done % args.panel_every == 0 or done == args.steps:
+                if flows:
                     z = flow.path(batch.target, batch.noise, batch.t)
                     with torch.no_grad():
-                        rows = [batch.target, z, flow.x0_from_velocity(z, v(z, batch.t), batch.t)]
-                draw(args, pool, student.averaged(), rows, step + 1)
-            if last or signals.number or (step + 1) % args.save_every == 0:
-                save(args.out, {"step": step + 1} | {name: t.state_dict() for name, t in trainees.items()})
-            if signals.number and not last:
+                        panel = [batch.target, z, flow.x0_from_velocity(z, v(z, batch.t), batch.t)]
+                else:
+                    panel = [x_theta.detach(), x0_real, x0_fake]
+                draw(args, pool, student.averaged(), panel, done)
+            if done % args.save_every == 0 or done == args.steps or signals:
+                save(args.out, {"step": done} | {name: trainee.state() for name, trainee in trainees.items()})
+            if signals and done < args.steps:
                 bar.close()
-                print(f"stopped after step {step + 1}; --resume goes on from there")
-                raise SystemExit(128 + signals.number)
-    model = student.averaged()
-    if not distils:
-        model.save_pretrained(args.out / "transformer")
+                print(f"stopped after step {done}; --resume goes on from there")
+                raise SystemExit(128 + signals[0])
+    bar.close()
+    if flows:
+        student.averaged().save_pretrained(args.out / "transformer")
         return args.out / "transformer"
-    sample.export(args.checkpoint, model, sigmas[:-1], args.out / "student")
+    sample.export(args.checkpoint, student.averaged(), sigmas[:-1], args.out / "student")
     return args.out / "student"
 
 
 def main(argv: list[str] | None = None) -> None:
     args, state = open_run(parse(argv))
-    cuda = args.device.startswith("cuda")
+    flows, cuda = args.objective == "flow", args.device.startswith("cuda")
     pipeline = sample.Pipeline.from_pretrained(args.checkpoint, torch.bfloat16 if cuda else torch.float32, args.device)
     prompts = recipes.read_prompts(args.prompts) if args.prompts else toy_prompts(args)
-    learns = args.objective == "flow"
-    pool = encode_pool(pipeline, prompts, args.resolution, empty=learns or args.guidance != 1, targets=learns)
-    del pipeline, prompts  # the encoders' memory is the trained networks' now
+    pool = encode_pool(pipeline, prompts, args.resolution, empty=flows or args.guidance != 1, targets=flows)
+    del pipeline, prompts
     folder = train(args, pool, state)
     print(f"finished: {folder}")
-    if args.objective == "dmd" and args.checkpoint == TOY:
+    if not flows and args.checkpoint == TOY:
         from eval import compare  # only the toy world has a judge
 
         compare(folder, args.checkpoint, args.out)
@@ -815,9 +762,9 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:  # bad input
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:  # the last checkpoint is from before it
+    except FloatingPointError as error:  # the checkpoints are from before it
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)
+    except (ValueError, OSError) as error:
+        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
