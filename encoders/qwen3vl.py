@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -207,27 +207,31 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalised pictures of one size (N, 3, 16h, 16w) -> (1 + J, N, S, C): the merged tokens, row-major over the
         grid (h/2, w/2), then the deepstack levels."""
-        proj, grid = self.patch_embed["proj"], round(self.config.num_position_embeddings**0.5)
-        # A patch spans two frames of a video; a still picture is shown twice, here as if frames were channels.
-        frames = pixels.to(proj.weight.dtype).repeat(1, self.config.temporal_patch_size, 1, 1)  # (N, 6, 16h, 16w)
-        kernel = rearrange(proj.weight, "e c t i j -> e (t c) i j")  # (E, 6, 16, 16)
-        x = F.conv2d(frames, kernel, proj.bias, stride=self.config.patch_size)  # (N, E, h, w)
-        h, w = x.shape[-2:]
-        learned = rearrange(self.pos_embed.weight.float(), "(i j) e -> 1 e i j", i=grid)  # (1, E, 48, 48)
+        c, proj = self.config, self.patch_embed["proj"]
+        h, w = pixels.shape[-2] // c.patch_size, pixels.shape[-1] // c.patch_size
+        # A patch spans two frames of a video; a still picture is shown twice. The kernel is applied as a product: in
+        # bf16 a convolution with stride 16 comes out plainly wrong on some CPUs (torch 2.13, oneDNN with AMX).
+        sides = {"i": c.patch_size, "j": c.patch_size, "a": c.spatial_merge_size, "b": c.spatial_merge_size}
+        patches = "n c (h a i) (w b j) -> n (h w a b) (c t i j)"  # in the order of _grouped
+        x = repeat(pixels.to(proj.weight.dtype), patches, t=c.temporal_patch_size, **sides)  # (N, P, 3 2 16 16)
+        x = F.linear(x, proj.weight.flatten(1), proj.bias)  # (N, P, E)
+
+        side = round(c.num_position_embeddings**0.5)
+        learned = rearrange(self.pos_embed.weight.float(), "(i j) e -> 1 e i j", i=side)  # (1, E, 48, 48)
         learned = F.interpolate(learned, size=(h, w), mode="bilinear", align_corners=True)  # (1, E, h, w)
-        x = self._grouped(x + learned.to(x.dtype))  # (N, P, E)
+        x = x + self._grouped(learned).to(x.dtype)  # (N, P, E)
 
         ys, xs = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")  # (h, w) each
         places = self._grouped(torch.stack([ys, xs])[None].to(x.device))[0]  # (P, 2)
-        frequency = rotary_frequencies(self.config.hidden_size // self.config.num_heads // 2, 1e4, x.device)  # (D/4,)
+        frequency = rotary_frequencies(c.hidden_size // c.num_heads // 2, 1e4, x.device)  # (D/4,)
         angles = (places[:, :, None] * frequency).flatten(1)  # (P, D/2): height's half, then width's
         rope = angles.cos(), angles.sin()
 
         levels = []
         for index, block in enumerate(self.blocks):
             x = block(x, rope)  # (N, P, E)
-            if index in self.config.deepstack_visual_indexes:
-                merger = self.deepstack_merger_list[self.config.deepstack_visual_indexes.index(index)]
+            if index in c.deepstack_visual_indexes:
+                merger = self.deepstack_merger_list[c.deepstack_visual_indexes.index(index)]
                 levels.append(merger(x))  # (N, S, C)
         return torch.stack([self.merger(x), *levels])  # (1 + J, N, S, C)
 

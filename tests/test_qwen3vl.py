@@ -15,7 +15,7 @@ from encoders.qwen3vl import SYSTEM_TURN, Processor, Qwen3VL, Qwen3VLConfig
 CHECKPOINTS = {
     # Grouped heads, two deepstack levels, the library's own config spelling.
     "grouped": {},
-    # As many key heads as query heads, other rope sections, deepstack from the last block; shards; published spelling.
+    # As many key heads as query heads, other rope sections, deepstack out of order; shards; published spelling.
     "plain": {
         "text": {
             "hidden_size": 48,
@@ -37,7 +37,7 @@ CHECKPOINTS = {
             "num_heads": 3,
             "out_hidden_size": 48,
             "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [1],
+            "deepstack_visual_indexes": [1, 0],
         },
         "shard_size": "100KB",
         "published_spelling": True,
@@ -92,6 +92,17 @@ def test_states_are_the_reference_pipelines(pair, prompts, sources):
     assert torch.equal(mask, expected_mask)
     assert slots == expected_slots
     assert [stop - start for start, stop in slots] == [w * h // 1024 for w, h in (image.size for image in images)]
+
+
+def test_bf16_is_no_less_exact_than_the_library(checkpoint):
+    prompts, images = PROMPTS["unequal lengths"], SOURCES["three"]
+    library = reference.open_text_pipeline(checkpoint)
+    exact, _, _ = reference.encode_prompt(library, prompts, images)
+    library.text_encoder.bfloat16()
+    theirs, _, _ = reference.encode_prompt(library, prompts, images)
+    ours, _, _ = Qwen3VL.from_pretrained(checkpoint, dtype=torch.bfloat16).encode(prompts, [images] * len(prompts))
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    assert (ours - exact).norm() < 1.2 * (theirs - exact).norm()
 
 
 def test_each_prompt_has_its_own_sources(pair):
