@@ -67,8 +67,8 @@ def open_picture(source: Source) -> Image.Image:
         if picture.mode.startswith("I"):  # I;16 and its byte orders; I is what older files of 16 bits open as
             grey = np.asarray(picture).astype(np.float64) / 257  # 65535 -> 255
             picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-        if picture.mode == "F":
-            raise ValueError("its pixels are floats without a known range; save it with 8 or 16 bits")
+        if picture.mode in ("F", "LAB"):  # floats without a known range; a mode that Pillow converts to wrong colours
+            raise ValueError(f"mode {picture.mode} has no sure colours; save it as RGB")
         return picture.convert("RGBA")
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture") from None
@@ -438,7 +438,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     pipeline = Pipeline.from_pretrained(args.checkpoint, getattr(torch, args.dtype), args.device, args.offload)
     settings = {
-        "steps": args.steps,
+        "steps": len(pipeline.sigmas(args.steps, tokens=1)) - 1,
         "guidance": pipeline.guidance if args.guidance is None else args.guidance,
         "negative_prompt": args.negative_prompt,
         "height": args.height,
