@@ -187,9 +187,11 @@ class Pipeline:
         offload: bool = False,
     ) -> "Pipeline":
         """Open a folder in the published layout. ValueError or FileNotFoundError name the file that is wrong."""
-        directory, device = Path(directory), torch.device(device)
-        if device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device {device} is asked for, but torch finds no CUDA here")
+        directory = Path(directory)
+        try:
+            device = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # an unknown name; no such hardware
+            raise ValueError(f"device {device}: torch cannot use it ({error})") from None
         index = read_index(directory)
         rest = "cpu" if offload else device
         return cls(

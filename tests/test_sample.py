@@ -365,10 +365,11 @@ def test_command_line_errors(base, tmp_path):
         (["--out", str(tmp_path / "none" / "out.png")], "no folder"),
         (["--num-images", "0"], "--num-images 0"),
         (["--prompt-file", "x"], "either --prompt"),
+        (["--device", "abacus"], "device abacus"),
         (["--image", str(tmp_path / "none.png")], "none.png: no such picture"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
-            sample.main(["--checkpoint", str(base), "--prompt", PROMPT, "--device", "cpu", *arguments])
+            sample.main(["--checkpoint", str(base), "--prompt", PROMPT, *arguments])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
