@@ -14,16 +14,17 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from encoders.qwen3vl import SLOT, Qwen3VL, Qwen3VLConfig, TextConfig, VisionConfig
+from encoders.qwen3vl import PICTURE, SLOT, SYSTEM_TURN, USER_TURN, Qwen3VL, Qwen3VLConfig, TextConfig, VisionConfig
 from model import save_weights, write_json
 
-VOCABULARY = 512
+VOCABULARY = 576  # at most: 256 bytes, the merges, the special tokens
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *(SLOT, "<|video_pad|>"),
 )
-# Words are cut out as the family does: contractions, a word with the one sign before it, single digits, runs of signs.
+# How the family cuts text into words, within which merges happen: contractions, letters with the one sign before them,
+# single digits, runs of signs. It must be this pattern: the library puts it in, whatever the file says.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,8 +57,12 @@ def build_tokenizer(captions: Iterable[str], directory: str | Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    apart = (re.sub("(?<=[A-Z])(?=[A-Z])", "\n", caption) for caption in captions)  # merges do not cross a line's end
-    tokenizer.train_from_iterator(apart, trainer)
+    # Each caption is learned inside the template it will be read in, so that the template's words are short too. Special
+    # tokens cut the text before the pattern does; capitals are cut apart here.
+    picture = PICTURE.format(number=1, slots="")
+    texts = (SYSTEM_TURN + USER_TURN.format(pictures=picture, prompt=caption) for caption in captions)
+    pieces = (piece for text in texts for piece in re.split(r"<\|\w+\|>|(?<=[A-Z])(?=[A-Z])", text))
+    tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
