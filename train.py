@@ -108,6 +108,10 @@ class Args:
     text_dropout: float = option(0.1, "flow: share of samples that see an empty prompt (2.0 report, section 4)")
 
     @property
+    def home(self) -> Path:
+        return self.out or Path("runs") / f"{self.objective}-{self.recipe}"
+
+    @property
     def sizes(self) -> list[int]:
         """Sizes of an update's micro-batches; the last is smaller where they do not divide the batch."""
         return [min(self.micro_batch, self.batch - i) for i in range(0, self.batch, self.micro_batch)]
@@ -157,27 +161,21 @@ def settle(args: Args) -> Args:
     if args.dtype not in (None, "bfloat16", "float32"):
         raise ValueError(f"--dtype {args.dtype}: bfloat16 or float32 is expected")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return replace(
-        args,
-        out=args.out or Path("runs") / f"{args.objective}-{args.recipe}",
-        guidance=float(index["guidance"] if args.guidance is None else args.guidance),
-        resolution=args.resolution or index["resolution"],
-        device=device,
-        dtype=args.dtype or faster_dtype(device),
-    )
+    guidance = float(index["guidance"] if args.guidance is None else args.guidance)
+    resolution, dtype = args.resolution or index["resolution"], args.dtype or faster_dtype(device)
+    return replace(args, out=args.home, guidance=guidance, resolution=resolution, device=device, dtype=dtype)
 
 
 def faster_dtype(device: str) -> str:
     """bfloat16 on a GPU; on a CPU whichever multiplies faster, for some have no bf16 units and emulate them."""
-    seconds = {}
-    for name in ("float32", "bfloat16") if device == "cpu" else ():
-        a, b = torch.ones(2048, 256, dtype=getattr(torch, name)), torch.ones(256, 768, dtype=getattr(torch, name))
-        a @ b  # the first product is slower
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        seconds[name] = time.perf_counter() - start
-    return min(seconds, key=seconds.get, default="bfloat16")
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype)
+        _, start = a @ b, time.perf_counter()  # a first product is slower
+        _ = [a @ b for _ in range(5)]
+        return time.perf_counter() - start
+
+    return "bfloat16" if device != "cpu" or seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
 
 
 def generator(seed: int, step: int, number: int, purpose: str) -> torch.Generator:
@@ -505,30 +503,19 @@ def open_run(args: Args) -> tuple[Args, dict | None]:
 
     A folder that holds anything is only ever continued, with --resume and the same arguments; else ValueError.
     """
-    out = args.out or Path("runs") / f"{args.objective}-{args.recipe}"
-    if args.resume:
-        recorded = read_json(out / "args.json")["arguments"]
-        args = settle(
-            replace(args, dtype=args.dtype or recorded["dtype"])
-        )  # what was measured once may turn out otherwise
-        free = {"resume", "out", "steps", "save_every", "panel_every", "device", "compile"}
-        for name, value in plain(args).items():
-            if name not in free and value != recorded[name]:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} is {value}, but the run in {out} was started with {recorded[name]}")
-    else:
-        args = settle(args)
-        if out.is_dir() and any(out.iterdir()):
-            raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
+    out, before = args.home, read_json(args.home / "args.json")["arguments"] if args.resume else None
+    if not before and out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
+    args = settle(replace(args, dtype=args.dtype or before["dtype"]) if before else args)  # not measured a second time
+    now = json.loads(json.dumps(asdict(args), default=str))
+    for name in now.keys() - {"resume", "out", "steps", "save_every", "panel_every", "device", "compile"}:
+        if before and now[name] != before[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag} is {now[name]}, but the run in {out} was started with {before[name]}")
     out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    write_json(out / "args.json", {"arguments": plain(args), "versions": versions})
-    return args, load_newest(out) if args.resume else None
-
-
-def plain(args: Args) -> dict:
-    """The arguments as JSON holds them."""
-    return json.loads(json.dumps(asdict(args), default=str))
+    write_json(out / "args.json", {"arguments": now, "versions": versions})
+    return args, load_newest(out) if before else None
 
 
 def save(out: Path, state: dict) -> None:

@@ -1,0 +1,365 @@
+"""Training on tiny random checkpoints: exact resumption, who learns when, and what stops a run.
+
+The world here is a few smooth random pictures; nothing is learnt but in the one test that overfits them.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+
+import dmd
+import flow
+import train
+from model import MMDiT
+from recipe import read_prompts
+from sample import Pipeline
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny checkpoint with one specialised teacher, which the default recipe calls for edits."""
+    folder = reference.write_checkpoint(tmp_path_factory.mktemp("train") / "checkpoint", guidance=2.0, resolution=64)
+    reference.write_transformer(folder / "teachers" / "edit", seed=7)
+    (folder / "teachers" / "edit" / "transformer").rename(folder / "teachers" / "transformer")
+    (folder / "teachers" / "edit").rmdir()
+    (folder / "teachers" / "transformer").rename(folder / "teachers" / "edit")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    """JSON lines of both tasks, two categories each; sources of odd sizes and modes, in two layouts."""
+    folder = tmp_path_factory.mktemp("prompts")
+    lines = []
+    for i in range(4):
+        reference.picture(64, 64, i).save(folder / f"target{i}.png")
+        size = (100, 40) if i == 3 else (41 + i, 43)
+        reference.picture(*size, 10 + i, mode="RGBA" if i % 2 else "L").save(folder / f"source{i}.png")
+        line = {"task": "t2i", "category": ["portrait", "text"][i % 2], "prompt": f"a wizard{' hat' * i}"}
+        lines.append(line | {"target": f"target{i}.png"})
+        line = {"task": "edit", "category": ["scene", "style"][i % 2], "prompt": f"make the sky red{', red' * i}"}
+        lines.append(line | {"images": [f"source{i}.png"], "target": f"target{i}.png"})
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "prompts.jsonl"
+
+
+@pytest.fixture
+def command(checkpoint, prompts) -> list[str]:
+    words = f"--checkpoint {checkpoint} --prompts {prompts} --steps {STEPS} --batch 6 --micro-batch 3 --warmup 2 "
+    return [*words.split(), *"--save-every 2 --panel-every 3 --seed 5".split()]
+
+
+@pytest.fixture(scope="module")
+def pools(checkpoint, prompts) -> dict[str, train.Pool]:
+    pipeline = Pipeline.from_pretrained(checkpoint)
+    return {o: train.encode_pool(pipeline, read_prompts([prompts]), 64, targets=o == "flow") for o in ("flow", "dmd")}
+
+
+def make_args(checkpoint: Path, out: Path, objective: str = "dmd", **numbers) -> train.Args:
+    numbers = dict(steps=STEPS, batch=4, micro_batch=2, dtype="float32", panel_every=10**6, save_every=10**6) | numbers
+    return {"flow": train.FlowArgs, "dmd": train.Args}[objective](checkpoint=checkpoint, out=out, **numbers)
+
+
+def newest(out: Path) -> dict:
+    return torch.load(train.whole_checkpoints(out)[-1] / "state.pt", weights_only=True)
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def metrics(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+
+
+# ---- a run and its interruption --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "objective, dtype, number", [("dmd", "bfloat16", signal.SIGTERM), ("flow", "float32", signal.SIGINT)]
+)
+def test_interrupted_and_resumed_is_bit_identical(command, tmp_path, monkeypatch, objective, dtype, number):
+    command = [*command, "--objective", objective, "--dtype", dtype]
+    train.main([*command, "--out", str(tmp_path / "whole")])
+
+    # The signal arrives in the middle of step 1: the step is finished, saved (no save is due), and nothing more is done.
+    real = train.Trainee.update
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainee, "update", lambda self, rate: (os.kill(os.getpid(), number), real(self, rate))[1])
+        with pytest.raises(SystemExit) as exit:
+            train.main([*command, "--out", str(tmp_path / "parts")])
+    assert exit.value.code == 128 + number
+    assert newest(tmp_path / "parts")["step"] == 1 and len(metrics(tmp_path / "parts")) == 1
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')  # what a kill -9 after the save would have left
+    train.main([*command, "--out", str(tmp_path / "parts"), "--resume"])
+
+    assert same(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    result = "student/transformer" if objective == "dmd" else "transformer"
+    name = f"{result}/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+    # What the finished folder holds: the EMA as a checkpoint that opens, pictures, and the two newest states.
+    model = MMDiT.from_pretrained(tmp_path / "whole" / result)
+    average = newest(tmp_path / "whole")["student"]["average"]
+    assert all(torch.equal(p, a.bfloat16().float()) for p, a in zip(model.parameters(), average, strict=True))
+    assert {f.name for f in (tmp_path / "whole" / "checkpoints").iterdir()} == {"00000002", "00000003"}
+    assert (tmp_path / "whole" / "grid.png").is_file() and (tmp_path / "whole" / "panels" / "000003.png").is_file()
+    if objective == "dmd":
+        assert Pipeline.from_pretrained(tmp_path / "whole" / "student").sample_sigmas == [1.0, 0.9, 0.75, 0.5]
+
+
+@pytest.mark.parametrize("moment", ["while writing", "before the rename"])
+def test_killed_writer_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, moment):
+    train.save(tmp_path, {"step": 1, "x": torch.zeros(3)})
+    pid = os.fork()
+    if pid == 0:  # the child is gone without any cleaning up, like a program that is killed
+        if moment == "while writing":
+            monkeypatch.setattr(torch, "save", lambda state, file: (file.write(b"PK"), file.flush(), os._exit(9)))
+        monkeypatch.setattr(os, "replace", lambda old, new: os._exit(9))
+        train.save(tmp_path, {"step": 2, "x": torch.ones(3)})
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert train.load_newest(tmp_path)["step"] == 1
+    for step in (2, 3, 4):
+        train.save(tmp_path, {"step": step, "x": torch.ones(3)})
+    assert [f.name for f in sorted((tmp_path / "checkpoints").iterdir())] == ["00000003", "00000004"]
+    assert train.load_newest(tmp_path)["step"] == 4
+
+
+# ---- who learns when -------------------------------------------------------------------------------------------------
+
+
+def test_dmd_updates_touch_one_network_each(checkpoint, pools, tmp_path, monkeypatch):
+    trainees, loaded, order = [], [], []
+    build, update, load = train.Trainee.__init__, train.Trainee.update, train.load
+
+    def watched_build(self, *arguments, **keywords):
+        build(self, *arguments, **keywords)
+        trainees.append(self)
+
+    def watched_update(self, rate):
+        (other,) = (t for t in trainees if t is not self)
+        assert any(m.grad.any() for m in self.masters)
+        assert not any(m.grad.any() for m in other.masters) and all(w.grad is None for w in other.weights)
+        before = [[m.clone() for m in t.masters] for t in (self, other)]
+        norm = update(self, rate)
+        assert not same(before[0], self.masters) and same(before[1], other.masters)
+        order.append(self.name)
+        return norm
+
+    def watched_load(args, folder):
+        loaded.append((folder, load(args, folder)))
+        return loaded[-1][1]
+
+    monkeypatch.setattr(train.Trainee, "__init__", watched_build)
+    monkeypatch.setattr(train.Trainee, "update", watched_update)
+    monkeypatch.setattr(train, "load", watched_load)
+    args, state = train.open_run(make_args(checkpoint, tmp_path / "run", steps=2, fake_updates=3))
+    train.train(args, pools["dmd"], state)
+
+    assert order == ["fake score", "fake score", "fake score", "student"] * 2
+    teachers = [(f, m) for f, m in loaded if m not in [t.model for t in trainees]]
+    assert [f for f, _ in teachers] == [checkpoint / "transformer", checkpoint / "teachers" / "edit"]
+    for folder, model in teachers:
+        assert all(w.grad is None for w in model.parameters())
+        assert same(model.state_dict(), MMDiT.from_pretrained(folder).state_dict())
+
+
+def test_dmd_round_is_the_method(checkpoint, pools, tmp_path):
+    """One round, written out again without prefixes, micro-batch machinery or masters, gives the same two updates."""
+    numbers = dict(steps=1, batch=2, micro_batch=2, fake_updates=1, clip=1e9, warmup=0, ema=0.5, muon_lr=0.0)
+    numbers |= dict(fake_muon_lr=0.0, lr=1e-3, fake_lr=1e-3, recipe="mix-0-10")
+    args, state = train.open_run(make_args(checkpoint, tmp_path / "run", **numbers))
+    train.train(args, pools["dmd"], state)
+
+    recipe = train.recipes.find("mix-0-10").resolve(train.recipes.categories(pools["dmd"].entries), ["edit"])
+    student, fake, base = (MMDiT.from_pretrained(checkpoint / "transformer") for _ in range(3))
+    expert = MMDiT.from_pretrained(checkpoint / "teachers" / "edit")
+    sigmas = flow.student_sigmas(4)
+
+    def descend(model, loss):
+        model.zero_grad()
+        loss.backward()
+        torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0).step()
+
+    ((batch, _),) = train.dmd_batches(args, pools["dmd"], recipe, "fake", 0)
+    x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noise, sigmas, batch.k).detach()
+    z = flow.path(x, batch.xi, batch.t)
+    descend(fake, (fake(z, batch.t, batch.condition) - (batch.xi - x)).square().mean())
+
+    ((batch, _),) = train.dmd_batches(args, pools["dmd"], recipe, "student", 0)
+    x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noise, sigmas, batch.k)
+    z, t = flow.path(x, batch.xi, batch.t).detach(), batch.t
+    v = 0
+    for name, weight in recipe.weights(batch.k, 4, "edit", batch.categories[0]).items():
+        model = {"base": base, "edit": expert}[name]
+        uncond = model(z, t, batch.empty)
+        v = v + weight * (uncond + 2.0 * (model(z, t, batch.condition) - uncond))
+    t = t[:, None, None, None]
+    real, seen = z - t * v, z - t * fake(z, batch.t, batch.condition)
+    g = (seen - real) / ((x - real).abs().mean((1, 2, 3), keepdim=True) + 1e-6)
+    descend(student, (g.detach() * x).mean())
+
+    saved = newest(args.out)
+    for model, got in ((fake, saved["fake"]["masters"]), (student, saved["student"]["masters"])):
+        start = MMDiT.from_pretrained(checkpoint / "transformer")
+        for a, b, c in zip(model.parameters(), got, start.parameters(), strict=True):
+            # Adam's first step is the gradient's sign: where that is noise, the two may go opposite ways.
+            agree = ((a - b).abs() < 1e-5).float().mean()
+            assert agree > 0.97 and (b - c).abs().max() > 5e-4
+
+
+def test_flow_objective_overfits_two_pictures(checkpoint, pools, tmp_path):
+    entries = [e for e in pools["flow"].entries if e.task == "t2i"][:2]
+    numbers = dict(steps=80, batch=8, micro_batch=8, warmup=5, decay=0.3, ema=0.8, recipe="mix-10-0", muon_lr=0.01)
+    args, state = train.open_run(make_args(checkpoint, tmp_path / "run", "flow", **numbers))
+    folder = train.train(args, train.Pool(entries), state)
+
+    recipe = train.recipes.find("mix-10-0").resolve({"t2i": ["portrait", "text"]}, [])
+    (batch,) = train.flow_batches(replace(args, batch=32, micro_batch=32), train.Pool(entries), recipe, step=10**6)
+    losses = []
+    for transformer in (checkpoint / "transformer", folder):
+        v = train.velocity(MMDiT.from_pretrained(transformer), batch.condition)
+        with torch.no_grad():
+            losses.append(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t).mean().item())
+    assert losses[1] < 0.4 * losses[0]
+
+
+def test_masters_keep_what_bf16_rounds_away_and_average_them(checkpoint, pools, tmp_path):
+    args = train.settle(make_args(checkpoint, tmp_path, "flow", dtype="bfloat16"))
+    recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
+    trainee = train.Trainee("teacher", train.load(args, checkpoint / "transformer"), args, 0.0, 1e-6, ema=0.5)
+    before = [m.clone() for m in trainee.masters], [w.clone() for w in trainee.weights]
+    average = before[0]
+    for step in range(3):
+        for batch in train.flow_batches(args, pools["flow"], recipe, step):
+            v = train.velocity(trainee.model, batch.condition)
+            losses = flow.flow_matching_loss(v, batch.target, batch.noise, batch.t)
+            trainee.backward(losses, len(losses) / args.batch, batch)
+        trainee.update(1.0)
+        decay = min(0.5, (2 + step) / (11 + step))
+        average = [decay * a + (1 - decay) * m for a, m in zip(average, trainee.masters, strict=True)]
+    moved = torch.cat([(m - b).abs().flatten() for m, b in zip(trainee.masters, before[0], strict=True)])
+    stuck = torch.cat([(w == b).flatten() for w, b in zip(trainee.weights, before[1], strict=True)])
+    assert moved.median() > 2e-6 and stuck.float().mean() > 0.95
+    for a, b in zip(average, trainee.average, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+# ---- the pool --------------------------------------------------------------------------------------------------------
+
+
+def test_pool_holds_what_the_pipeline_would_encode(checkpoint, prompts, pools):
+    pipeline = Pipeline.from_pretrained(checkpoint)
+    listed = read_prompts([prompts])
+    for prompt, entry in zip(listed, pools["flow"].entries, strict=True):
+        assert (entry.task, entry.category) == (prompt.task, prompt.category)
+        for text, states in ((prompt.prompt, entry.states), ("", entry.empty)):
+            condition = pipeline.condition([text], [prompt.images] if prompt.images else None, resolution=64)
+            assert entry.slots == condition.slots
+            torch.testing.assert_close(states.float(), condition.states[0], rtol=1e-2, atol=1e-2)
+        for mine, theirs in zip(entry.sources, condition.sources, strict=True):
+            torch.testing.assert_close(mine.float(), theirs[0], rtol=1e-2, atol=1e-2)
+        assert entry.size == tuple(entry.target.shape[1:])  # the picture to learn has the size that is to be drawn
+    assert len({entry.layout for entry in pools["flow"].entries}) == 3
+
+
+def test_draws_depend_on_numbers_alone(checkpoint, pools, tmp_path):
+    """Micro-batches of another size are the same samples with the same noises: numbering is global."""
+    recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
+    seen = []
+    for micro_batch in (8, 3):
+        args = train.settle(make_args(checkpoint, tmp_path, "flow", batch=8, micro_batch=micro_batch))
+        batches = train.flow_batches(args, pools["flow"], recipe, 4)
+        assert all(len(b.t) <= micro_batch for b in batches)
+        samples = [(b.task, *row) for b in batches for row in zip(b.categories, b.t.tolist(), b.noise.sum((1, 2, 3)))]
+        seen.append(sorted((task, category, t, noise.item()) for task, category, t, noise in samples))
+    assert seen[0] == seen[1]
+    other = train.flow_batches(args, pools["flow"], recipe, 5)
+    assert not {t for *_, t, _ in seen[0]} & {t for b in other for t in b.t.tolist()}
+
+
+# ---- what stops a run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["flow loss", "fake loss", "student loss", "real score", "gradient"])
+def test_non_finite_stops_before_the_update(checkpoint, pools, tmp_path, monkeypatch, where):
+    objective = "flow" if where == "flow loss" else "dmd"
+    args, state = train.open_run(make_args(checkpoint, tmp_path / "run", objective, save_every=1))
+    broken = {"now": False}
+    update, backward = train.Trainee.update, train.Trainee.backward
+
+    def watched_update(self, rate):
+        norm = update(self, rate)
+        broken["now"] |= self.name != "fake score"  # from step 2 on
+        return norm
+
+    def spoil(module, name, change):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a: change(real(*a)) if broken["now"] else real(*a))
+
+    monkeypatch.setattr(train.Trainee, "update", watched_update)
+    if where == "flow loss":
+        spoil(flow, "flow_matching_loss", lambda losses: torch.cat([losses[:1] / 0, losses[1:]]))
+    elif where == "fake loss":
+        spoil(dmd, "fake_score_loss", lambda losses: torch.cat([losses[:1] * torch.nan, losses[1:]]))
+    elif where == "student loss":
+        spoil(dmd, "surrogate_loss", lambda loss: loss * torch.inf)
+    elif where == "real score":
+        spoil(dmd, "mixture", lambda v: lambda z, t: v(z, t) / 0)
+    else:
+
+        def poisoned(self, losses, share, batch):
+            backward(self, losses, share, batch)
+            if broken["now"]:
+                self.masters[0].grad.view(-1)[0] = torch.nan
+
+        monkeypatch.setattr(train.Trainee, "backward", poisoned)
+    with pytest.raises(FloatingPointError, match=r"step 2, task (t2i|edit), k = (None|\d): .*t = \[0\.\d") as error:
+        train.train(args, pools[objective], state)
+    assert ("k = None" in str(error.value)) == (objective == "flow")
+    assert newest(args.out)["step"] == 1 and not (args.out / "student").exists()
+
+
+def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, command):
+    out = tmp_path / "run"
+    args, _ = train.open_run(make_args(checkpoint, out))
+    note = (out / "args.json").read_bytes()
+    with pytest.raises(ValueError, match=r"run: not empty; --resume"):
+        train.open_run(make_args(checkpoint, out))
+    with pytest.raises(ValueError, match=r"--seed is 1, but the run in .* was started with 0"):
+        train.open_run(make_args(checkpoint, out, seed=1, resume=True))
+    assert (out / "args.json").read_bytes() == note
+    with pytest.raises(FileNotFoundError, match="args.json"):
+        train.open_run(make_args(checkpoint, tmp_path / "other", resume=True))
+    with pytest.raises(OSError):
+        train.open_run(make_args(checkpoint, prompts / "run"))  # a folder inside a file cannot be made
+    with pytest.raises(ValueError, match="flash-2"):
+        train.train(replace(args, recipe="flash-2"), pools["dmd"], None)
+    with pytest.raises(ValueError, match="--teacher edit="):
+        train.train(replace(args, teacher=("edit=/nowhere",)), pools["dmd"], None)
+    with pytest.raises(ValueError, match="has no target"):
+        lines = [p for p in read_prompts([prompts]) if p.task == "t2i"]
+        train.encode_pool(Pipeline.from_pretrained(checkpoint), [replace(lines[0], target=None)], 64, targets=True)
+
+    run = [sys.executable, train.__file__, *command, "--out", str(out)]  # the folder is taken
+    ended = subprocess.run(run, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("train.py: ") and ended.stderr.count("\n") == 1
