@@ -52,6 +52,7 @@ def test_words_of_capitals_are_spelled(encoder):
     tokenizer = encoder.processor.tokenizer
     assert tokenizer.encode('the word "HATCH"').tokens[-7:] == ['Ġ"', "H", "A", "T", "C", "H", '"']
     assert tokenizer.encode(" person").tokens == ["Ġperson"]
+    assert tokenizer.encode("assistant").tokens == ["assistant"]  # the template is learned with the captions
     text = "any text: 水豚 🧙‍♂️\n\tñ"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
