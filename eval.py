@@ -14,11 +14,10 @@ NFE counts network evaluations per picture: steps, times two with guidance.
 """
 
 import argparse
-import json
 import math
+import os
 import sys
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -31,10 +30,11 @@ from tqdm import tqdm
 
 import flow
 from model import Condition, write_json
-from sample import Pipeline, to_pictures
+from sample import Pipeline, read_index, to_pictures
 from toy import judge, world
 from toy.world import Case
 
+RESOLUTION = world.SIDE * world.ENLARGE  # of the toy world's pictures, in pixels
 BATCH = 32  # pictures drawn at once
 CASES = {"t2i": 64, "edit": 48}  # per category: an average to about +-0.03
 CATEGORIES = {"t2i": world.CATEGORIES, "edit": world.FAMILIES}
@@ -57,28 +57,44 @@ class Sampler:
 
 @torch.no_grad()
 def draw(pipeline: Pipeline, sampler: Sampler, cases: list[Case], seeds: list[int]) -> tuple[list[Image.Image], float]:
-    """One picture per case (all of one task), from noise that follows from its seed alone; and the seconds it took."""
-    side = pipeline.resolution // 16
-    pictures, began = [], time.perf_counter()
-    for start in range(0, len(cases), BATCH):
-        some, numbers = cases[start : start + BATCH], seeds[start : start + BATCH]
-        noises = []  # one (B, 64, h, w) for the start, and one for every stop that is noised again
-        for stop in range(len(sampler.sigmas) - 1 if sampler.renoise else 1):
-            rngs = [torch.Generator().manual_seed(1000 * number + stop) for number in numbers]
-            noises.append(torch.stack([torch.randn(64, side, side, generator=rng) for rng in rngs]))
-        images = [case.images for case in some]
-        positive = pipeline.condition([case.prompt for case in some], images)
-        velocity = pipeline.velocity(positive)
-        if sampler.guidance > 1:
-            states, mask, slots = pipeline.encoder.encode([""] * len(some), images)
-            negative = pipeline.velocity(Condition(states, mask, positive.sources, slots))
-            velocity = flow.guided(velocity, negative, sampler.guidance)
-        if sampler.renoise:
-            z = flow.renoise(velocity, noises[0], sampler.sigmas, noises[1:])  # (B, 64, h, w)
-        else:
-            z = flow.euler(velocity, noises[0], sampler.sigmas)  # (B, 64, h, w)
-        pictures += to_pictures(pipeline.vae.decode(z.to(pipeline.dtype)))
+    """One picture per case (all of one task), from noise that follows from its seed alone; and the seconds it took.
+
+    Only prompts of equal length run together, at most BATCH of them. Padding would be masked, yet it moves the target's
+    rotary position: a picture would depend on its neighbours. So each is drawn as sample.py draws it, alone.
+    """
+    side, began = pipeline.resolution // 16, time.perf_counter()
+    images = [case.images for case in cases]
+    conditions = [pipeline.condition([case.prompt for case in cases], images)]
+    if sampler.guidance > 1:  # the same sources with other words
+        states, mask, slots = pipeline.encoder.encode([""] * len(cases), images)
+        conditions.append(Condition(states, mask, conditions[0].sources, slots))
+    latents = torch.empty(len(cases), 64, side, side)
+    lengths = conditions[0].mask.sum(1)  # (N,)
+    for length in lengths.unique():
+        for rows in (lengths == length).nonzero()[:, 0].split(BATCH):
+            noises = []  # one (B, 64, h, w) for the start, and one for every stop that is noised again
+            for stop in range(len(sampler.sigmas) - 1 if sampler.renoise else 1):
+                rngs = [torch.Generator().manual_seed(1000 * seeds[row] + stop) for row in rows]
+                noise = torch.stack([torch.randn(64, side, side, generator=rng) for rng in rngs])
+                noises.append(noise.to(pipeline.device))
+            velocity, *negative = [pipeline.velocity(excerpt(condition, rows)) for condition in conditions]
+            if negative:
+                velocity = flow.guided(velocity, negative[0], sampler.guidance)
+            if sampler.renoise:
+                z = flow.renoise(velocity, noises[0], sampler.sigmas, noises[1:])  # (B, 64, h, w)
+            else:
+                z = flow.euler(velocity, noises[0], sampler.sigmas)  # (B, 64, h, w)
+            latents[rows.cpu()] = z.cpu()
+    latents = latents.to(pipeline.device, pipeline.dtype).split(BATCH)
+    pictures = [picture for z in latents for picture in to_pictures(pipeline.vae.decode(z))]
     return pictures, time.perf_counter() - began
+
+
+def excerpt(condition: Condition, rows: Tensor) -> Condition:
+    """Some rows (B,) of a condition, which are equally long, without padding."""
+    length = int(condition.mask[rows[0]].sum())
+    sources = [source[rows] for source in condition.sources]
+    return Condition(condition.states[rows, :length], condition.mask[rows, :length], sources, condition.slots)
 
 
 @torch.no_grad()
@@ -88,8 +104,9 @@ def reconstruct(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
     for part in torch.from_numpy(pictures).permute(0, 3, 1, 2).split(BATCH):
         images = torch.cat([part, torch.ones_like(part[:, :1])], dim=1) * 2 - 1  # (b, 4, 128, 128), opaque
         images = images.to(pipeline.device, pipeline.dtype)
-        again.append(pipeline.vae.decode(pipeline.vae.encode(images))[:, :3].float().cpu())
-    return (torch.cat(again).clamp(-1, 1) / 2 + 0.5).permute(0, 2, 3, 1).numpy()
+        decoded = pipeline.vae.decode(pipeline.vae.encode(images)).float().cpu().clamp(-1, 1) / 2 + 0.5
+        again.append(decoded[:, :3] * decoded[:, 3:] + 1 - decoded[:, 3:])  # over white, as the judge sees pictures
+    return torch.cat(again).permute(0, 2, 3, 1).numpy()
 
 
 def evaluate(
@@ -124,14 +141,15 @@ def summary(bench: str, verdicts: dict[str, list[judge.Verdict]]) -> dict:
         f"{bench}_attributes": lambda v: sum(v.right.values()) / len(v.right),
         f"{bench}_fidelity": lambda v: v.fidelity,
     }
-    if bench == "edit":
-        parts["edit_kept"] = lambda v: v.kept
     out = {}
     for name, value in parts.items():
         out[name] = {category: float(np.mean([value(v) for v in some])) for category, some in verdicts.items()}
         out[name]["average"] = float(np.mean(list(out[name].values())))
+    kept = [v.kept for some in verdicts.values() for v in some if v.kept is not None]
+    if kept:
+        out["edit_kept"] = float(np.mean(kept))
     # Half-width of the 95% interval of the average: categories are drawn independently.
-    variances = [np.var([v.score for v in some], ddof=1) / len(some) for some in verdicts.values() if len(some) > 1]
+    variances = [np.var([v.score for v in some], ddof=1) / len(some) for some in verdicts.values()]
     out[f"{bench}_interval"] = 1.96 * math.sqrt(sum(variances)) / len(verdicts)
     letters = [v.right[name] for v in verdicts.get("text", []) for name in v.right if name.startswith("letter")]
     if letters:
@@ -140,8 +158,8 @@ def summary(bench: str, verdicts: dict[str, list[judge.Verdict]]) -> dict:
 
 
 def diversity(pipeline: Pipeline, sampler: Sampler) -> dict:
-    """Of several pictures of ONE prompt: their mean distance (root mean square over large pixels, 0 to 1), and how many of
-    them differ in what the prompt leaves open. A student that always draws the same picture loses both."""
+    """Of several pictures of ONE prompt: their mean distance (root mean square over large pixels, 0 to 1), and the modes,
+    how many of them differ in what the prompt leaves open. A student that always draws the same picture loses both."""
     prompts, samples = VARIETY
     distances, modes = [], []
     for category in world.CATEGORIES:
@@ -159,45 +177,76 @@ def diversity(pipeline: Pipeline, sampler: Sampler) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, one line per row."""
-    columns = [(bench, c) for bench in ("t2i", "edit") for c in (*CATEGORIES[bench], "average") if bench in rows[0]]
-    heads = ["model", "NFE"] + [("T2I" if b == "t2i" else "edit") + " " + c for b, c in columns]
-    heads += ["modes", "distance"] * ("diversity" in rows[0]) + ["s/image"]
-    lines = [heads, ["---"] * len(heads)]
-    for row in rows:
-        line = [row["name"], str(row["nfe"])]
-        for bench, c in columns:
-            interval = f" ± {row[f'{bench}_interval']:.3f}" if c == "average" else ""
-            line.append(f"{row[bench][c]:.3f}{interval}")
-        if "diversity" in row:
-            line += [f"{row['diversity']['modes']:.1f}", f"{row['diversity']['distance']:.3f}"]
-        lines.append(line + [f"{row['seconds_per_image']:.4f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    """Markdown, one column per model; aligned, so that it reads in a terminal too."""
+    lines = [["", *(row["name"] for row in rows)], ["network evaluations", *(str(row["nfe"]) for row in rows)]]
+    for bench, title in (("t2i", "T2I"), ("edit", "edit")):
+        if bench in rows[0]:
+            for category in CATEGORIES[bench]:
+                lines.append([f"{title} {category}", *(f"{row[bench][category]:.3f}" for row in rows)])
+            scores = [f"**{row[bench]['average']:.3f}** ± {row[f'{bench}_interval']:.3f}" for row in rows]
+            lines.append([f"**{title} average**", *scores])
+            for half, name in (("exact", "compliance"), ("fidelity", "fidelity")):
+                lines.append([f"{title} {name}", *(f"{row[f'{bench}_{half}']['average']:.3f}" for row in rows)])
+    if "diversity" in rows[0]:
+        modes = [f"{row['diversity']['modes']:.1f} of {row['diversity']['of']}" for row in rows]
+        lines.append(["modes", *modes])
+        lines.append(["distance", *(f"{row['diversity']['distance']:.3f}" for row in rows)])
+    lines.append(["seconds per image", *(f"{row['seconds_per_image']:.4f}" for row in rows)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
 def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: int, path: Path) -> None:
-    """The same cases under every model, one model a row: T2I above, edits below with their sources first."""
-    first = next(iter(models.values()))
-    blocks = defaultdict(lambda: defaultdict(list))  # bench -> row name -> pictures
-    for key in first:
-        bench, category = key.split()
-        cases = world.bench(bench, category, each)
+    """The same cases under every model, one model a row: `each` of every editing family, with their sources first, and
+    above them twice as many of every T2I category, of which there are half as many. The last row is the judge's truth."""
+    blocks = []  # for each bench: {name of the row: {category: pictures}}
+    for bench, count in (("t2i", 2 * each), ("edit", each)):  # 6 x each columns
+        first = {key.split()[1]: shown for key, shown in next(iter(models.values())).items() if key.startswith(bench)}
+        cases = {category: world.bench(bench, category, min(count, len(shown))) for category, shown in first.items()}
+        rows = {name: {c: shown[f"{bench} {c}"][: len(cases[c])] for c in cases} for name, shown in models.items()}
+        rows["one right answer"] = {c: [answer(case) for case in some] for c, some in cases.items()}
         if bench == "edit":
-            blocks[bench]["source"] += [case.images[0] for case in cases]
-        for name, shown in models.items():
-            blocks[bench][name] += shown[key][:each]
-        truth = [world.enlarge(world.render(case.target, case.edit and case.edit.style)) for case in cases]
-        blocks[bench]["one right answer"] += truth
-    rows = [(name, pictures) for block in blocks.values() for name, pictures in block.items()]
-    side, left = rows[0][1][0].width + 4, 190
-    canvas = Image.new("RGB", (left + side * max(len(p) for _, p in rows), side * len(rows)), "white")
-    pen = ImageDraw.Draw(canvas)
-    for y, (name, pictures) in enumerate(rows):
-        pen.text((8, y * side + side // 2 - 10), name, fill="black", font=ImageFont.load_default(16))
-        for x, picture in enumerate(pictures):
-            canvas.paste(picture, (left + x * side, y * side), picture)
+            rows = {"source": {c: [case.images[0] for case in some] for c, some in cases.items()}} | rows
+        if cases:
+            blocks.append(rows)
+
+    tile, gap, left, head, font = RESOLUTION + 4, 12, 190, 26, ImageFont.load_default(16)
+    height = sum(head + len(rows) * tile + gap for rows in blocks)
+    canvas = Image.new("RGB", (left + 6 * (each * tile + gap), height), "white")
+    pen, top = ImageDraw.Draw(canvas), 0
+    for rows in blocks:
+        for i, (name, categories) in enumerate(rows.items()):
+            x, y = left, top + head + i * tile
+            pen.text((8, y + tile // 2), name, fill="black", font=font, anchor="lm")
+            for category, pictures in categories.items():
+                if i == 0:
+                    pen.text((x, top + head - 4), category, fill="black", font=font, anchor="ls")
+                for j, picture in enumerate(pictures):
+                    canvas.paste(picture, (x + j * tile, y), picture)
+                x += len(pictures) * tile + gap
+        top += head + len(rows) * tile + gap
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
+
+
+def answer(case: Case) -> Image.Image:
+    """The picture that the case was made from. Of a T2I case it is one of many right ones."""
+    return world.enlarge(world.render(case.target, case.edit and case.edit.style))
+
+
+def open_checkpoint(folder: Path) -> Pipeline:
+    """A checkpoint to be scored. ValueError before anything is loaded if it does not draw the toy world's pictures."""
+    resolution = read_index(folder)["resolution"]
+    if resolution != RESOLUTION:
+        raise ValueError(
+            f"{folder}: draws {resolution} x {resolution} pixels (resolution in model_index.json); these benches judge "
+            f"pictures of the toy world, {RESOLUTION} x {RESOLUTION}"
+        )
+    pipeline = Pipeline.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.progress = False
+    return pipeline
 
 
 def samplers(pipeline: Pipeline, steps: int | None, guidance: float) -> Sampler:
@@ -210,10 +259,7 @@ def samplers(pipeline: Pipeline, steps: int | None, guidance: float) -> Sampler:
 def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = CASES) -> list[dict]:
     """What a distillation was for: the teacher at 80 NFE, the same teacher in the student's few steps by both samplers,
     and the student. Writes out/comparison.{json,md,png} and prints the table."""
-    base = Pipeline.from_pretrained(teacher)
-    base.progress = False
-    pupil = Pipeline.from_pretrained(student)
-    pupil.progress = False
+    base, pupil = open_checkpoint(teacher), open_checkpoint(student)
     full = samplers(base, 40, base.guidance)
     short = samplers(pupil, None, 1.0)
     few = len(short.sigmas) - 1
@@ -225,9 +271,8 @@ def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = CAS
     ]
     rows, models = [], {}
     for pipeline, sampler in runs:
-        row, shown = evaluate(pipeline, sampler, ["t2i", "edit"], cases)
+        row, models[sampler.name] = evaluate(pipeline, sampler, ["t2i", "edit"], cases)
         rows.append(row)
-        models[f"{sampler.name}"] = shown
     write_json(out / "comparison.json", rows)
     (out / "comparison.md").write_text(table(rows) + "\n")
     contact_sheet(models, 2, out / "comparison.png")
@@ -247,20 +292,25 @@ def main(argv: list[str] | None = None) -> None:
     add("--guidance", type=float, help="default: the checkpoint's own")
     add("--cases", type=int, help=f"per category (default: {CASES})")
     args = parser.parse_args(argv)
-    if args.cases is not None and args.cases < 1:
-        raise ValueError(f"--cases {args.cases}: at least 1 is needed")
-    for path in filter(None, (args.json and args.json.parent, args.out)):
-        path.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = Pipeline.from_pretrained(args.checkpoint, device=device)
-    pipeline.progress = False
+    # Everything that can be wrong is looked at now: the scores take minutes, and should not be lost at the end.
+    if args.cases is not None and args.cases < 2:
+        raise ValueError(f"--cases {args.cases}: at least 2 are needed, for an interval")
+    if args.guidance is not None and not 1 <= args.guidance < math.inf:
+        raise ValueError(f"--guidance {args.guidance}: a number from 1 (off) on is expected")
+    for folder in filter(None, (args.json and args.json.parent, args.out)):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder}: no folder that can be written to")
+    if args.json and args.json.is_dir():
+        raise ValueError(f"--json {args.json}: is a folder; name a file")
+    pipeline = open_checkpoint(args.checkpoint)
     sampler = samplers(pipeline, args.steps, pipeline.guidance if args.guidance is None else args.guidance)
     sampler.name = args.checkpoint.resolve().name
     benches = ["t2i", "edit"] if args.bench == "all" else [args.bench]
     row, shown = evaluate(pipeline, sampler, benches, {b: args.cases or CASES[b] for b in benches})
-    print(table([row]))
     if args.json:
         write_json(args.json, row)
+    print(table([row]))
     if args.out:
         (args.out / "table.md").write_text(table([row]) + "\n")
         contact_sheet({sampler.name: shown}, 2, args.out / "sheet.png")

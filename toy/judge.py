@@ -3,15 +3,15 @@
 No network has a say. For a picture and the spec that its prompt was made from:
 
 1. fit     the caption leaves much open, so find the OPEN entries with which the truth comes nearest to the picture;
-2. read    for every attribute, draw each of its values (all else held) and take the nearest: right, or wrong;
+2. read    change whichever attribute brings the drawing nearer, until none does: what had to be changed is wrong;
 3. score   half compliance, half fidelity, as the paper's judges weigh their two dimensions (appendix A):
            compliance  1 if EVERY attribute (and so every letter) is right, else 0;
            fidelity    how near the picture is to the nearest drawing, place by place: 1 at what the autoencoder makes
                        of that drawing, 0 at that drawing blurred or noised until a person calls it bad.
 
 An edit must leave the rest alone, so there the open entries are those of the SOURCE and only those that the instruction
-opens are fitted: a face that moved is far from the drawing, and fidelity says so. `kept` is the same distance over the
-pixels that the edit should not have touched; it is reported beside the score.
+opens are fitted: a face that moved is far from the drawing, and fidelity says so. `kept` is the fidelity to the TRUE target
+over the pixels that the edit should not have touched; it is reported beside the score.
 
 BAD_BLUR and BAD_NOISE were set by looking at pictures of the world itself, before any model was scored.
 """
@@ -28,8 +28,15 @@ from toy.world import Case, Edit
 
 BAD_BLUR = 1.2  # radius in large pixels
 BAD_NOISE = 0.10  # standard deviation per large pixel, of a full range of 1
+MIN_KEPT = 1 / 16  # share of the picture; a sunset leaves a lamp or two as they were, which is too little to judge by
 # What an attribute's other values leave open in turn: a stray house may stand anywhere.
-OPENS = {"weather": ("clouds",), "thing": ("side", "step")}
+OPENS = {
+    "weather": ("clouds",),
+    "thing": ("side", "step"),
+    "side": ("step",),
+    "ground": ("horizon", "phase", "steep"),
+    "sign": ("column", "row"),
+}
 
 # (B, 128, 128, 3) pictures in [0, 1] -> the same, through the autoencoder and back.
 Reconstruct = Callable[[np.ndarray], np.ndarray]
@@ -40,7 +47,7 @@ class Verdict:
     right: dict[str, bool]  # by attribute; for a style edit with "style"
     fitted: dict  # the nearest spec: the attributes as read, the open entries as fitted
     fidelity: float  # 0 to 1
-    kept: float | None  # 0 to 1, edits only: fidelity where nothing should have changed
+    kept: float | None  # 0 to 1: fidelity where an edit should change nothing; None where that is (next to) nowhere
 
     @property
     def exact(self) -> bool:
@@ -53,56 +60,64 @@ class Verdict:
 
 def judge(pictures: list[Image.Image], cases: list[Case], reconstruct: Reconstruct) -> list[Verdict]:
     """Scores pictures (any size, any mode) against their cases."""
-    small = [world.shrink(picture) for picture in pictures]
-    reads = [read(picture, case) for picture, case in zip(small, cases)]
-    drawn = np.stack([_large(world.render(spec, style)) for spec, _, style in reads])  # (B, 128, 128, 3)
-    again = reconstruct(drawn)
+    reads = [read(world.shrink(picture), case) for picture, case in zip(pictures, cases)]
+    drawn = [_large(world.render(spec, style)) for spec, _, style in reads]  # (128, 128, 3) each
+    # What an edit should have kept is asked of the truth, not of the nearest drawing: in that one a hat that nobody
+    # asked for is right.
+    edits = [i for i, case in enumerate(cases) if case.edit]
+    truths = {i: cases[i].target | {name: reads[i][0][name] for name in cases[i].edit.free} for i in edits}
+    kept = {i: _large(world.render(truths[i], reads[i][2])) for i in edits}
+    again = reconstruct(np.stack(drawn + list(kept.values())))  # (B + edits, 128, 128, 3)
+    kept_again = dict(zip(edits, again[len(cases) :]))
     verdicts = []
     for i, (spec, right, _) in enumerate(reads):
-        side = drawn.shape[1]
-        flat = Image.alpha_composite(Image.new("RGBA", pictures[i].size, "white"), pictures[i].convert("RGBA"))
-        picture = np.asarray(flat.convert("RGB").resize((side, side), Image.BOX), dtype=np.float32) / 255
-        kept = None
+        picture = _flat(pictures[i], drawn[i].shape[0])
+        whole, rest = fidelity(picture, drawn[i], again[i]), None
         if cases[i].edit:
-            kept = fidelity(picture, drawn[i], again[i], _untouched(cases[i].edit))
-        verdicts.append(Verdict(right, spec, fidelity(picture, drawn[i], again[i]), kept))
+            where = _untouched(cases[i].edit, truths[i])
+            if where.mean() > MIN_KEPT:
+                rest = fidelity(picture, kept[i], kept_again[i], where)
+        verdicts.append(Verdict(right, spec, whole, rest))
     return verdicts
 
 
 def read(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool], str | None]:
-    """(32, 32, 3) -> the nearest spec, which attributes are right, and the style it is nearest to."""
+    """(32, 32, 3) -> the nearest spec, which attributes are right, and the nearest style.
+
+    Steepest descent from the truth: of all single changes of an attribute the one that brings the drawing nearest is made,
+    then the open entries are fitted again, until no change brings it nearer. One at a time and the greatest first,
+    because one wrong attribute makes its neighbours look wrong too: on a sign of another colour the letters have other ink.
+    """
     style = case.edit.style if case.edit else None
-    groups = tuple((name,) for name in case.edit.free) if case.edit else world.TOGETHER[case.target["category"]]
-    spec = fit(picture, case.target, groups, style)
-    right, nearest = {}, dict(spec)
-    for name, values in world.attributes(spec).items():
-        candidates = []
-        for value in values:
-            opened = OPENS.get(name, ()) if value != spec[name] else ()
-            lists = world.ATTRIBUTES[spec["category"]] | world.OPEN[spec["category"]]
-            for choice in product(*(lists[o] for o in opened)):
-                candidates.append(world.settle(spec | {name: value} | dict(zip(opened, choice))))
-        best = min(candidates, key=lambda candidate: _distance(picture, world.render(candidate, style)))
-        right[name] = best[name] == spec[name]
-        nearest |= {name: best[name]} | {o: best[o] for o in OPENS.get(name, ())}
-    if case.edit and case.edit.family == "style":
-        styles = [None, *world.STYLES]
-        best = min(styles, key=lambda other: _distance(picture, world.render(spec, other)))
-        right["style"] = best == style
-    return world.settle(nearest), right, style
+    groups = _groups(case)
+    spec = fit(picture, _blank(case.target, groups), groups, style)
+    names = world.attributes(case.target)
+    restyled = (None, *world.STYLES) if style else (style,)
+    for _ in names:
+        changes = [(c, style) for name in names for c in _others(spec, name)] + [(spec, s) for s in restyled]
+        best = min([(spec, style), *changes], key=lambda change: _distance(picture, world.render(*change)))
+        if best == (spec, style):  # first in the list, so it also wins a tie
+            break
+        spec, style = fit(picture, best[0], groups, best[1]), best[1]
+    right = {name: spec[name] == case.target[name] for name in names}
+    if "side" in names and spec["thing"] == "nothing":  # what is not there stands on no side
+        right["side"] = False
+    if case.edit and case.edit.style:
+        right["style"] = style == case.edit.style
+    return spec, right, style
 
 
 def fit_open(picture: np.ndarray, case: Case) -> tuple:
     """(32, 32, 3) of a T2I case -> its open entries, as fitted: which of the many right pictures this is."""
-    spec = fit(picture, case.target, world.TOGETHER[case.target["category"]], None)
+    groups = _groups(case)
+    spec = fit(picture, _blank(case.target, groups), groups, None)
     return tuple(spec[name] for name in world.OPEN[spec["category"]])
 
 
 def fit(picture: np.ndarray, spec: dict, groups: tuple[tuple[str, ...], ...], style: str | None) -> dict:
-    """The spec with its open entries chosen so that the drawing comes nearest: coordinate descent over the groups, until
-    a sweep changes nothing. Entries of one group are tried in all combinations."""
+    """The spec with the entries in `groups` chosen so that the drawing comes nearest: coordinate descent from the spec's
+    own, until a sweep changes nothing. Entries of one group are tried in all combinations."""
     lists = world.OPEN[spec["category"]]
-    spec = world.settle(spec | {name: lists[name][0] for group in groups for name in group})
     for _ in range(4):
         before = spec
         for group in groups:
@@ -117,6 +132,29 @@ def fit(picture: np.ndarray, spec: dict, groups: tuple[tuple[str, ...], ...], st
     return spec
 
 
+def _groups(case: Case) -> tuple[tuple[str, ...], ...]:
+    """The open entries to be fitted: of a T2I case all, of an edit those that its instruction opens."""
+    return tuple((name,) for name in case.edit.free) if case.edit else world.TOGETHER[case.target["category"]]
+
+
+def _blank(spec: dict, groups: tuple[tuple[str, ...], ...]) -> dict:
+    """The spec without what it says of the entries to be fitted: the judge must find them in the picture."""
+    lists = world.OPEN[spec["category"]]
+    return world.settle(spec | {name: lists[name][0] for group in groups for name in group})
+
+
+def _others(spec: dict, name: str) -> list[dict]:
+    """The specs that differ in attribute `name`, with everything that this change leaves open."""
+    lists = world.ATTRIBUTES[spec["category"]] | world.OPEN[spec["category"]]
+    opened = OPENS.get(name, ())
+    values = [value for value in lists[name] if value != spec[name]]
+    return [
+        world.settle(spec | {name: value} | dict(zip(opened, choice)))
+        for value in values
+        for choice in product(*(lists[o] for o in opened))
+    ]
+
+
 def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray, where: np.ndarray | None = None) -> float:
     """All (128, 128, 3) in [0, 1]; `where` an optional (128, 128) mask. 1 at `again`, 0 at a bad blur or noise of `drawn`."""
     small = drawn[:: world.ENLARGE, :: world.ENLARGE]
@@ -126,8 +164,8 @@ def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray, where: n
         local_error(_large(np.clip(small + noise, 0, 1)), drawn, where),
     )
     best = local_error(again, drawn, where)
-    if bad <= best:  # so little to see (an even sky) that blur cannot be told from the autoencoder's own error
-        return 1.0 if local_error(picture, drawn, where) <= best else 0.0
+    if bad <= best:  # an autoencoder that is no better than that can draw nothing well
+        return 0.0
     return float(np.clip((bad - local_error(picture, drawn, where)) / (bad - best), 0, 1))
 
 
@@ -149,12 +187,17 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _large(small: np.ndarray) -> np.ndarray:
-    return small.repeat(world.ENLARGE, axis=0).repeat(world.ENLARGE, axis=1)
+    """(32, 32, 3) -> (128, 128, 3), in the 256 steps that a picture has."""
+    return ((small * 255).round() / 255).repeat(world.ENLARGE, axis=0).repeat(world.ENLARGE, axis=1)
 
 
-def _untouched(edit: Edit) -> np.ndarray | None:
-    """(128, 128): where the clean source and the target agree. None where the edit concerns every pixel."""
-    if edit.style:
-        return None
-    same = np.abs(world.render(edit.source) - world.render(edit.target)).max(axis=2) < 1 / 255
-    return _large(same[..., None])[..., 0]
+def _flat(picture: Image.Image, side: int) -> np.ndarray:
+    """Any picture -> (side, side, 3) float32 in [0, 1], over white where transparent."""
+    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
+    return np.asarray(flat.resize((side, side), Image.BOX), dtype=np.float32) / 255
+
+
+def _untouched(edit: Edit, truth: dict) -> np.ndarray:
+    """(128, 128) bool: where source and true target agree; before any degradation or style, which keep the object."""
+    same = np.abs(world.render(edit.source) - world.render(truth)).max(axis=2) < 1 / 255
+    return same.repeat(world.ENLARGE, axis=0).repeat(world.ENLARGE, axis=1)

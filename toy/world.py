@@ -17,15 +17,17 @@ one letter is one token wide and two high. Off the grid a small network does not
 `python -m toy.world FILE.png` draws a sheet of it.
 """
 
+import argparse
 import hashlib
 import math
 import random
 import sys
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter
 
 from recipe import Prompt
 
@@ -62,6 +64,7 @@ CLOTHES = {"navy": (40, 50, 110), "maroon": (140, 40, 50), "green": (60, 150, 90
 SIGN = {"blue": (30, 60, 190), "red": (214, 44, 44), "green": (60, 180, 90), "yellow": (252, 214, 50)}
 WALL = {"brown": (110, 70, 50), "orange": (232, 128, 44), "gray": (178, 180, 186)}
 STICKER = {"white": (250, 250, 250), "pink": (255, 90, 160), "black": (20, 20, 24)}
+STICKER_PLACES = {"sticker_a": ((4, 4), (27, 4), (16, 3)), "sticker_b": ((4, 28), (27, 28), (16, 29))}
 SKY = {  # top and bottom of the gradient, then the light that falls on everything below it
     "day": ((60, 140, 240), (196, 228, 252), (1.0, 1.0, 1.0)),
     "sunset": ((96, 44, 120), (250, 130, 60), (0.80, 0.62, 0.58)),
@@ -108,7 +111,7 @@ OPEN: dict[str, dict[str, tuple]] = {
     },
     "portrait": {
         "x": (11, 13, 16, 19, 21),
-        "size": (0.88, 1.03, 1.18),
+        "size": (1.0, 1.15, 1.3),
         "length": ("short", "long"),
         "clothes": tuple(CLOTHES),
         "pattern": ("plain", "columns", "rows", "slanted", "dots"),
@@ -155,8 +158,11 @@ def settle(spec: dict) -> dict:
         if spec["weather"] == "clear":
             spec["clouds"] = 0
     if spec["category"] == "text":
-        for name in ("sticker_a", "sticker_b"):
-            spec[name] = ("none", 0) if spec[name][0] == "none" else spec[name]
+        x, y = spec["column"] - 2, spec["row"]  # the sign's corner; it hides what lies wholly behind it
+        for name, places in STICKER_PLACES.items():
+            at_x, at_y = places[spec[name][1]]
+            if x <= at_x - 2.4 and at_x + 2.4 <= x + 15 and y <= at_y - 2.4 and at_y + 2.4 <= y + 7:
+                spec[name] = ("none", 0)
     return spec
 
 
@@ -371,16 +377,16 @@ def _portrait(spec: dict) -> Image.Image:
     pen.oval(x, y, 6 * s, 7.4 * s, skin)
     pen.bow(x, y - 1.4 * s, 6.4 * s, 6.4 * s, 200, 340, hair)  # the fringe
     for side in (-1, 1):
-        pen.oval(x + side * 2.7 * s, y - 0.4 * s, 1.9 * s, 1.5 * s, (255, 255, 255))
-        pen.oval(x + side * 2.7 * s, y - 0.4 * s, 1.2 * s, 1.4 * s, EYES[spec["eyes"]])
-    red = (150, 20, 36)
+        pen.oval(x + side * 2.7 * s, y - 0.4 * s, 2.1 * s, 1.7 * s, (255, 255, 255))
+        pen.oval(x + side * 2.7 * s, y - 0.4 * s, 1.3 * s, 1.6 * s, EYES[spec["eyes"]])
+    red = (228, 36, 64)
     if spec["mouth"] == "smiling":
         pen.bow(x, y + 2.6 * s, 3.4 * s, 2.9 * s, 0, 180, red)
     elif spec["mouth"] == "frowning":
-        pen.bow(x, y + 5.6 * s, 3.2 * s, 2.6 * s, 180, 360, red)
-        pen.bow(x, y + 6.4 * s, 2.4 * s, 1.9 * s, 180, 360, skin)
+        pen.bow(x, y + 6.0 * s, 3.7 * s, 3.4 * s, 180, 360, red)
+        pen.bow(x, y + 6.6 * s, 2.3 * s, 2.0 * s, 180, 360, skin)
     else:
-        pen.box(x - 2.6 * s, y + 3.6 * s, x + 2.6 * s, y + 4.7 * s, red)
+        pen.box(x - 2.8 * s, y + 3.6 * s, x + 2.8 * s, y + 4.9 * s, red)
     if spec["hat"] == "cap":
         pen.bow(x, y - 3.6 * s, 7 * s, 5.6 * s, 180, 360, (60, 170, 60))
         pen.box(x - 1 * s, y - 4.4 * s, x + 9.4 * s, y - 3.2 * s, (30, 110, 40))
@@ -407,8 +413,7 @@ def _poster(spec: dict) -> Image.Image:
         for j in range(-1, 5):
             x = 8 * j + dx + (i % 2) * 4
             pen.box(x, y, x + 1, y + 6, mortar)
-    sites = {"sticker_a": ((4, 4), (27, 4), (16, 3)), "sticker_b": ((4, 28), (27, 28), (16, 29))}
-    for name, places in sites.items():
+    for name, places in STICKER_PLACES.items():
         tint, place = spec[name]
         if tint != "none":
             pen.oval(*places[place], 2.4, 2.4, STICKER[tint])
@@ -548,12 +553,17 @@ def sheet(rows: list[list[Image.Image]], gap: int = 6) -> Image.Image:
     canvas = Image.new("RGB", (side * max(map(len, rows)) + gap, side * len(rows) + gap), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            tile = ImageOps.expand(image.convert("RGBA"), 0)
+            tile = image.convert("RGBA")
             canvas.paste(tile, (gap + x * side, gap + y * side), tile)
     return canvas
 
 
-def main(path: str) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m toy.world", description="Draws a sheet of the toy world.")
+    parser.add_argument("path", type=Path, nargs="?", default=Path("world.png"), metavar="FILE.png")
+    path = parser.parse_args(argv).path
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: the sheet is written as .png")
     rows = []
     for category in CATEGORIES:
         rng = random.Random(0)
@@ -573,4 +583,8 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "world.png")
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"toy.world: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
