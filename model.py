@@ -483,7 +483,8 @@ def load_weights(
     """Fill `module`, built on the meta device, from `{stem}.safetensors` or the shards in `{stem}.safetensors.index.json`.
 
     The files must hold exactly the module's tensors in its shapes, but for those whose whole name matches a regular
-    expression in `skip`. Tensors are mapped from disk and placed one by one, so the peak is about the module itself.
+    expression in `skip`. Tensors are mapped from disk and placed one by one: at its peak, memory holds the module and one
+    tensor.
     """
     directory = Path(directory)
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
@@ -501,7 +502,7 @@ def load_weights(
         if not (directory / file).is_file():
             raise FileNotFoundError(f"{directory / file}: no such file, but {index.name} puts {name} into it")
 
-    wanted, places = module.state_dict(), {}
+    wanted, places = module.state_dict(), {}  # {tensor: path}
     for path in [directory / file for file in sorted(set(listed.values()))] or [single]:
         with _open(path) as file:
             for name in list(file.keys()):
@@ -514,20 +515,20 @@ def load_weights(
                 shape, expected = list(file.get_slice(name).get_shape()), list(wanted[name].shape)
                 if shape != expected:
                     raise ValueError(f"{path}: {name} has shape {shape}, but by the config {expected}")
-                places.setdefault(path, []).append(name)
-    if missing := wanted.keys() - {name for names in places.values() for name in names}:
+                places[name] = path
+    if missing := wanted.keys() - places.keys():
         where = directory / listed.get(min(missing), index.name if listed else single.name)
         raise ValueError(f"{where}: tensor {min(missing)} is missing ({len(missing)} in all)")
 
-    for path, names in places.items():
-        with _open(path) as file:
-            for name in names:
-                tensor = file.get_tensor(name)
-                tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
-                owner, _, leaf = name.rpartition(".")
-                owner = module.get_submodule(owner)
-                is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
-                setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+    for name, path in places.items():
+        with _open(path) as file:  # anew for each tensor: what was read of a mapped file counts as ours until it closes
+            tensor = file.get_tensor(name)
+            dtype_here = dtype if tensor.is_floating_point() else tensor.dtype
+            tensor = tensor.to(device=device, dtype=dtype_here, copy=True)  # off the file, which may be written over
+        owner, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+        setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
 
 
 def _open(path: Path):
@@ -555,7 +556,7 @@ def save_weights(
     if len(shards) == 1:
         shards = {f"{stem}.safetensors": list(state)}
     for file, names in shards.items():
-        # Written beside and renamed: weights that are mapped from the old file keep it, and no reader sees half of one.
+        # Written beside and renamed, so that no reader ever sees half a file.
         tensors = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
         save_file(tensors, directory / f"{file}.part", {"format": "pt"})
         os.replace(directory / f"{file}.part", directory / file)
