@@ -43,7 +43,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import dmd
@@ -85,7 +84,7 @@ class Args:
     student_steps: int = option(4, "the student's number of steps, its NFE")
     steps: int = option(100, "updates of the student")
     batch: int = option(48, "samples per update, over all its micro-batches")
-    micro_batch: int = option(16, "samples that run at once, of one task and category")
+    micro_batch: int = option(16, "samples that run at once, of one category and layout")
     seed: int = option(0, "all random draws follow from it")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
     save_every: int = option(50, "steps from one checkpoint to the next")
@@ -119,19 +118,18 @@ class Args:
 
 @dataclass
 class FlowArgs(Args):
-    """The same options for the flow objective; the values are those of the toy's pretraining, and ours."""
+    """The same options with the values of the toy's pretraining, which are ours."""
 
     objective: str = "flow"
-    steps: int = option(2000, "updates of the teacher")
-    batch: int = option(96, "samples per update, over all its micro-batches")
-    micro_batch: int = option(96, "samples that run at once, of one layout")
-    save_every: int = option(500, "steps from one checkpoint to the next")
-    panel_every: int = option(500, "steps from one panel and grid to the next")
-    muon_lr: float = option(0.02, "Muon, for the blocks' matrices; 0: AdamW for those too")
-    lr: float = option(2e-3, "AdamW, for all other tensors")
-    warmup: int = option(100, "steps over which the learning rates rise from 0")
-    decay: float = option(0.5, "share of the run, at its end, over which they fall to 0 again")
-    ema: float = option(0.999, "decay per step of the averaged weights, which are what a run exports")
+    steps: int = 2000
+    batch: int = 96
+    save_every: int = 500
+    panel_every: int = 500
+    muon_lr: float = 0.02
+    lr: float = 2e-3
+    warmup: int = 100
+    decay: float = 0.5
+    ema: float = 0.999
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -141,8 +139,9 @@ def parse(argv: list[str] | None = None) -> Args:
     kind = {"dmd": Args, "flow": FlowArgs}[first.parse_known_args(argv)[0].objective]
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
+    texts = {f.name: f.metadata["help"] for f in fields(Args)}
     for f in fields(kind):
-        flag, text = "--" + f.name.replace("_", "-"), f"{f.metadata.get('help', '')} [{f.default}]"
+        flag, text = "--" + f.name.replace("_", "-"), f"{texts[f.name]} [{f.default}]"
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
@@ -203,8 +202,12 @@ class Entry:
 
     @property
     def layout(self) -> tuple:
-        """What entries must have in common to share a batch: the shapes of all blocks of the sequence."""
-        return tuple(s.shape for s in self.sources), self.size
+        """What entries must have in common to share a batch: the sizes of all blocks of the sequence.
+
+        The text's length, too. Padding is masked, but it would count: the target's rotary position is behind the batch's
+        longest text, and a network trained there is asked to draw elsewhere when a prompt comes alone.
+        """
+        return len(self.states), tuple(s.shape for s in self.sources), self.size
 
 
 class Pool:
@@ -280,12 +283,16 @@ def encode_pool(
 
 
 def toy_prompts(args: Args) -> list[Prompt]:
-    """`args.pool` prompts of each task, spread evenly over the toy world's categories and editing families."""
+    """`args.pool` prompts of each task that the recipe has, in equal parts from each of its categories."""
     from toy import world  # a run on one's own prompts does not need the toy
 
-    kinds = {"t2i": world.CATEGORIES, "edit": world.FAMILIES}
-    counts = [(task, kind, math.ceil(args.pool / len(kinds[task]))) for task in kinds for kind in kinds[task]]
-    return [p for case in counts for p in world.training_prompts(*case, args.seed, args.objective == "flow")]
+    prompts, wanted = [], recipes.find(args.recipe)
+    kinds = {"t2i": wanted.t2i or world.CATEGORIES, "edit": wanted.edit or world.FAMILIES}
+    for task, parts in zip(recipes.TASKS, wanted.ratio, strict=True):
+        for kind in kinds[task] if parts else ():
+            count = math.ceil(args.pool / len(kinds[task]))
+            prompts += world.training_prompts(task, kind, count, args.seed, targets=args.objective == "flow")
+    return prompts
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -296,7 +303,7 @@ class Batch:
     """Samples of one task and layout, on the device. Draws and target are fp32, conditions of the working dtype."""
 
     task: str
-    categories: list[str]
+    category: str
     condition: Condition
     empty: Condition | None  # the same without words
     target: Tensor | None  # (B, 64, h, w)
@@ -305,68 +312,58 @@ class Batch:
     t: Tensor  # (B,) in [0, 1]
     k: int | None = None  # the student's step (dmd)
 
-    def where(self) -> str:
-        return f"task {self.task}, k = {self.k}, t = {[round(t, 4) for t in self.t.tolist()]}"
 
+def batches(args: Args, pool: Pool, recipe: recipes.Recipe, purpose: str, update: int) -> Iterator[tuple[Batch, float]]:
+    """The micro-batches of one update, each with its share of the update's samples.
 
-def make_batch(args: Args, entries: list[Entry], rngs: list[torch.Generator], k: int | None = None) -> Batch:
-    """Entries of one layout, and for each the generator that its noises and its time are drawn from, in this order."""
-    device, dtype, shape = args.device, getattr(torch, args.dtype), (64, *entries[0].size)
-    noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
-    xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
-    u, drop = torch.stack([torch.rand(2, generator=rng) for rng in rngs]).unbind(1)  # 2 x (B,)
-    sources = [torch.stack(column).to(device, dtype) for column in zip(*(e.sources for e in entries), strict=True)]
-
-    def condition(states: list[Tensor]) -> Condition:
-        lengths = torch.tensor([len(s) for s in states])[:, None]  # (B, 1)
-        padded = pad_sequence(states, batch_first=True).to(device, dtype)  # (B, L, C)
-        mask = (torch.arange(padded.shape[1]) < lengths).to(device)  # (B, L)
-        return Condition(padded, mask, sources, entries[0].slots)
-
-    flows, first = args.objective == "flow", entries[0]
-    dropped = (drop < args.text_dropout).tolist() if flows else [False] * len(entries)
-    return Batch(
-        first.task,
-        [e.category for e in entries],
-        condition([e.empty if out else e.states for e, out in zip(entries, dropped, strict=True)]),
-        condition([e.empty for e in entries]) if first.empty is not None and not flows else None,
-        torch.stack([e.target for e in entries]).to(device).float() if flows else None,
-        noise,
-        xi,
-        (flow.logit_normal(u) if flows else flow.shifted_uniform(u, args.time_shift)).to(device),
-        k,
-    )
-
-
-def flow_batches(args: Args, pool: Pool, recipe: recipes.Recipe, step: int) -> list[Batch]:
-    """One update of the flow objective. Every sample has a turn of its own, and those of one layout run together."""
-    groups = defaultdict(list)  # task and layout -> [(entry, generator)]
-    for number in range(args.batch):
-        task, category, _ = recipe.turn(step * args.batch + number)
-        rng = generator(args.seed, step, number, "flow")
-        entry = pool.draw(rng, task, category)
-        groups[task, entry.layout].append((entry, rng))
-    chunks = [g[i : i + args.micro_batch] for g in groups.values() for i in range(0, len(g), args.micro_batch)]
-    return [make_batch(args, *zip(*chunk, strict=True)) for chunk in chunks]
-
-
-def dmd_batches(
-    args: Args, pool: Pool, recipe: recipes.Recipe, purpose: str, update: int
-) -> Iterator[tuple[Batch, float]]:
-    """The micro-batches of one update, each with its share of it: one task, one category and one k in each, because the
-    teachers' weights depend on all three.
-
-    Student and fake score (`purpose`) count their own updates. Were they to share one count, then at a ratio of 1:1 and
-    five fake updates for each of the student, the student would see one task for ever.
+    One task, category and layout in each, and for DMD one k, because the teachers' weights depend on them. The networks
+    (`purpose`) count their own updates. Were student and fake score to share one count, then at a ratio of 1:1 and five
+    fake updates for each of the student, the student would see one task for ever.
     """
     for micro, size in enumerate(args.sizes):
         task, category, _ = recipe.turn(update * len(args.sizes) + micro)
         rngs = [generator(args.seed, update, micro * args.micro_batch + i, purpose) for i in range(size)]
         first = pool.draw(rngs[0], task, category)  # its layout is the micro-batch's
         entries = [first, *(pool.draw(rng, task, category, first.layout) for rng in rngs[1:])]
-        lowest = 1 if recipe.first_step_weight and args.student_steps > 1 else 0  # then step 0 has its own loss
-        k = torch.randint(lowest, args.student_steps, (), generator=generator(args.seed, update, micro, purpose + " k"))
-        yield make_batch(args, entries, rngs, k.item()), size / args.batch
+        rng = generator(args.seed, update, micro, purpose + " micro-batch")
+        if args.objective == "flow":
+            wordless = torch.rand((), generator=rng).item() < args.text_dropout  # all at once: one layout
+            batch = make_batch(args, entries, rngs, wordless=wordless)
+        else:
+            lowest = 1 if recipe.first_step_weight and args.student_steps > 1 else 0  # step 0 has a loss of its own
+            batch = make_batch(args, entries, rngs, torch.randint(lowest, args.student_steps, (), generator=rng).item())
+        yield batch, size / args.batch
+
+
+def make_batch(
+    args: Args, entries: list[Entry], rngs: list[torch.Generator], k: int | None = None, wordless: bool = False
+) -> Batch:
+    """Entries of one layout, and for each the generator that its noises and its time are drawn from, in this order."""
+    device, dtype, shape = args.device, getattr(torch, args.dtype), (64, *entries[0].size)
+    noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
+    xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
+    u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
+    t = flow.logit_normal(u) if args.objective == "flow" else flow.shifted_uniform(u, args.time_shift)  # (B,)
+    sources = [torch.stack(column).to(device, dtype) for column in zip(*(e.sources for e in entries), strict=True)]
+
+    def condition(states: list[Tensor]) -> Condition:
+        stacked = torch.stack(states).to(device, dtype)  # (B, L, C)
+        return Condition(stacked, torch.ones(stacked.shape[:2], dtype=torch.bool), sources, entries[0].slots).to(
+            device, dtype
+        )
+
+    words, empty = [e.states for e in entries], [e.empty for e in entries]
+    return Batch(
+        entries[0].task,
+        entries[0].category,
+        condition(empty if wordless else words),
+        condition(empty) if empty[0] is not None else None,
+        torch.stack([e.target for e in entries]).to(device).float() if entries[0].target is not None else None,
+        noise,
+        xi,
+        t.to(device),
+        k,
+    )
 
 
 # ---- networks --------------------------------------------------------------------------------------------------------
@@ -431,7 +428,7 @@ class Trainee:
         if muon:
             self.optimizers.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=0.0))
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
-        self.seen: list[str] = []  # what is in the gradient so far
+        self.seen: list[tuple[str, int | None, Tensor]] = []  # task, k and t of what is in the gradient
 
     def backward(self, losses: Tensor, share: float, batch: Batch) -> None:
         """Add `share` times the mean of losses, (B,) or (), to the gradient. Between micro-batches it is fp32."""
@@ -443,13 +440,14 @@ class Trainee:
             if weight.grad is not None:
                 master.grad += weight.grad
                 weight.grad = None
-        self.seen.append(batch.where())
+        self.seen.append((batch.task, batch.k, batch.t))
 
     def update(self, rate: float) -> float:
         """Clip, one step at `rate` times the learning rates, average. Returns the gradient's norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.masters, self.clip).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the {self.name}'s gradient is {norm} after {'; '.join(self.seen)}")
+            seen = "; ".join(f"task {task}, k = {k}, t = {t.tolist()}" for task, k, t in self.seen)
+            raise FloatingPointError(f"the {self.name}'s gradient has norm {norm} after {seen}")
         for optimizer, full in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * full
             optimizer.step()
@@ -504,7 +502,7 @@ def open_run(args: Args) -> tuple[Args, dict | None]:
     A folder that holds anything is only ever continued, with --resume and the same arguments; else ValueError.
     """
     out, before = args.home, read_json(args.home / "args.json")["arguments"] if args.resume else None
-    if not before and out.is_dir() and any(out.iterdir()):
+    if not before and out.is_dir() and {f.name for f in out.iterdir()} - {"args.json"}:  # more than a failed start
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
     args = settle(replace(args, dtype=args.dtype or before["dtype"]) if before else args)  # not measured a second time
     now = json.loads(json.dumps(asdict(args), default=str))
@@ -583,51 +581,49 @@ class Log:
     BINS = 5  # of t
 
     def __init__(self):
-        self.losses: dict[str, list[tuple[float, float]]] = defaultdict(list)  # name -> (loss, t) of each sample
+        self.losses: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # name -> losses (B,), t (B,)
         self.norms: dict[str, float] = {}
         self.batches: list[Batch] = []
 
     def add(self, name: str, losses: Tensor, batch: Batch) -> None:
-        self.losses[name] += zip(losses.tolist(), batch.t.tolist(), strict=True)
+        self.losses[name].append((losses.detach(), batch.t))
         self.batches.append(batch)
 
     def line(self, **numbers) -> dict:
         mean, by_t = {}, {}
         for name, pairs in self.losses.items():
-            mean[name] = sum(loss for loss, _ in pairs) / len(pairs)
-            bins = [
-                [loss for loss, t in pairs if min(int(t * self.BINS), self.BINS - 1) == i] for i in range(self.BINS)
-            ]
-            by_t[name + "_by_t"] = [round(sum(b) / len(b), 5) if b else None for b in bins]
-        counts = Counter(f"{b.task} {category}" for b in self.batches for category in b.categories)
+            losses, times = (torch.cat(column).cpu() for column in zip(*pairs, strict=True))  # (B,) each
+            mean[name] = losses.mean().item()
+            bins = [losses[(times * self.BINS).long().clamp(max=self.BINS - 1) == i] for i in range(self.BINS)]
+            by_t[name + "_by_t"] = [round(b.mean().item(), 5) if len(b) else None for b in bins]
+        counts = Counter()
+        for b in self.batches:
+            counts[f"{b.task} {b.category}"] += len(b.t)
         each = {"tasks": [b.task for b in self.batches], "k": [b.k for b in self.batches], "categories": counts}
         return numbers | mean | self.norms | each | by_t
 
 
 @torch.no_grad()
 def draw(args: Args, pool: Pool, model: MMDiT, panel: list[Tensor], step: int) -> None:
-    """panels/STEP.png; and grid.png: two prompts of every category, edits below their sources."""
-    groups = defaultdict(list)
-    for entry in [e for key, place in pool.places.items() if len(key) == 2 for e in place[:2]][:24]:
-        groups[entry.task, entry.layout].append(entry)
-    grid, flows = [], args.objective == "flow"
-    for group in groups.values():
-        # Both conditions are wanted whatever the objective, and no text dropout: so the batch is made as for dmd.
-        rngs = [generator(args.seed, 0, number, "grid") for number in range(len(group))]
-        batch = make_batch(replace(args, objective="dmd"), group, rngs)
-        v = guided(args, model, batch.condition, batch.empty) if flows else velocity(model, batch.condition)
-        sigmas = flow.student_sigmas(20 if flows else args.student_steps)
-        grid += [*batch.condition.sources, flow.euler(v, batch.noise, sigmas)]
+    """panels/STEP.png; and grid.png: two prompts of every category, edits below their (last) source."""
+    grid = {"t2i": [], "source": [], "edit": []}
+    chosen = [entry for key, place in pool.places.items() if len(key) == 2 for entry in place[:2]]
+    for number, entry in enumerate(chosen):
+        batch = make_batch(args, [entry], [generator(args.seed, 0, number, "grid")])
+        v, sigmas = velocity(model, batch.condition), flow.student_sigmas(args.student_steps)
+        if args.objective == "flow":
+            v, sigmas = guided(args, model, batch.condition, batch.empty), flow.student_sigmas(20)
+        grid["source"] += [source[0] for source in batch.condition.sources[-1:]]  # (64, h, w)
+        grid[entry.task].append(flow.euler(v, batch.noise, sigmas)[0])  # (64, h, w)
     vae = VAE.from_pretrained(args.checkpoint / "vae", device=args.device)  # not kept between panels: memory
-    for rows, path in ((panel, args.out / "panels" / f"{step:06d}.png"), (grid, args.out / "grid.png")):
-        pictures = [sample.to_pictures(vae.decode(row[:24].float())) for row in rows]  # one row of pictures each
-        canvas = Image.new("RGBA", (max(sum(p.width + 4 for p in r) for r in pictures), 1), "white")
-        canvas = canvas.resize((canvas.width, sum(r[0].height + 4 for r in pictures)))
-        y = 0
-        for row in pictures:
-            for i, picture in enumerate(row):
-                canvas.alpha_composite(picture, (i * (picture.width + 4), y))
-            y += row[0].height + 4
+    for rows, path in ((panel, args.out / "panels" / f"{step:06d}.png"), (grid.values(), args.out / "grid.png")):
+        pictures = [[sample.to_pictures(vae.decode(z[None].float()))[0] for z in row] for row in rows if len(row)]
+        heights = [max(picture.height for picture in row) for row in pictures]
+        width = max(sum(picture.width for picture in row) for row in pictures)
+        canvas = Image.new("RGBA", (width, sum(heights)), "white")
+        for i, row in enumerate(pictures):
+            for j, picture in enumerate(row):
+                canvas.alpha_composite(picture, (sum(p.width for p in row[:j]), sum(heights[:i])))
         path.parent.mkdir(exist_ok=True)
         canvas.convert("RGB").save(path)
 
@@ -669,30 +665,28 @@ def train(args: Args, pool: Pool, state: dict | None) -> Path:
             rate *= min(1, (args.steps - step) / (args.decay * args.steps)) if args.decay else 1.0
             # ==========================================================================================================
             if flows:
-                for batch in flow_batches(args, pool, recipe, step):
+                for batch, share in batches(args, pool, recipe, "flow", step):
                     v = velocity(student.model, batch.condition)
                     losses = flow.flow_matching_loss(v, batch.target, batch.noise, batch.t)  # (B,)
-                    student.backward(losses, len(losses) / args.batch, batch)
+                    student.backward(losses, share, batch)
                     log.add("loss", losses, batch)
                 log.norms["grad_norm"] = student.update(rate)
             else:
                 # 1. The fake score learns what the student draws by now. The student draws, and does not learn.
                 for update in range(step * args.fake_updates, (step + 1) * args.fake_updates):
-                    for batch, share in dmd_batches(args, pool, recipe, "fake", update):
+                    for batch, share in batches(args, pool, recipe, "fake", update):
+                        drawing, learning = (velocity(m.model, batch.condition) for m in (student, fake))
                         with torch.no_grad():
-                            x_theta = dmd.rollout(
-                                velocity(student.model, batch.condition), batch.noise, sigmas, batch.k
-                            )
-                        v = velocity(fake.model, batch.condition)
-                        losses = dmd.fake_score_loss(v, x_theta, batch.xi, batch.t)  # (B,)
+                            x_theta = dmd.rollout(drawing, batch.noise, sigmas, batch.k)
+                        losses = dmd.fake_score_loss(learning, x_theta, batch.xi, batch.t)  # (B,)
                         fake.backward(losses, share, batch)
                         log.add("fake_loss", losses, batch)
                     log.norms["fake_grad_norm"] = fake.update(rate)
                 # 2. The student learns once. Teachers and fake score look on, without gradient (dmd_gradient has none).
-                for batch, share in dmd_batches(args, pool, recipe, "student", step):
+                for batch, share in batches(args, pool, recipe, "student", step):
                     v = velocity(student.model, batch.condition)
                     x_theta = dmd.rollout(v, batch.noise, sigmas, batch.k)  # gradient through its step k alone
-                    weights = recipe.weights(batch.k, args.student_steps, batch.task, batch.categories[0])
+                    weights = recipe.weights(batch.k, args.student_steps, batch.task, batch.category)
                     chosen = {m: guided(args, teachers[m], batch.condition, batch.empty) for m in weights}
                     real, seen = dmd.mixture(weights, chosen), velocity(fake.model, batch.condition)
                     g, x0_real, x0_fake = dmd.dmd_gradient(real, seen, x_theta, batch.xi, batch.t)
@@ -713,7 +707,11 @@ def train(args: Args, pool: Pool, state: dict | None) -> Path:
                 if flows:
                     z = flow.path(batch.target, batch.noise, batch.t)
                     with torch.no_grad():
-                        panel = [batch.target, z, flow.x0_from_velocity(z, v(z, batch.t), batch.t)]
+                        panel = [
+                            batch.target,
+                            z,
+                            flow.x0_from_velocity(z, v(z, batch.t), batch.t),
+                        ]  # (B, 64, h, w) each
                 else:
                     panel = [x_theta.detach(), x0_real, x0_fake]
                 draw(args, pool, student.averaged(), panel, done)
@@ -740,8 +738,8 @@ def main(argv: list[str] | None = None) -> None:
     del pipeline, prompts
     folder = train(args, pool, state)
     print(f"finished: {folder}")
-    if not flows and args.checkpoint == TOY:
-        from eval import compare  # only the toy world has a judge
+    if not flows and not args.prompts:  # the toy world has a judge
+        from eval import compare
 
         compare(folder, args.checkpoint, args.out)
 

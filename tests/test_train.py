@@ -200,16 +200,16 @@ def test_dmd_round_is_the_method(checkpoint, pools, tmp_path):
         loss.backward()
         torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0).step()
 
-    ((batch, _),) = train.dmd_batches(args, pools["dmd"], recipe, "fake", 0)
+    ((batch, _),) = train.batches(args, pools["dmd"], recipe, "fake", 0)
     x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noise, sigmas, batch.k).detach()
     z = flow.path(x, batch.xi, batch.t)
     descend(fake, (fake(z, batch.t, batch.condition) - (batch.xi - x)).square().mean())
 
-    ((batch, _),) = train.dmd_batches(args, pools["dmd"], recipe, "student", 0)
+    ((batch, _),) = train.batches(args, pools["dmd"], recipe, "student", 0)
     x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noise, sigmas, batch.k)
     z, t = flow.path(x, batch.xi, batch.t).detach(), batch.t
     v = 0
-    for name, weight in recipe.weights(batch.k, 4, "edit", batch.categories[0]).items():
+    for name, weight in recipe.weights(batch.k, 4, "edit", batch.category).items():
         model = {"base": base, "edit": expert}[name]
         uncond = model(z, t, batch.empty)
         v = v + weight * (uncond + 2.0 * (model(z, t, batch.condition) - uncond))
@@ -234,12 +234,15 @@ def test_flow_objective_overfits_two_pictures(checkpoint, pools, tmp_path):
     folder = train.train(args, train.Pool(entries), state)
 
     recipe = train.recipes.find("mix-10-0").resolve({"t2i": ["portrait", "text"]}, [])
-    (batch,) = train.flow_batches(replace(args, batch=32, micro_batch=32), train.Pool(entries), recipe, step=10**6)
+    args = replace(args, batch=32, micro_batch=16, text_dropout=0.0)
     losses = []
     for transformer in (checkpoint / "transformer", folder):
-        v = train.velocity(MMDiT.from_pretrained(transformer), batch.condition)
-        with torch.no_grad():
-            losses.append(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t).mean().item())
+        model, each = MMDiT.from_pretrained(transformer), []
+        for batch, _ in train.batches(args, train.Pool(entries), recipe, "flow", update=10**6):
+            with torch.no_grad():
+                v = train.velocity(model, batch.condition)
+                each.append(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t).mean().item())
+        losses.append(sum(each))
     assert losses[1] < 0.4 * losses[0]
 
 
@@ -250,10 +253,9 @@ def test_masters_keep_what_bf16_rounds_away_and_average_them(checkpoint, pools, 
     before = [m.clone() for m in trainee.masters], [w.clone() for w in trainee.weights]
     average = before[0]
     for step in range(3):
-        for batch in train.flow_batches(args, pools["flow"], recipe, step):
+        for batch, share in train.batches(args, pools["flow"], recipe, "flow", step):
             v = train.velocity(trainee.model, batch.condition)
-            losses = flow.flow_matching_loss(v, batch.target, batch.noise, batch.t)
-            trainee.backward(losses, len(losses) / args.batch, batch)
+            trainee.backward(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t), share, batch)
         trainee.update(1.0)
         decay = min(0.5, (2 + step) / (11 + step))
         average = [decay * a + (1 - decay) * m for a, m in zip(average, trainee.masters, strict=True)]
@@ -279,22 +281,41 @@ def test_pool_holds_what_the_pipeline_would_encode(checkpoint, prompts, pools):
         for mine, theirs in zip(entry.sources, condition.sources, strict=True):
             torch.testing.assert_close(mine.float(), theirs[0], rtol=1e-2, atol=1e-2)
         assert entry.size == tuple(entry.target.shape[1:])  # the picture to learn has the size that is to be drawn
-    assert len({entry.layout for entry in pools["flow"].entries}) == 3
+    assert len({entry.size for entry in pools["flow"].entries}) == 2  # one source is wider than the others
 
 
-def test_draws_depend_on_numbers_alone(checkpoint, pools, tmp_path):
-    """Micro-batches of another size are the same samples with the same noises: numbering is global."""
+def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp_path):
+    """The same sample has the same noises and time in micro-batches of any size; any of the four changes them."""
     recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
-    seen = []
-    for micro_batch in (8, 3):
-        args = train.settle(make_args(checkpoint, tmp_path, "flow", batch=8, micro_batch=micro_batch))
-        batches = train.flow_batches(args, pools["flow"], recipe, 4)
-        assert all(len(b.t) <= micro_batch for b in batches)
-        samples = [(b.task, *row) for b in batches for row in zip(b.categories, b.t.tolist(), b.noise.sum((1, 2, 3)))]
-        seen.append(sorted((task, category, t, noise.item()) for task, category, t, noise in samples))
-    assert seen[0] == seen[1]
-    other = train.flow_batches(args, pools["flow"], recipe, 5)
-    assert not {t for *_, t, _ in seen[0]} & {t for b in other for t in b.t.tolist()}
+
+    def draws(purpose="fake", update=4, micro_batch=4, seed=0) -> list[tuple]:
+        args = train.settle(make_args(checkpoint, tmp_path, batch=8, micro_batch=micro_batch, seed=seed))
+        found = []
+        for batch, share in train.batches(args, pools["dmd"], recipe, purpose, update):
+            assert len(batch.t) == share * 8 <= micro_batch
+            found += zip(batch.t.tolist(), batch.noise.mean((1, 2, 3)).tolist(), batch.xi.mean((1, 2, 3)).tolist())
+        assert len(set(found)) == 8
+        return found
+
+    assert draws() == draws(micro_batch=8) == draws(micro_batch=3)
+    for other in (draws(purpose="student"), draws(update=5), draws(seed=1)):
+        assert not set(other) & set(draws())
+
+
+def test_micro_batches_are_not_padded(checkpoint, pools, tmp_path):
+    """Padding would count in the target's rotary position: in a micro-batch each sample is as it would be alone."""
+    args = train.settle(make_args(checkpoint, tmp_path, "flow", batch=64, micro_batch=4, text_dropout=0.5))
+    recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
+    model, lengths = MMDiT.from_pretrained(checkpoint / "transformer"), set()
+    for batch, _ in train.batches(args, pools["flow"], recipe, "flow", 0):
+        c = batch.condition
+        lengths.add((batch.task, c.states.shape[1]))
+        alone = train.Condition(c.states[1:2], c.mask[1:2], [s[1:2] for s in c.sources], c.slots)
+        assert c.mask.all() and (c.states.abs().sum(2) > 0).all()
+        with torch.no_grad():
+            v, one = model(batch.noise, batch.t, c), model(batch.noise[1:2], batch.t[1:2], alone)
+        torch.testing.assert_close(v[1:2], one, rtol=1e-4, atol=1e-5)
+    assert len(lengths) > 4
 
 
 # ---- what stops a run ------------------------------------------------------------------------------------------------
@@ -342,6 +363,8 @@ def test_non_finite_stops_before_the_update(checkpoint, pools, tmp_path, monkeyp
 def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, command):
     out = tmp_path / "run"
     args, _ = train.open_run(make_args(checkpoint, out))
+    train.open_run(make_args(checkpoint, out))  # a start that failed on its prompts may be repeated
+    (out / "metrics.jsonl").touch()
     note = (out / "args.json").read_bytes()
     with pytest.raises(ValueError, match=r"run: not empty; --resume"):
         train.open_run(make_args(checkpoint, out))
