@@ -17,6 +17,7 @@ import argparse
 import math
 import os
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from itertools import combinations
@@ -201,8 +202,8 @@ def table(rows: list[dict]) -> str:
 def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: int, path: Path) -> None:
     """The same cases under every model, one model a row: `each` of every editing family, with their sources first, and
     above them twice as many of every T2I category, of which there are half as many. The last row is the judge's truth."""
-    blocks = []  # for each bench: {name of the row: {category: pictures}}
-    for bench, count in (("t2i", 2 * each), ("edit", each)):  # 6 x each columns
+    blocks = []  # for each bench: {category: cases}, {name of the row: {category: pictures}}
+    for bench, count in (("t2i", 2 * each), ("edit", each)):
         first = {key.split()[1]: shown for key, shown in next(iter(models.values())).items() if key.startswith(bench)}
         cases = {category: world.bench(bench, category, min(count, len(shown))) for category, shown in first.items()}
         rows = {name: {c: shown[f"{bench} {c}"][: len(cases[c])] for c in cases} for name, shown in models.items()}
@@ -210,23 +211,29 @@ def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: int, pa
         if bench == "edit":
             rows = {"source": {c: [case.images[0] for case in some] for c, some in cases.items()}} | rows
         if cases:
-            blocks.append(rows)
+            blocks.append((cases, rows))
 
-    tile, gap, left, head, font = RESOLUTION + 4, 12, 190, 26, ImageFont.load_default(16)
-    height = sum(head + len(rows) * tile + gap for rows in blocks)
+    tile, gap, head, font, small = RESOLUTION + 4, 12, 66, ImageFont.load_default(16), ImageFont.load_default(11)
+    left = 24 + int(max(font.getlength(name) for _, rows in blocks for name in rows))
+    height = sum(head + len(rows) * tile for _, rows in blocks)
     canvas = Image.new("RGB", (left + 6 * (each * tile + gap), height), "white")
     pen, top = ImageDraw.Draw(canvas), 0
-    for rows in blocks:
+    for cases, rows in blocks:
         for i, (name, categories) in enumerate(rows.items()):
             x, y = left, top + head + i * tile
             pen.text((8, y + tile // 2), name, fill="black", font=font, anchor="lm")
             for category, pictures in categories.items():
-                if i == 0:
-                    pen.text((x, top + head - 4), category, fill="black", font=font, anchor="ls")
-                for j, picture in enumerate(pictures):
+                for j, (case, picture) in enumerate(zip(cases[category], pictures)):
                     canvas.paste(picture, (x + j * tile, y), picture)
+                    if i == 0 and case.edit:
+                        words = textwrap.fill(case.prompt, 24)
+                        pen.multiline_text(
+                            (x + j * tile, y - 3), words, fill="black", font=small, anchor="ld", spacing=1
+                        )
+                if i == 0:
+                    pen.text((x, top + 20 if case.edit else y - 4), category, fill="black", font=font, anchor="ls")
                 x += len(pictures) * tile + gap
-        top += head + len(rows) * tile + gap
+        top += head + len(rows) * tile
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
 
@@ -249,7 +256,7 @@ def open_checkpoint(folder: Path) -> Pipeline:
     return pipeline
 
 
-def samplers(pipeline: Pipeline, steps: int | None, guidance: float) -> Sampler:
+def default_sampler(pipeline: Pipeline, steps: int | None, guidance: float) -> Sampler:
     """The sampler that `sample.py` would use."""
     sigmas = pipeline.sigmas(steps, (pipeline.resolution // 16) ** 2)
     nfe = (len(sigmas) - 1) * (2 if guidance > 1 else 1)
@@ -260,8 +267,8 @@ def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = CAS
     """What a distillation was for: the teacher at 80 NFE, the same teacher in the student's few steps by both samplers,
     and the student. Writes out/comparison.{json,md,png} and prints the table."""
     base, pupil = open_checkpoint(teacher), open_checkpoint(student)
-    full = samplers(base, 40, base.guidance)
-    short = samplers(pupil, None, 1.0)
+    full = default_sampler(base, 40, base.guidance)
+    short = default_sampler(pupil, None, 1.0)
     few = len(short.sigmas) - 1
     runs = [
         (base, Sampler("teacher", full.sigmas, full.guidance)),
@@ -304,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json and args.json.is_dir():
         raise ValueError(f"--json {args.json}: is a folder; name a file")
     pipeline = open_checkpoint(args.checkpoint)
-    sampler = samplers(pipeline, args.steps, pipeline.guidance if args.guidance is None else args.guidance)
+    sampler = default_sampler(pipeline, args.steps, pipeline.guidance if args.guidance is None else args.guidance)
     sampler.name = args.checkpoint.resolve().name
     benches = ["t2i", "edit"] if args.bench == "all" else [args.bench]
     row, shown = evaluate(pipeline, sampler, benches, {b: args.cases or CASES[b] for b in benches})

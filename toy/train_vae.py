@@ -1,6 +1,6 @@
 """Trains the toy's autoencoder: the published class with smaller numbers, on pictures of the toy world.
 
-The loss is a plain VAE's: squared error of the picture plus beta times the KL divergence of the posterior from N(0, I).
+The loss is a plain VAE's: squared (and a little absolute) error of the picture plus beta times the KL divergence of the posterior from N(0, I).
 No adversary and no perceptual network: the world has no texture that they would be needed for. beta decides how much
 noise the latents carry while training (about beta / 2 of squared error): enough that the decoder forgives the small errors of
 a diffusion model, too little to see.
@@ -28,10 +28,12 @@ from toy import world
 # Ours. High resolutions get few channels: the pictures are constant over 4 x 4 pixels, so nothing is lost there, and
 # the width goes to the coarse levels, where it is cheap.
 CONFIG = dict(base_dim=4, decoder_base_dim=4, dim_mult=[1, 2, 8, 32, 32], num_res_blocks=1)
-BETA = 5e-4
+BETA = 2e-4
+L1 = 0.1  # weight of the absolute error beside the squared one: it keeps small things (eyes, a mouth) from fading
 MUON_LR = 0.02  # for the kernels, as matrices (outputs x everything else); RMS-matched scaling is off
 LR = 2e-3  # AdamW, for the rest: biases, gammas, and the first and last convolution of each half
-WHOLE_FROM = 0.8  # share of the steps after which whole pictures are used
+CYCLE = 4500  # the learning rates fall from full to zero over so many steps, then start again at half
+WHOLE_FROM = 0.8  # share of a cycle after which whole pictures are used
 
 
 def pictures(count: int, seed: int) -> np.ndarray:
@@ -43,7 +45,7 @@ def pictures(count: int, seed: int) -> np.ndarray:
     rng = random.Random(f"vae {seed}")
     out = np.ones((count, world.SIDE, world.SIDE, 4), dtype=np.float32)
     for i in range(count):
-        small = world.render(world.draw_spec(rng.choice(world.CATEGORIES), rng))
+        small = world.render(world.draw_spec(rng.choice((*world.CATEGORIES, "portrait")), rng))  # faces are the hardest
         kind = rng.random()
         if kind < 0.25:
             small = world.restyle(small, rng.choice(tuple(world.STYLES)))
@@ -77,9 +79,10 @@ def crop(small: np.ndarray, rng: random.Random) -> np.ndarray:
 def loss_of(vae: VAE, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     mean, logvar = vae.moments(images)  # (B, 64, h, w) each
     logvar = logvar.clamp(-12, 4)
-    error = (vae.decode_raw(mean + (logvar / 2).exp() * noise) - images).square().mean()
+    difference = vae.decode_raw(mean + (logvar / 2).exp() * noise) - images
+    error = difference.square().mean()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return error + BETA * kl, error
+    return error + L1 * difference.abs().mean() + BETA * kl, error
 
 
 def as_matrix(kernel: Tensor) -> Tensor:
@@ -128,13 +131,13 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="vae", smoothing=0.02)
     for step in bar:
         rng = random.Random(f"vae {seed} {step}")
-        whole = step >= WHOLE_FROM * steps
+        cycle, place = divmod(step, CYCLE)
+        whole = place >= WHOLE_FROM * CYCLE
         small = pictures(batch // 4 if whole else batch, seed=seed * 10**6 + step)
         images = to_images(small if whole else crop(small, rng))
         side = images.shape[2] // 16
         noise = torch.randn(len(images), 64, side, side, generator=torch.Generator().manual_seed(step))
-        # Warm-up over 100 steps, then a cosine to zero.
-        rate = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        rate = 0.5**cycle * min(1, (place + 1) / 100) * 0.5 * (1 + math.cos(math.pi * place / CYCLE))
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = rate * MUON_LR, rate * LR
         loss, error = compute(vae, images, noise)
         vae.zero_grad(set_to_none=True)
@@ -148,7 +151,9 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
         adam.step()
         bar.set_postfix(loss=f"{loss.item():.4f}", db=f"{-10 * math.log10(error.item() / 4):.1f}")
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            log.append({"step": step + 1, "seconds": round(time.time() - began), "loss": loss.item(), "psnr": psnr(vae)})
+            log.append(
+                {"step": step + 1, "seconds": round(time.time() - began), "loss": loss.item(), "psnr": psnr(vae)}
+            )
             tqdm.write(json.dumps(log[-1]))
             state = {"vae": vae.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step + 1}
             torch.save(state | {"seconds": time.time() - began, "log": log}, state_dir / "vae.part")

@@ -127,7 +127,13 @@ OPEN: dict[str, dict[str, tuple]] = {
 # What the judge fits together rather than one after the other, because one without the other means nothing (a thing stands
 # on the ground, so ground and step meet twice).
 TOGETHER = {
-    "landscape": (("sun_x", "sun_y"), ("clouds",), ("horizon", "phase", "steep"), ("horizon", "step"), ("phase", "step")),
+    "landscape": (
+        ("sun_x", "sun_y"),
+        ("clouds",),
+        ("horizon", "phase", "steep"),
+        ("horizon", "step"),
+        ("phase", "step"),
+    ),
     "portrait": (("x", "size"), ("length",), ("clothes",), ("pattern",)),
     "text": (("column", "row"), ("bricks",), ("sticker_a",), ("sticker_b",)),
 }
@@ -293,7 +299,9 @@ def _landscape(spec: dict) -> Image.Image:
         sky.oval(x + 1.6, y - 0.8, 2.9, 2.9, (14, 17, 44))
     if spec["weather"] == "cloudy":
         for x, y in (((6, 8), (20, 4)), ((10, 5), (27, 9)), ((4, 4), (16, 10)), ((15, 7), (29, 3)))[spec["clouds"]]:
-            white = {"day": (252, 252, 252), "sunset": (190, 120, 130), "night": (86, 92, 120)}.get(time, (240, 226, 230))
+            white = {"day": (252, 252, 252), "sunset": (190, 120, 130), "night": (86, 92, 120)}.get(
+                time, (240, 226, 230)
+            )
             sky.oval(x, y, 5, 1.7, white)
             sky.oval(x + 1, y - 1.3, 2.8, 1.7, white)
 
@@ -392,7 +400,15 @@ def _portrait(spec: dict) -> Image.Image:
         pen.box(x - 1 * s, y - 4.4 * s, x + 9.4 * s, y - 3.2 * s, (30, 110, 40))
     elif spec["hat"] == "crown":
         w, b, t = 6.4 * s, y - 4 * s, y - 10 * s
-        points = [(x - w, b), (x - w, t), (x - w / 2, b - 2.6 * s), (x, t), (x + w / 2, b - 2.6 * s), (x + w, t), (x + w, b)]
+        points = [
+            (x - w, b),
+            (x - w, t),
+            (x - w / 2, b - 2.6 * s),
+            (x, t),
+            (x + w / 2, b - 2.6 * s),
+            (x + w, t),
+            (x + w, b),
+        ]
         pen.shape(points, (255, 190, 20))
         pen.box(x - w, b - 1 * s, x + w, b, (220, 130, 10))
     elif spec["hat"] == "top hat":
@@ -467,7 +483,11 @@ def draw_edit(family: str, rng: random.Random) -> Edit:
     if family == "scene":
         name = {"landscape": "time", "portrait": "backdrop", "text": "wall"}[category]
         value = change(name)
-        phrases = {"time": f"Make it {value}.", "backdrop": f"Make the background {value}.", "wall": f"Make the wall {value}."}
+        phrases = {
+            "time": f"Make it {value}.",
+            "backdrop": f"Make the background {value}.",
+            "wall": f"Make the wall {value}.",
+        }
         return Edit(family, phrases[name], source, target)
     if family == "enhance":
         how = rng.choice(tuple(DEGRADATIONS))
