@@ -213,12 +213,13 @@ def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: int, pa
         if cases:
             blocks.append((cases, rows))
 
-    tile, gap, head, font, small = RESOLUTION + 4, 12, 66, ImageFont.load_default(16), ImageFont.load_default(11)
+    tile, gap, font, small = RESOLUTION + 4, 12, ImageFont.load_default(16), ImageFont.load_default(11)
+    heads = [66 if "source" in rows else 28 for _, rows in blocks]  # an edit's instruction stands above it
     left = 24 + int(max(font.getlength(name) for _, rows in blocks for name in rows))
-    height = sum(head + len(rows) * tile for _, rows in blocks)
+    height = sum(head + len(rows) * tile for head, (_, rows) in zip(heads, blocks))
     canvas = Image.new("RGB", (left + 6 * (each * tile + gap), height), "white")
     pen, top = ImageDraw.Draw(canvas), 0
-    for cases, rows in blocks:
+    for head, (cases, rows) in zip(heads, blocks):
         for i, (name, categories) in enumerate(rows.items()):
             x, y = left, top + head + i * tile
             pen.text((8, y + tile // 2), name, fill="black", font=font, anchor="lm")
@@ -226,7 +227,7 @@ def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: int, pa
                 for j, (case, picture) in enumerate(zip(cases[category], pictures)):
                     canvas.paste(picture, (x + j * tile, y), picture)
                     if i == 0 and case.edit:
-                        words = textwrap.fill(case.prompt, 24)
+                        words = textwrap.fill(case.prompt, 22)
                         pen.multiline_text(
                             (x + j * tile, y - 3), words, fill="black", font=small, anchor="ld", spacing=1
                         )

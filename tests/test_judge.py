@@ -62,7 +62,7 @@ def test_open_entries_are_read_from_the_picture(category):
 
 
 def test_what_an_edit_opens_is_free():
-    """"Add a house on the left": anywhere on the left."""
+    """ "Add a house on the left": anywhere on the left."""
     added = [case for case in cases("edit", "object", 60) if case.edit.free]
     for case in added[:4]:
         for step in world.OPEN["landscape"]["step"]:

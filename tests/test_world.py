@@ -181,7 +181,10 @@ def test_edits_change_what_they_say(family):
         changed = {name for name in target if target[name] != source[name]}
         seen |= changed
         if family in ("enhance", "style"):
-            assert not changed and (edit.degradation is None, edit.style is None) == (family == "style", family != "style")
+            assert not changed and (edit.degradation is None, edit.style is None) == (
+                family == "style",
+                family != "style",
+            )
             phrases = world.DEGRADATIONS[edit.degradation] if family == "enhance" else world.STYLES[edit.style]
             assert phrases in said
         elif family == "text":

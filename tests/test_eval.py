@@ -1,0 +1,252 @@
+"""The benches: what a case is drawn from, what is counted, and what is written. The networks are tiny and random, so the
+pictures are nonsense and depend on everything."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from PIL import Image
+
+import eval as benches
+from eval import Sampler
+from model import MMDiT, read_json
+from sample import Pipeline, export, to_pictures, to_tensor
+from toy import world
+
+SIGMAS = [1.0, 0.6, 0.3, 0.0]
+
+
+@pytest.fixture(autouse=True)
+def little_variety(monkeypatch):
+    monkeypatch.setattr(benches, "VARIETY", (1, 2))
+
+
+@pytest.fixture(scope="module")
+def pipeline(toy_checkpoint) -> Pipeline:
+    return benches.open_checkpoint(toy_checkpoint)
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    """Mean, of 255. Rounding alone comes to less than 0.01."""
+    return float(np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean())
+
+
+def lengths(pipeline: Pipeline, cases: list[world.Case]) -> set[int]:
+    return set(
+        pipeline.condition([case.prompt for case in cases], [case.images for case in cases]).mask.sum(1).tolist()
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+@pytest.mark.parametrize(("task", "category"), [("t2i", "landscape"), ("edit", "enhance")])
+def test_draws_what_sample_draws_alone(pipeline, monkeypatch, task, category):
+    """Whatever the batch: prompts of unequal length, guided, from the same noise, one by one through the pipeline."""
+    cases = world.bench(task, category, 8)
+    assert len(lengths(pipeline, cases)) > 1  # so padding would have come in
+    sampler = Sampler("x", pipeline.sigmas(3, 64), guidance=2.0)
+    together, _ = benches.draw(pipeline, sampler, cases, list(range(8)))
+    monkeypatch.setattr(benches, "BATCH", 3)
+    in_parts, _ = benches.draw(pipeline, sampler, cases, list(range(8)))
+    for i, case in enumerate(cases):
+        noise = torch.randn(64, 8, 8, generator=torch.Generator().manual_seed(1000 * i))
+        noise = rearrange(noise, "c h w -> 1 (h w) c")
+        alone = pipeline(case.prompt, case.images, steps=3, guidance=2.0, noise=noise)
+        assert difference(together[i], alone) < 0.01 and difference(in_parts[i], alone) < 0.01
+    assert difference(together[0], together[1]) > 5  # and cases are told apart
+
+
+def test_padding_would_have_mattered(pipeline):
+    """The reason for the groups of equal length: a longer neighbour in the batch changes a picture."""
+    short, long = sorted((case.prompt for case in world.bench("t2i", "landscape", 8)), key=len)[::7]
+    noise = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    padded = pipeline([short, long], steps=3, noise=noise.expand(2, -1, -1))[0]
+    assert difference(padded, pipeline(short, steps=3, noise=noise)) > 0.1
+
+
+def latents(pipeline: Pipeline, monkeypatch, sampler: Sampler, count: int = 3) -> torch.Tensor:
+    """What is drawn where the velocity is 0 everywhere: the noise itself, or for Euler at any number of steps."""
+    kept = []
+    monkeypatch.setattr(pipeline, "velocity", lambda condition: lambda z, t: torch.zeros_like(z))
+    monkeypatch.setattr(pipeline, "vae", type("Spy", (), {
+        "encode": pipeline.vae.encode, "decode": lambda self, z: (kept.append(z), torch.zeros(len(z), 4, 128, 128))[1],
+    })())  # fmt: skip
+    benches.draw(pipeline, sampler, world.bench("t2i", "text", count), list(range(10, 10 + count)))
+    monkeypatch.undo()
+    return torch.cat(kept)
+
+
+def test_all_samplers_start_from_the_same_noise(pipeline, monkeypatch):
+    euler = latents(pipeline, monkeypatch, Sampler("a", SIGMAS))
+    assert torch.equal(euler, latents(pipeline, monkeypatch, Sampler("b", pipeline.sigmas(40, 64), guidance=2.0)))
+    assert torch.equal(euler, latents(pipeline, monkeypatch, Sampler("c", [1.0, 0.0], renoise=True)))
+    assert torch.equal(euler[:2], latents(pipeline, monkeypatch, Sampler("d", SIGMAS), count=2))
+    assert (euler[0] - euler[1]).std() > 1
+    # The re-noising sampler puts new noise on at every stop: z1 = (1 - s) z0 + s n.
+    once = latents(pipeline, monkeypatch, Sampler("e", [1.0, 0.5, 0.0], renoise=True))
+    new = 2 * once - euler
+    assert 0.9 < new.std() < 1.1 and abs((new * euler).mean()) < 0.05
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("renoise", [False, True])
+def test_network_evaluations_are_counted(pipeline, monkeypatch, guidance, renoise):
+    pictures = []
+    forward = pipeline.mmdit.forward
+    monkeypatch.setattr(pipeline.mmdit, "forward", lambda z, *rest: (pictures.append(len(z)), forward(z, *rest))[1])
+    sampler = Sampler("x", SIGMAS, guidance, renoise)
+    benches.draw(pipeline, sampler, world.bench("edit", "text", 4), list(range(4)))
+    assert sum(pictures) == 4 * sampler.nfe == 4 * 3 * guidance
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def test_right_pictures_score_one(pipeline, monkeypatch):
+    """The truth in place of the model's pictures, a perfect autoencoder: 1 everywhere, certain, with no diversity."""
+    monkeypatch.setattr(benches, "draw", lambda p, s, cases, seeds: ([benches.answer(case) for case in cases], 0.5))
+    monkeypatch.setattr(benches, "reconstruct", lambda pipeline, pictures: pictures)
+    row, shown = benches.evaluate(pipeline, Sampler("x", SIGMAS), ["t2i", "edit"], {"t2i": 3, "edit": 2})
+    for bench, categories in (("t2i", world.CATEGORIES), ("edit", world.FAMILIES)):
+        for key in (bench, f"{bench}_exact", f"{bench}_attributes", f"{bench}_fidelity"):
+            assert row[key] == dict.fromkeys((*categories, "average"), 1.0)
+        assert row[f"{bench}_interval"] == 0 and row[f"{bench}_letters"] == 1
+    assert row["edit_kept"] == 1 and row["diversity"] == {"distance": 0.0, "modes": 1.0, "of": 2}
+    assert row["seconds_per_image"] == pytest.approx(9 * 0.5 / (3 * 3 + 6 * 2))
+    assert len(shown) == 9 and len(shown["t2i text"]) == 3
+
+    # Sources in place of results: nothing was done, nothing was spoilt.
+    sources = lambda p, s, cases, seeds: ([case.images[0] for case in cases], 0.5)  # noqa: E731
+    monkeypatch.setattr(benches, "draw", sources)
+    row, _ = benches.evaluate(pipeline, Sampler("x", SIGMAS), ["edit"], {"edit": 2})
+    for family in ("scene", "object", "text", "identity", "style"):
+        assert (row["edit_exact"][family], row["edit_fidelity"][family], row["edit"][family]) == (0, 1, 0.5)
+    assert row["edit_exact"]["average"] <= 1 / 6 and row["edit_fidelity"]["enhance"] < 0.5
+
+
+def test_interval_is_that_of_an_average_of_averages():
+    """Against 20,000 benches drawn at random from known scores."""
+    rng = np.random.default_rng(0)
+    verdict = lambda score: benches.judge.Verdict({"a": score > 0.5}, {}, 1.0, None)  # noqa: E731
+    kinds = {"portrait": 0.9, "text": 0.5, "landscape": 0.2}
+    draws = {kind: rng.random((20_000, 30)) < share for kind, share in kinds.items()}
+    averages = np.mean([0.5 * some.mean(1) + 0.5 for some in draws.values()], axis=0)
+    halves = []
+    for i in range(40):
+        verdicts = {kind: [verdict(float(hit)) for hit in some[i]] for kind, some in draws.items()}
+        halves.append(benches.summary("t2i", verdicts)["t2i_interval"])
+    assert np.mean(halves) == pytest.approx(1.96 * averages.std(), rel=0.05)
+
+
+def test_reconstruction_is_the_autoencoders(pipeline):
+    """Opaque pictures in [0, 1], through the VAE and back, over white."""
+    pictures = [benches.answer(case) for case in world.bench("t2i", "portrait", 2)]
+    arrays = np.stack([np.asarray(picture)[..., :3] / np.float32(255) for picture in pictures])
+    again = benches.reconstruct(pipeline, arrays)
+    with torch.no_grad():
+        expected = pipeline.vae.decode(pipeline.vae.encode(to_tensor(pictures)))
+    for ours, theirs in zip(again, to_pictures(expected)):
+        white = Image.new("RGBA", theirs.size, "white")
+        white.alpha_composite(theirs)
+        assert np.abs(ours * 255 - np.asarray(white)[..., :3]).max() < 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def run(checkpoint: Path, out: Path, *words: str) -> dict:
+    benches.main(["--checkpoint", str(checkpoint), "--json", str(out / "row.json"), "--out", str(out), *words])
+    return read_json(out / "row.json")
+
+
+def test_main_writes_row_table_and_sheet(toy_checkpoint, tmp_path, capsys):
+    row = run(toy_checkpoint, tmp_path / "all", "--steps", "2", "--cases", "2")
+    assert (row["nfe"], row["guidance"], row["name"]) == (4, 2.0, "checkpoint")  # the checkpoint's own guidance
+    assert list(row["t2i"]) == [*world.CATEGORIES, "average"] and list(row["edit"]) == [*world.FAMILIES, "average"]
+    for bench in ("t2i", "edit"):
+        assert row[bench]["average"] == pytest.approx(np.mean(list(row[bench].values())[:-1]))
+        assert all(0 <= score <= 1 for score in row[bench].values())
+    assert row["seconds_per_image"] > 0
+    table = (tmp_path / "all" / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert f"**{row['edit']['average']:.3f}**" in table and len({len(line) for line in table.splitlines()}) == 1
+    # Two cases of each: half the sheet's width for T2I; rows: model and truth, then source, model and truth.
+    with Image.open(tmp_path / "all" / "sheet.png") as sheet:
+        assert sheet.width > 12 * 128 and sheet.height > 5 * 128
+
+    # Again, one bench alone: the same numbers but the time's.
+    again = run(toy_checkpoint, tmp_path / "edit", "--steps", "2", "--cases", "2", "--bench", "edit", "--guidance", "2")
+    assert "t2i" not in again and "diversity" not in again
+    assert {k: v for k, v in again.items() if k not in ("seconds_per_image", "cases")} == {
+        k: v for k, v in row.items() if k in again and k not in ("seconds_per_image", "cases")
+    }
+
+
+def test_bad_input_is_one_clear_error(toy_checkpoint, tmp_path):
+    def fails(message: str, *words: str, checkpoint: Path = toy_checkpoint) -> None:
+        with pytest.raises((ValueError, OSError), match=message):
+            benches.main(["--checkpoint", str(checkpoint), "--cases", "2", *words])
+
+    fails("--cases 1", "--cases", "1")
+    fails("--guidance 0.5", "--guidance", "0.5")
+    fails("--guidance nan", "--guidance", "nan")
+    fails("steps 0", "--steps", "0")
+    fails("is a folder", "--json", str(tmp_path))
+    (tmp_path / "file").write_text("mine")
+    fails("file", "--out", str(tmp_path / "file"))
+    fails("file", "--json", str(tmp_path / "file" / "row.json"))
+    assert (tmp_path / "file").read_text() == "mine"
+    fails("nowhere", checkpoint=tmp_path / "nowhere")
+    with pytest.raises(SystemExit) as stop:
+        benches.main(["--bench", "video"])
+    assert stop.value.code == 2
+
+    # Not the toy's size, as the published checkpoints are: said before 7B weights are loaded.
+    large = tmp_path / "large"
+    large.mkdir()
+    index = read_json(toy_checkpoint / "model_index.json") | {"resolution": 1024}
+    (large / "model_index.json").write_text(json.dumps(index))
+    command = [sys.executable, benches.__file__, "--checkpoint", str(large), "--json", str(tmp_path / "row.json")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("\n") == 1 and "1024 x 1024" in result.stderr and "128 x 128" in result.stderr
+    assert not (tmp_path / "row.json").exists()
+
+
+def test_compare_writes_table_and_pictures(toy_checkpoint, tmp_path, monkeypatch, capsys):
+    """A student with the teacher's own weights: its row and pictures are those of the teacher at its steps."""
+    few = {"t2i": ("portrait",), "edit": ("text", "scene")}
+    monkeypatch.setattr(benches, "CATEGORIES", few)
+    export(
+        toy_checkpoint,
+        MMDiT.from_pretrained(toy_checkpoint / "transformer"),
+        [1.0, 0.5],
+        tmp_path / "student",
+        torch.float32,
+    )
+    rows = benches.compare(tmp_path / "student", toy_checkpoint, tmp_path / "out", {"t2i": 3, "edit": 2})
+    assert [row["nfe"] for row in rows] == [80, 2, 2, 2] and [row["guidance"] for row in rows] == [2.0, 1.0, 1.0, 1.0]
+    full, euler, renoise, student = [
+        {k: v for k, v in row.items() if k not in ("name", "seconds_per_image")} for row in rows
+    ]
+    assert student == euler and renoise["diversity"] != euler["diversity"] != full["diversity"]
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == rows
+    table = (tmp_path / "out" / "comparison.md").read_text()
+    assert all(row["name"] in table for row in rows) and table in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "comparison.png") as sheet:
+        assert sheet.height > (5 + 6) * 128
+    with pytest.raises(ValueError, match="1024"):
+        large = shutil.copytree(tmp_path / "student", tmp_path / "large")
+        index = read_json(large / "model_index.json") | {"resolution": 1024}
+        (large / "model_index.json").write_text(json.dumps(index))
+        benches.compare(large, toy_checkpoint, tmp_path / "other")
