@@ -86,24 +86,30 @@ class Condition:
             raise ValueError(f"mask must be bool of shape {tuple(self.states.shape[:2])}, as the states say")
         if len(self.sources) != len(self.slots):
             raise ValueError(f"{len(self.sources)} sources, but slots for {len(self.slots)}")
+        # How many leading states are real in EVERY sample. Read here and once, because the host waits for the device.
+        real = self.mask.all(0).tolist()
+        self.real = real.index(False) if False in real else length
+        if (self.mask[:, 1:] & ~self.mask[:, :-1]).any():
+            raise ValueError("mask has padding before a real token; padding belongs on the right")
         # The prefix in order: (start, stop, None) a run of text states, (start, stop, (h, w)) a source instead of them.
         self.pieces: list[tuple[int, int, tuple[int, int] | None]] = []
         cursor = 0
         for source, (start, stop) in zip(self.sources, self.slots, strict=True):
             h, w = source.shape[-2:]
-            if not cursor <= start < stop <= length or 4 * (stop - start) != h * w:
-                raise ValueError(f"slots [{start}, {stop}) of {length} states do not fit a source of {h} x {w} tokens")
+            if not cursor <= start < stop <= self.real or 4 * (stop - start) != h * w:
+                raise ValueError(
+                    f"slots [{start}, {stop}) of {self.real} states do not fit a source of {h} x {w} tokens"
+                )
             self.pieces += [(cursor, start, None)] * (start > cursor) + [(start, stop, (h, w))]
             cursor = stop
         self.pieces += [(cursor, length, None)] * (length > cursor)
-        # How many leading states are real in EVERY sample: who sees no others needs no mask. Counted once, here, because
-        # looking at a tensor's values makes the host wait for the device.
-        real = self.mask.all(0).tolist()
-        self.clean = real.index(False) if False in real else length
 
     def to(self, device: str | torch.device, dtype: torch.dtype) -> "Condition":
         sources = [source.to(device, dtype) for source in self.sources]
         return Condition(self.states.to(device, dtype), self.mask.to(device), sources, self.slots)
+
+
+Segment = tuple[int, int, Tensor | None]  # query rows, how many keys they see, bias (B or 1, 1, rows or 1, keys)
 
 
 @lru_cache(maxsize=64)
@@ -130,34 +136,23 @@ def rotations(layout: tuple, axes: tuple[int, int, int], device: torch.device) -
         return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
-def segments(condition: Condition, tokens: int, dtype: torch.dtype) -> tuple[list, list]:
-    """The block-causal structure, for the prefix and for a target of `tokens`: lists of (query rows, keys they see,
-    counted from the first, bias (B or 1, 1, rows or 1, keys) to their scores or None).
+@lru_cache(maxsize=64)
+def prefix_segments(layout: tuple, dtype: torch.dtype, device: torch.device) -> list[Segment]:
+    """The block-causal structure of text and sources, `layout` as above; kept likewise.
 
-    Only text needs a triangle. A picture's queries all see the same keys, so one row of bias hides padded text from them.
+    Only text needs a mask, its triangle: a source's queries all see every key up to the source's own end. Padding needs
+    none: it stands last, where only padding looks back at it, and no such query is ever without a key.
     """
-    ones = condition.mask.new_ones
-    size = [stop - start if grid is None else grid[0] * grid[1] for start, stop, grid in condition.pieces]
-    real = [
-        condition.mask[:, start:stop] if grid is None else ones(len(condition.mask), rows)
-        for (start, stop, grid), rows in zip(condition.pieces, size, strict=True)
-    ]
-    real = torch.cat([*real, ones(len(condition.mask), tokens)], 1)[:, None]  # (B, 1, S)
-
-    def bias(seen: Tensor) -> Tensor:
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)[:, None]
-
-    prefix, end = [], 0
-    for (_, stop, grid), rows in zip(condition.pieces, size, strict=True):
-        end += rows
-        seen = None if stop <= condition.clean else real[:, :, :end]  # (B, 1, m)
-        if grid is None:
-            triangle = ones(1, rows, end).tril(end - rows)  # (1, n, m)
-            # Each query may see itself: a padded one that saw nothing would be 0 / 0, and poison the gradients.
-            seen = triangle if seen is None else triangle & seen | triangle.triu(end - rows)  # (B, n, m)
-        prefix.append((rows, end, None if seen is None else bias(seen)))
-    padded = condition.clean < condition.mask.shape[1]
-    return prefix, [(tokens, end + tokens, bias(real) if padded else None)]
+    segments, end = [], 0
+    with torch.inference_mode(False):
+        for piece in layout:
+            n = piece if isinstance(piece, int) else piece[0] * piece[1]
+            end += n
+            hidden = torch.full((1, 1, n, end), -torch.inf, dtype=dtype, device=device).triu(
+                end - n + 1
+            )  # (1, 1, n, m)
+            segments.append((n, end, hidden if isinstance(piece, int) else None))
+    return segments
 
 
 @dataclass
@@ -170,7 +165,7 @@ class Part:
     scale2: Tensor
     gate2: Tensor
     rotations: Tensor  # (n, 1, d/2) complex
-    segments: list[tuple[int, int, Tensor | None]]
+    segments: list[Segment]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -391,13 +386,18 @@ class MMDiT(nn.Module):
         )  # (B, h w, D)
         return torch.cat([next(runs if grid is None else sources) for _, _, grid in condition.pieces], 1)  # (B, P, D)
 
-    def places(self, condition: Condition, grid: tuple[int, int]) -> tuple[tuple[Tensor, list], tuple[Tensor, list]]:
+    def places(self, condition: Condition, grid: tuple[int, int]) -> list[tuple[Tensor, list[Segment]]]:
         """Rotations and segments of the prefix, and of a target of `grid` (h, w) tokens."""
         weight, tokens = self.img_in.weight, grid[0] * grid[1]
-        layout = (*(size or stop - start for start, stop, size in condition.pieces), grid)
-        turns = rotations(layout, self.config.axes_dims_rope, weight.device)  # (S, 1, d/2)
-        turns = turns.split([len(turns) - tokens, tokens])  # (P, 1, d/2), (N, 1, d/2)
-        return tuple(zip(turns, segments(condition, tokens, weight.dtype), strict=True))
+        layout = tuple(size or stop - start for start, stop, size in condition.pieces)
+        turns = rotations((*layout, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2)
+        length, bias = len(turns) - tokens, None
+        padding = ~condition.mask[:, None, None, condition.real :]  # (B, 1, 1, L - real)
+        if padding.shape[-1] > 0:  # the target sees the whole prefix but that
+            bias = weight.new_zeros(len(padding), 1, 1, len(turns))  # (B, 1, 1, S)
+            bias[..., length - padding.shape[-1] : length].masked_fill_(padding, -torch.inf)
+        segments = prefix_segments(layout, weight.dtype, weight.device), [(tokens, len(turns), bias)]
+        return list(zip(turns.split([length, tokens]), segments, strict=True))
 
     @classmethod
     def from_pretrained(

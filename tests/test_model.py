@@ -244,6 +244,8 @@ def test_a_condition_whose_fields_do_not_fit_is_refused():
     for fields, message in (
         ((states, mask[:, :8], [], []), "mask"),
         ((states, mask.float(), [], []), "mask"),
+        ((states, mask.clone().index_fill_(1, torch.tensor([3]), False), [], []), "padding before"),
+        ((states, torch.arange(9) < torch.tensor([[9], [4]]), [source], [(1, 5)]), r"\[1, 5\) of 4"),
         ((states, mask, [source], []), "1 sources"),
         ((states, mask, [source], [(2, 5)]), r"\[2, 5\) of 9"),
         ((states, mask, [source], [(6, 10)]), r"\[6, 10\) of 9"),
