@@ -38,6 +38,7 @@ from toy.world import Case
 RESOLUTION = world.SIDE * world.ENLARGE  # of the toy world's pictures, in pixels
 BATCH = 32  # pictures drawn at once
 CASES = {"t2i": 64, "edit": 48}  # per category: an average to about +-0.03
+COMPARED = {"t2i": 24, "edit": 16}  # the same for `compare`, which is part of a run of minutes
 CATEGORIES = {"t2i": world.CATEGORIES, "edit": world.FAMILIES}
 VARIETY = (2, 8)  # prompts per category, and pictures of each: what diversity is measured on
 
@@ -264,7 +265,7 @@ def default_sampler(pipeline: Pipeline, steps: int | None, guidance: float) -> S
     return Sampler(f"{nfe} NFE", sigmas, guidance)
 
 
-def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = CASES) -> list[dict]:
+def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = COMPARED) -> list[dict]:
     """What a distillation was for: the teacher at 80 NFE, the same teacher in the student's few steps by both samplers,
     and the student. Writes out/comparison.{json,md,png} and prints the table."""
     base, pupil = open_checkpoint(teacher), open_checkpoint(student)

@@ -42,7 +42,7 @@ VAE_STEPS = 8250  # two cycles of train_vae.CYCLE, the second cut short where no
 POOL = {"t2i": 5000, "edit": 1500}  # prompts per category; the specialists draw from the same
 BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more, noisier steps reach further in the same time here
 # name -> (recipe, steps, scale of the learning rates). A specialist sees its own task alone, from the base on.
-TEACHERS = {"base": ("flash", 3400, 1.0), "text": ("e3-text", 300, 0.25), "edit": ("mix-0-10", 300, 0.25)}
+TEACHERS = {"base": ("flash", 3400, 1.0), "text": ("e3-text", 200, 0.25), "edit": ("mix-0-10", 200, 0.25)}
 
 
 def build_language(folder: Path) -> None:
