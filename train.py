@@ -141,7 +141,7 @@ def parse(argv: list[str] | None = None) -> Args:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     texts = {f.name: f.metadata["help"] for f in fields(Args)}
     for f in fields(kind):
-        flag, text = "--" + f.name.replace("_", "-"), f"{texts[f.name]} [{f.default}]"
+        flag, text = "--" + f.name.replace("_", "-"), texts[f.name] + (f" [{f.default}]" if f.default else "")
         if f.type is bool:
             parser.add_argument(flag, action="store_true", help=text)
         else:
@@ -159,6 +159,7 @@ def settle(args: Args) -> Args:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
     if args.dtype not in (None, "bfloat16", "float32"):
         raise ValueError(f"--dtype {args.dtype}: bfloat16 or float32 is expected")
+    recipes.find(args.recipe), find_teachers(args)  # their errors, before anything takes time
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     guidance = float(index["guidance"] if args.guidance is None else args.guidance)
     resolution, dtype = args.resolution or index["resolution"], args.dtype or faster_dtype(device)
@@ -169,10 +170,12 @@ def faster_dtype(device: str) -> str:
     """bfloat16 on a GPU; on a CPU whichever multiplies faster, for some have no bf16 units and emulate them."""
 
     def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype)
-        _, start = a @ b, time.perf_counter()  # a first product is slower
-        _ = [a @ b for _ in range(5)]
-        return time.perf_counter() - start
+        a, b, spent = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype), []
+        for _ in range(20):
+            start = time.perf_counter()
+            _ = a @ b
+            spent.append(time.perf_counter() - start)
+        return min(spent)  # the least disturbed one
 
     return "bfloat16" if device != "cpu" or seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
 
@@ -616,6 +619,7 @@ def draw(args: Args, pool: Pool, model: MMDiT, panel: list[Tensor], step: int) -
         grid["source"] += [source[0] for source in batch.condition.sources[-1:]]  # (64, h, w)
         grid[entry.task].append(flow.euler(v, batch.noise, sigmas)[0])  # (64, h, w)
     vae = VAE.from_pretrained(args.checkpoint / "vae", device=args.device)  # not kept between panels: memory
+    panel = [row[:8] for row in panel]
     for rows, path in ((panel, args.out / "panels" / f"{step:06d}.png"), (grid.values(), args.out / "grid.png")):
         pictures = [[sample.to_pictures(vae.decode(z[None].float()))[0] for z in row] for row in rows if len(row)]
         heights = [max(picture.height for picture in row) for row in pictures]
@@ -732,8 +736,9 @@ def train(args: Args, pool: Pool, state: dict | None) -> Path:
 def main(argv: list[str] | None = None) -> None:
     args, state = open_run(parse(argv))
     flows, cuda = args.objective == "flow", args.device.startswith("cuda")
-    pipeline = sample.Pipeline.from_pretrained(args.checkpoint, torch.bfloat16 if cuda else torch.float32, args.device)
     prompts = recipes.read_prompts(args.prompts) if args.prompts else toy_prompts(args)
+    recipes.find(args.recipe).resolve(recipes.categories(prompts), ())  # what is missing, before the encoding
+    pipeline = sample.Pipeline.from_pretrained(args.checkpoint, torch.bfloat16 if cuda else torch.float32, args.device)
     pool = encode_pool(pipeline, prompts, args.resolution, empty=flows or args.guidance != 1, targets=flows)
     del pipeline, prompts
     folder = train(args, pool, state)

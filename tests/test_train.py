@@ -376,9 +376,10 @@ def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, comm
     with pytest.raises(OSError):
         train.open_run(make_args(checkpoint, prompts / "run"))  # a folder inside a file cannot be made
     with pytest.raises(ValueError, match="flash-2"):
-        train.train(replace(args, recipe="flash-2"), pools["dmd"], None)
+        train.open_run(make_args(checkpoint, tmp_path / "other", recipe="flash-2"))
     with pytest.raises(ValueError, match="--teacher edit="):
-        train.train(replace(args, teacher=("edit=/nowhere",)), pools["dmd"], None)
+        train.open_run(make_args(checkpoint, tmp_path / "other", teacher=("edit=/nowhere",)))
+    assert not (tmp_path / "other").exists()
     with pytest.raises(ValueError, match="has no target"):
         lines = [p for p in read_prompts([prompts]) if p.task == "t2i"]
         train.encode_pool(Pipeline.from_pretrained(checkpoint), [replace(lines[0], target=None)], 64, targets=True)
