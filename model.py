@@ -97,9 +97,7 @@ class Condition:
         for source, (start, stop) in zip(self.sources, self.slots, strict=True):
             h, w = source.shape[-2:]
             if not cursor <= start < stop <= self.real or 4 * (stop - start) != h * w:
-                raise ValueError(
-                    f"slots [{start}, {stop}) of {self.real} states do not fit a source of {h} x {w} tokens"
-                )
+                raise ValueError(f"slots [{start}, {stop}) of {self.real} states do not fit a source of {h} x {w}")
             self.pieces += [(cursor, start, None)] * (start > cursor) + [(start, stop, (h, w))]
             cursor = stop
         self.pieces += [(cursor, length, None)] * (length > cursor)
@@ -336,15 +334,11 @@ class MMDiT(nn.Module):
         h, w = z.shape[-2:]
         places = self.places(condition, (h, w))
         *modulation, scale_out = self.modulate(t)  # 4 x (B, 1, D), (B, 1, D)
-        x = self.img_in(rearrange(z, "b c h w -> b (h w) c").to(self.img_in.weight.dtype))  # (B, N, D)
-        x_prefix, part = None, None
-        if prefix is None:
-            x_prefix = self.tokens(condition)  # (B, P, D)
-            # With causal_condition, text and sources live at t = 0 whatever the step.
-            part = Part(
-                *(self.modulate(t.new_zeros(1))[:4] if self.config.causal_condition else modulation), *places[0]
-            )
-        parts = part, Part(*modulation, *places[1])
+        # With causal_condition, text and sources live at t = 0 whatever the step.
+        still = self.modulate(t.new_zeros(1))[:4] if self.config.causal_condition else modulation  # 4 x (1 or B, 1, D)
+        parts = Part(*still, *places[0]), Part(*modulation, *places[1])
+        x_prefix = self.tokens(condition) if prefix is None else None  # (B, P, D)
+        x = self.embed(z)  # (B, N, D)
         for i, block in enumerate(self.transformer_blocks):
             past = None if prefix is None else prefix[i]  # 2 x (B, H, P, d)
             x_prefix, x, _ = self.run(block, x_prefix, x, parts, past)  # (B, P, D), (B, N, D)
@@ -357,10 +351,10 @@ class MMDiT(nn.Module):
         if not self.config.causal_condition:
             raise ValueError("without causal_condition a prefix holds for one time only, and cannot be kept")
         x, prefix = self.tokens(condition), []  # (B, P, D)
-        time = torch.zeros(1, device=x.device)
-        part = Part(*self.modulate(time)[:4], *self.places(condition, (0, 0))[0])
+        still = self.modulate(torch.zeros(1, device=x.device))[:4]  # 4 x (1, 1, D)
+        parts = Part(*still, *self.places(condition, (0, 0))[0]), None
         for block in self.transformer_blocks:
-            x, _, keys_values = self.run(block, x, None, (part, None), None)  # (B, P, D), 2 x (B, H, P, d)
+            x, _, keys_values = self.run(block, x, None, parts, None)  # (B, P, D), 2 x (B, H, P, d)
             prefix.append(keys_values)
         return prefix
 
@@ -378,13 +372,14 @@ class MMDiT(nn.Module):
 
     def tokens(self, condition: Condition) -> Tensor:
         """The prefix's tokens (B, P, D): text, and each source in the place of its slots."""
-        dtype = self.img_in.weight.dtype
         text = [condition.states[:, start:stop] for start, stop, grid in condition.pieces if grid is None]
-        runs = iter(self.txt_in(torch.cat(text, 1).to(dtype)).split([run.shape[1] for run in text], 1))  # (B, run, D)
-        sources = (
-            self.img_in(rearrange(s, "b c h w -> b (h w) c").to(dtype)) for s in condition.sources
-        )  # (B, h w, D)
+        states = torch.cat(text, 1).to(self.img_in.weight.dtype)  # (B, all text, context)
+        runs = iter(self.txt_in(states).split([run.shape[1] for run in text], 1))  # each (B, run, D)
+        sources = map(self.embed, condition.sources)  # each (B, h w, D)
         return torch.cat([next(runs if grid is None else sources) for _, _, grid in condition.pieces], 1)  # (B, P, D)
+
+    def embed(self, grid: Tensor) -> Tensor:
+        return self.img_in(rearrange(grid, "b c h w -> b (h w) c").to(self.img_in.weight.dtype))  # (B, h w, D)
 
     def places(self, condition: Condition, grid: tuple[int, int]) -> list[tuple[Tensor, list[Segment]]]:
         """Rotations and segments of the prefix, and of a target of `grid` (h, w) tokens."""
