@@ -254,6 +254,7 @@ def open_checkpoint(folder: Path) -> Pipeline:
             f"pictures of the toy world, {RESOLUTION} x {RESOLUTION}"
         )
     pipeline = Pipeline.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.vae.to(memory_format=torch.channels_last)  # on a CPU it decodes in half the time, a student's largest part
     pipeline.progress = False
     return pipeline
 

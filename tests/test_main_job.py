@@ -1,0 +1,84 @@
+"""The main job from the command line, with tiny numbers and networks: distil, compare, then draw and score what came out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import eval as benches
+import sample
+from model import MMDiT, read_json
+from toy import world
+
+ROOT = Path(benches.__file__).parent
+# The job itself has no flag for fewer cases: its table is meant to be compared with the README's.
+TRAIN = """
+import eval, train
+eval.COMPARED.update(t2i=2, edit=2)
+eval.CATEGORIES = {"t2i": ("text",), "edit": ("object", "style")}
+eval.VARIETY = (1, 2)
+train.main()
+"""
+STUDENT_STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def job(toy_checkpoint, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    out = tmp_path_factory.mktemp("job") / "run"
+    words = f"--checkpoint {toy_checkpoint} --out {out} --pool 12 --steps 2 --batch 4 --micro-batch 2 --panel-every 1"
+    command = [sys.executable, "-c", TRAIN, *words.split(), "--student-steps", str(STUDENT_STEPS), "--warmup", "0"]
+    return out, subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_one_command_distils_and_compares(job, toy_checkpoint):
+    out, result = job
+    assert result.returncode == 0, result.stderr
+    assert "dmd" in result.stderr and "2/2" in result.stderr  # a progress bar, beside the results
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    assert sorted(path.name for path in (out / "panels").iterdir()) == ["000001.png", "000002.png"]
+    rows = json.loads((out / "comparison.json").read_text())
+    assert [row["nfe"] for row in rows] == [80, STUDENT_STEPS, STUDENT_STEPS, STUDENT_STEPS]
+    assert (out / "comparison.md").read_text() in result.stdout
+    for name in ("grid.png", "comparison.png"):
+        with Image.open(out / name) as picture:
+            assert min(picture.size) > 256 and len(set(picture.convert("L").tobytes())) > 100
+
+    index = read_json(out / "student" / "model_index.json")
+    assert len(index["sample_sigmas"]) == STUDENT_STEPS and (index["guidance"], index["resolution"]) == (1.0, 128)
+    student = MMDiT.from_pretrained(out / "student" / "transformer")
+    teacher = MMDiT.from_pretrained(toy_checkpoint / "transformer")
+    moved = [(a - b).abs().max() for a, b in zip(student.parameters(), teacher.parameters())]
+    assert sum(m > 0 for m in moved) > len(moved) / 2  # two steps: bf16 may round a norm's move away
+    assert max(moved) < 1
+
+
+def test_the_student_is_scored_alone_as_in_the_table(job, tmp_path, monkeypatch):
+    """eval.py on the written student: its row of the comparison again, to the last digit."""
+    out, _ = job
+    monkeypatch.setattr(benches, "CATEGORIES", {"edit": ("object", "style")})
+    words = f"--checkpoint {out / 'student'} --bench edit --cases 2 --json {tmp_path / 'row.json'}"
+    benches.main(words.split())
+    row, expected = read_json(tmp_path / "row.json"), json.loads((out / "comparison.json").read_text())[3]
+    for key in ("nfe", "guidance", "edit", "edit_attributes", "edit_fidelity", "edit_interval", "edit_kept"):
+        assert row[key] == expected[key]
+
+
+def test_the_student_draws_and_edits(job, tmp_path):
+    out, _ = job
+    case = world.bench("edit", "object", 1)[0]
+    case.images[0].convert("RGB").save(tmp_path / "photo.jpg")
+    common = ["--checkpoint", str(out / "student"), "--device", "cpu", "--dtype", "float32"]
+    sample.main([*common, "--prompt", "A landscape of hills under a clear day sky.", "--out", str(tmp_path / "a.png")])
+    sample.main(
+        [*common, "--prompt", case.prompt, "--image", str(tmp_path / "photo.jpg"), "--out", str(tmp_path / "b.png")]
+    )
+    pictures = [Image.open(tmp_path / name) for name in ("a.png", "b.png")]
+    assert all(picture.size == (128, 128) and picture.mode == "RGBA" for picture in pictures)
+    drawn = sample.Pipeline.from_pretrained(out / "student", torch.float32)
+    drawn.progress = False
+    assert pictures[0].tobytes() == drawn("A landscape of hills under a clear day sky.").tobytes()
+    assert pictures[0].tobytes() != pictures[1].tobytes()
