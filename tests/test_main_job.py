@@ -45,7 +45,7 @@ def test_one_command_distils_and_compares(job, toy_checkpoint):
     assert (out / "comparison.md").read_text() in result.stdout
     for name in ("grid.png", "comparison.png"):
         with Image.open(out / name) as picture:
-            assert min(picture.size) > 256 and len(set(picture.convert("L").tobytes())) > 100
+            assert min(picture.size) > 256 and len(set(picture.convert("L").tobytes())) > 50
 
     index = read_json(out / "student" / "model_index.json")
     assert len(index["sample_sigmas"]) == STUDENT_STEPS and (index["guidance"], index["resolution"]) == (1.0, 128)
