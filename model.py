@@ -146,10 +146,8 @@ def prefix_segments(layout: tuple, dtype: torch.dtype, device: torch.device) -> 
         for piece in layout:
             n = piece if isinstance(piece, int) else piece[0] * piece[1]
             end += n
-            hidden = torch.full((1, 1, n, end), -torch.inf, dtype=dtype, device=device).triu(
-                end - n + 1
-            )  # (1, 1, n, m)
-            segments.append((n, end, hidden if isinstance(piece, int) else None))
+            later = torch.full((n, end), -torch.inf, dtype=dtype, device=device).triu(end - n + 1)  # (n, m)
+            segments.append((n, end, later[None, None] if isinstance(piece, int) else None))
     return segments
 
 
