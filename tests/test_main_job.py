@@ -1,6 +1,7 @@
 """The main job from the command line, with tiny numbers and networks: distil, compare, then draw and score what came out."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,12 @@ from PIL import Image
 
 import eval as benches
 import sample
+import train
 from model import MMDiT, read_json
 from toy import world
 
 ROOT = Path(benches.__file__).parent
+README = (ROOT / "README.md").read_text().splitlines()
 # The job itself has no flag for fewer cases: its table is meant to be compared with the README's.
 TRAIN = """
 import eval, train
@@ -82,3 +85,34 @@ def test_the_student_draws_and_edits(job, tmp_path):
     drawn.progress = False
     assert pictures[0].tobytes() == drawn("A landscape of hills under a clear day sky.").tobytes()
     assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
+def readme_commands(script: str) -> list[list[str]]:
+    """The arguments of every README command that runs `script`, in order."""
+    commands = [shlex.split(line.split("&&")[-1]) for line in README if f"python {script}" in line]
+    return [words[words.index(script) + 1 :] for words in commands]
+
+
+def test_readme_commands(job, toy_checkpoint, tmp_path, monkeypatch):
+    """As they stand there, in an empty folder; only checkpoints are the tiny ones, and numbers tiny."""
+    student = job[0] / "student"
+    monkeypatch.chdir(tmp_path)
+    main_job, own_prompts = readme_commands("train.py")
+    assert main_job == [] and train.parse(main_job).home == Path("runs/dmd-flash")
+    drawn = readme_commands("sample.py")
+    assert len(drawn) == 2
+    for words in drawn:
+        assert words[words.index("--checkpoint") + 1] == "runs/dmd-flash/student"
+        words[words.index("--checkpoint") + 1] = str(student)
+        sample.main(words)
+        assert Path(words[words.index("--out") + 1]).stat().st_size > 1000
+
+    examples = [line.strip() for line in README if line.startswith('    {"task"')]
+    Path("mine.jsonl").write_text("\n".join(examples))
+    for name in {name for line in examples for name in json.loads(line).get("images", [])}:
+        Image.open("cat.png").convert("RGB").save(name)
+    for name in {json.loads(line)["target"] for line in examples if "target" in line}:
+        Image.open("night.png").save(name)
+    tiny = ["--checkpoint", str(toy_checkpoint), "--steps", "1", "--batch", "2", "--micro-batch", "1", "--warmup", "0"]
+    train.main([*own_prompts, *tiny, "--student-steps", "1"])
+    assert (tmp_path / "runs" / "mine" / "student" / "model_index.json").is_file()
