@@ -7,7 +7,7 @@ Stages, each with a progress bar, each done only once (a killed build goes on wh
     pool        captions, sources and targets encoded once                                                minutes
     base        the base teacher, from random weights, with train.py's flow objective                     an hour
     text, edit  the specialised teachers, fine-tuned from the base on their own task alone                minutes each
-    scores      every teacher on both benches; the VAE against the judge                                  minutes
+    scores      every teacher on both benches at 80 NFE                                                  minutes
 
 All of it lies in OUT/checkpoint, in the published layout; build.json there holds the log: steps, seconds, losses, scores.
 What is committed in toy/checkpoint is a copy of that folder.
@@ -35,7 +35,7 @@ SEED = 0
 RESOLUTION = world.SIDE * world.ENLARGE
 # Ours: a width that two cores can train in an hour. The text encoder's width is language.build_text_encoder's.
 TEACHER = dict(
-    num_layers=6, num_attention_heads=3, attention_head_dim=64, context_in_dim=128, axes_dims_rope=[16, 24, 24]
+    num_layers=6, num_attention_heads=3, attention_head_dim=64, context_in_dim=128, axes_dims_rope=(16, 24, 24)
 )
 GUIDANCE = 2.0  # of the teachers; ours
 VAE_STEPS = 8250  # two cycles of train_vae.CYCLE, the second cut short where nothing moved any more
