@@ -38,7 +38,7 @@ TEACHER = dict(
     num_layers=6, num_attention_heads=3, attention_head_dim=64, context_in_dim=128, axes_dims_rope=(16, 24, 24)
 )
 GUIDANCE = 2.0  # of the teachers; ours
-VAE_STEPS = 8250  # two cycles of train_vae.CYCLE, the second cut short where nothing moved any more
+VAE_STEPS = 8250  # two cycles of train_vae.CYCLE, the second cut short for time, still gaining a little
 POOL = {"t2i": 5000, "edit": 1500}  # prompts per category; the specialists draw from the same
 BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more, noisier steps reach further in the same time here
 # name -> (recipe, steps, scale of the learning rates). A specialist sees its own task alone, from the base on.
