@@ -61,13 +61,18 @@ def test_open_entries_are_read_from_the_picture(category):
         assert judge.fit_open(world.shrink(draw(spec)), case) == tuple(spec[name] for name in world.OPEN[category])
 
 
-def test_what_an_edit_opens_is_free():
-    """ "Add a house on the left": anywhere on the left."""
-    added = [case for case in cases("edit", "object", 60) if case.edit.free]
-    for case in added[:4]:
-        for step in world.OPEN["landscape"]["step"]:
-            found = verdict(draw(case.target | {"step": step}), case)
-            assert (found.score, found.kept, found.fitted["step"]) == (1, 1, step)
+@pytest.mark.parametrize("family", ["scene", "object", "text", "identity"])
+def test_what_an_edit_opens_is_free(family):
+    """ "Add a house on the left": anywhere on the left. All answers score 1, and the judge tells which one it is."""
+    rng = random.Random(0)
+    some = [case for case in cases("edit", family, 60) if case.edit.free]
+    for case in {case.edit.free: case for case in some}.values():  # one of each kind
+        for _ in range(4):
+            lists = world.OPEN[case.target["category"]]
+            spec = world.settle(case.target | {name: rng.choice(lists[name]) for name in case.edit.free})
+            found = verdict(draw(spec), case)
+            assert found.score == 1 and found.kept in (1, None)
+            assert (draw(found.fitted).tobytes()) == draw(spec).tobytes()
 
 
 def test_any_size_and_mode():

@@ -171,10 +171,13 @@ def test_degradations_and_styles_keep_the_range():
 # Edits
 
 
+LETTERS = {"letter0", "letter1", "letter2"}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_edits_change_what_they_say(family):
-    seen = set()
-    for seed in range(150):
+    seen, opened = set(), set()
+    for seed in range(200):
         edit = world.draw_edit(family, random.Random(seed))
         source, target, said = edit.source, edit.target, edit.instruction
         assert world.settle(source) == source and world.settle(target) == target
@@ -188,32 +191,43 @@ def test_edits_change_what_they_say(family):
             phrases = world.DEGRADATIONS[edit.degradation] if family == "enhance" else world.STYLES[edit.style]
             assert phrases in said
         elif family == "text":
-            assert changed and changed <= {"letter0", "letter1", "letter2"}
+            assert changed & LETTERS and changed <= LETTERS | {"sign", *edit.free}
             assert f'"{world.word(target)}"' in said and world.word(source) not in said
-        elif family == "object":
-            thing = "thing" if source["category"] == "landscape" else "hat"
-            assert thing in changed and changed <= {thing, "side", "step"}
-            assert all(value in said for value in (source[thing], target[thing]) if value != "nothing")
-            if changed & {"side", "step"}:  # only a thing that was not there can choose its place
-                assert "nothing" in (source["thing"], target["thing"])
-            if "Add" in said and thing == "thing":
-                assert target["side"] in said and edit.free == ("step",)
+            assert edit.free == (("column", "row") if "sign" in changed else ())
+            assert "sign" not in changed or target["sign"] in said
         else:
-            assert len(changed) == 1
-            name = changed.pop()
-            assert target[name] in said
-            assert name in {"scene": ("time", "backdrop", "wall"), "identity": ("hair", "eyes", "mouth")}[family]
+            named = {
+                "scene": ("time", "ground", "backdrop", "wall"),
+                "object": ("thing", "weather", "hat"),
+                "identity": ("hair", "eyes", "mouth"),
+            }[family]
+            (name,) = changed & set(named)
+            follows = {"thing": {"side", "step"}, "weather": {"clouds"}}.get(name, set())
+            assert changed - {name} - set(edit.free) <= follows
+            if "thing" in changed and changed & follows:  # only a thing that was not there can choose its place
+                assert "nothing" in (source["thing"], target["thing"])
+            if name == "weather":
+                assert said == ("Add clouds." if target[name] == "cloudy" else "Remove the clouds.")
+            else:
+                assert all(v in said for v in (target[name],) if v != "nothing")
+                assert family != "object" or all(v in said for v in (source[name],) if v != "nothing")
+            if "Add" in said and name == "thing":
+                assert target["side"] in said and edit.free == ("step",)
+        opened |= set(edit.free)
         shown = np.asarray(world.source_picture(edit, random.Random(0)))
         assert (shown != np.asarray(world.enlarge(world.render(target, edit.style)))).any()
-    expected = {
-        "scene": {"time", "backdrop", "wall"},
-        "enhance": set(),
-        "object": {"thing", "side", "step", "hat"},
-        "text": {"letter0", "letter1", "letter2"},
-        "identity": {"hair", "eyes", "mouth"},
-        "style": set(),
+    expected = {  # what changes, and what an instruction leaves open
+        "scene": (
+            {"time", "ground", "backdrop", "wall"},
+            {"sun_x", "sun_y", "horizon", "phase", "steep", "pattern", "bricks"},
+        ),
+        "enhance": (set(), set()),
+        "object": ({"thing", "side", "hat", "weather"}, {"step", "clouds"}),
+        "text": (LETTERS | {"sign"}, {"column", "row"}),
+        "identity": ({"hair", "eyes", "mouth"}, {"length"}),
+        "style": (set(), set()),
     }
-    assert seen == expected[family]
+    assert (seen - opened, opened) == expected[family]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -134,7 +134,10 @@ def fit(picture: np.ndarray, spec: dict, groups: tuple[tuple[str, ...], ...], st
 
 def _groups(case: Case) -> tuple[tuple[str, ...], ...]:
     """The open entries to be fitted: of a T2I case all, of an edit those that its instruction opens."""
-    return tuple((name,) for name in case.edit.free) if case.edit else world.TOGETHER[case.target["category"]]
+    groups = world.TOGETHER[case.target["category"]]
+    if case.edit:
+        groups = tuple(tuple(name for name in group if name in case.edit.free) for group in groups)
+    return tuple(group for group in dict.fromkeys(groups) if group)
 
 
 def _blank(spec: dict, groups: tuple[tuple[str, ...], ...]) -> dict:
@@ -156,21 +159,28 @@ def _others(spec: dict, name: str) -> list[dict]:
 
 
 def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray, where: np.ndarray | None = None) -> float:
-    """All (128, 128, 3) in [0, 1]; `where` an optional (128, 128) mask. 1 at `again`, 0 at a bad blur or noise of `drawn`."""
+    """All (128, 128, 3) in [0, 1]; `where` an optional (128, 128) mask. 1 at `again`, 0 at a bad blur or noise of `drawn`.
+
+    No place counts for more than the worst place of those bad pictures: what is lost there is lost, and a doubled cloud
+    should not weigh as much as a picture that is bad everywhere.
+    """
     small = drawn[:: world.ENLARGE, :: world.ENLARGE]
     noise = np.random.default_rng(0).normal(0, BAD_NOISE, small.shape)
-    bad = min(
-        local_error(_large(world.blur(small, BAD_BLUR)), drawn, where),
-        local_error(_large(np.clip(small + noise, 0, 1)), drawn, where),
-    )
-    best = local_error(again, drawn, where)
-    if bad <= best:  # an autoencoder that is no better than that can draw nothing well
+    blurred, noisy = world.blur(small, BAD_BLUR), np.clip(small + noise, 0, 1)
+    bad = [local_errors(_large(made), drawn, where) for made in (blurred, noisy)]
+    worst = np.max(bad)
+
+    def error(made: np.ndarray) -> float:
+        return _rms(local_errors(made, drawn, where).clip(max=worst))
+
+    zero, one = min(map(_rms, bad)), error(again)
+    if zero <= one:  # an autoencoder that is no better than that can draw nothing well
         return 0.0
-    return float(np.clip((bad - local_error(picture, drawn, where)) / (bad - best), 0, 1))
+    return float(np.clip((zero - error(picture)) / (zero - one), 0, 1))
 
 
-def local_error(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float:
-    """A fourth-power mean of the error inside each of the 8 x 8 latent positions, then the root mean square over them.
+def local_errors(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+    """The error inside each of the 8 x 8 latent positions (of those in `where`), by a fourth-power mean over its pixels.
 
     Fourth power, because blur errs much at few pixels (the edges) and noise errs little at all of them; with squares alone
     a picture that is plainly blurred would count as one with hardly visible noise.
@@ -179,7 +189,11 @@ def local_error(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -
     weight = np.ones_like(error) if where is None else where.astype(np.float32)
     error, weight = (x.reshape(8, 16, 8, 16).sum(axis=(1, 3)) for x in (error * weight, weight))
     seen = weight > 0
-    return float(np.sqrt(np.sqrt(error[seen] / weight[seen]).mean())) if seen.any() else 0.0
+    return (error[seen] / weight[seen]) ** 0.25 if seen.any() else np.zeros(1)
+
+
+def _rms(errors: np.ndarray) -> float:
+    return float(np.sqrt(np.square(errors).mean()))
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> float:
