@@ -103,7 +103,7 @@ class Args:
     decay: float = option(0.0, "share of the run, at its end, over which they fall to 0 again")
     clip: float = option(1.0, "largest norm of a gradient (2.0 report, section 4)")
     ema: float = option(0.97, "decay per step of the averaged weights, which are what a run exports")
-    time_shift: float = option(3.0, "dmd: shift of the uniform p(t) at which x_theta is noised again")
+    time_shift: float = option(3.0, "shift of p(t) towards noise; dmd: of the times at which x_theta is noised again")
     text_dropout: float = option(0.1, "flow: share of samples that see an empty prompt (2.0 report, section 4)")
 
     @property
@@ -130,6 +130,7 @@ class FlowArgs(Args):
     warmup: int = 100
     decay: float = 0.5
     ema: float = 0.999
+    time_shift: float = 1.0
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -346,7 +347,8 @@ def make_batch(
     noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
     xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
     u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
-    t = flow.logit_normal(u) if args.objective == "flow" else flow.shifted_uniform(u, args.time_shift)  # (B,)
+    shift = args.time_shift
+    t = flow.logit_normal(u, math.log(shift)) if args.objective == "flow" else flow.shifted_uniform(u, shift)  # (B,)
     sources = [torch.stack(column).to(device, dtype) for column in zip(*(e.sources for e in entries), strict=True)]
 
     def condition(states: list[Tensor]) -> Condition:

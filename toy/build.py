@@ -4,6 +4,7 @@ Stages, each with a progress bar, each done only once (a killed build goes on wh
 
     language    tokenizer trained on the captions; a random, frozen Qwen3-VL                              seconds
     vae         the autoencoder (toy/train_vae.py)                                                        an hour
+    decoder     a slimmer decoder for the same latents                                                    minutes
     pool        captions, sources and targets encoded once                                                minutes
     base        the base teacher, from random weights, with train.py's flow objective                     an hour
     text, edit  the specialised teachers, fine-tuned from the base on their own task alone                minutes each
@@ -18,7 +19,8 @@ import json
 import random
 import shutil
 import time
-from dataclasses import asdict
+from copy import deepcopy
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,16 +35,25 @@ from toy.train_vae import train_vae
 
 SEED = 0
 RESOLUTION = world.SIDE * world.ENLARGE
-# Ours: a width that two cores can train in an hour. The text encoder's width is language.build_text_encoder's.
+# Ours: a size that two cores can train. The text encoder's width is language.build_text_encoder's.
 TEACHER = dict(
     num_layers=6, num_attention_heads=3, attention_head_dim=64, context_in_dim=128, axes_dims_rope=(16, 24, 24)
 )
 GUIDANCE = 2.0  # of the teachers; ours
+TIME_SHIFT = 1.65  # of the teachers' p(t): about what the schedule shifts 64 tokens by, e^0.5
 VAE_STEPS = 8250  # two cycles of train_vae.CYCLE, the second cut short for time, still gaining a little
-POOL = {"t2i": 5000, "edit": 1500}  # prompts per category; the specialists draw from the same
+DECODER_STEPS = 9000  # two cycles
+POOL = {"t2i": 8000, "edit": 4000}  # prompts per category; the specialists draw from the same
 BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more, noisier steps reach further in the same time here
-# name -> (recipe, steps, scale of the learning rates). A specialist sees its own task alone, from the base on.
-TEACHERS = {"base": ("flash", 3400, 1.0), "text": ("e3-text", 200, 0.25), "edit": ("mix-0-10", 200, 0.25)}
+GROWN_AFTER = (2, 5)  # blocks of the shallow teacher behind which one more is put
+# name -> (recipe, steps, scale of the learning rates). The base begins shallow, which is cheaper, and grows once.
+# A specialist sees its own task alone, from the base on.
+TEACHERS = {
+    "shallow": ("flash", 3400, 1.0),
+    "base": ("mix-7-3", 6000, 1.0),
+    "text": ("e3-text", 200, 0.25),
+    "edit": ("mix-0-10", 200, 0.25),
+}
 
 
 def build_language(folder: Path) -> None:
@@ -82,19 +93,36 @@ def build_pool(folder: Path, cache: Path) -> train.Pool:
     return pool
 
 
+def grow(folder: Path) -> dict:
+    """folder/transformer with more blocks: each new one is a copy of the one before it, with the two matrices that write
+    to the stream set to zero. It draws what it drew, and has more to learn with (as in LLaMA Pro, arXiv 2401.02415)."""
+    model, blocks = MMDiT.from_pretrained(folder / "transformer"), []
+    for i, block in enumerate(model.transformer_blocks):
+        blocks.append(block)
+        if i in GROWN_AFTER:
+            blocks.append(deepcopy(block))
+            torch.nn.init.zeros_(blocks[-1].attn.to_out[0].weight)
+            torch.nn.init.zeros_(blocks[-1].img_mlp.out.weight)
+    model.transformer_blocks = torch.nn.ModuleList(blocks)
+    model.config = replace(model.config, num_layers=len(blocks))
+    model.save_pretrained(folder / "transformer", torch.float32)
+    return {"blocks": len(blocks)}
+
+
 def train_teacher(
     name: str, folder: Path, out: Path, pool: train.Pool, compile: bool, recipe: str, steps: int, scale: float
 ) -> dict:
     """One run of train.py's flow objective from folder/transformer, at `scale` times its learning rates; the log's entry.
 
-    The result replaces folder/transformer (the base) or becomes folder/teachers/NAME.
+    The result replaces folder/transformer (the base) or becomes folder/teachers/NAME. Its times are shifted as the
+    teacher's own steps are: most of them lie where a picture's parts find their places.
     """
     args = train.FlowArgs(checkpoint=folder, out=out, recipe=recipe, steps=steps, seed=SEED, compile=compile)
-    args.batch, args.micro_batch, args.guidance = BATCH, MICRO_BATCH, GUIDANCE
+    args.batch, args.micro_batch, args.guidance, args.time_shift = BATCH, MICRO_BATCH, GUIDANCE, TIME_SHIFT
     args.muon_lr, args.lr, args.resume = scale * args.muon_lr, scale * args.lr, (out / "args.json").exists()
     args, state = train.open_run(args)
     result = train.train(args, pool, state)
-    place = folder / "transformer" if name == "base" else folder / "teachers" / name
+    place = folder / "transformer" if name in ("shallow", "base") else folder / "teachers" / name
     shutil.copytree(result, place, dirs_exist_ok=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     every = max(1, len(lines) // 20)
@@ -134,7 +162,12 @@ def main() -> None:
             write_json(log_file, log)
 
     stage("language", lambda: build_language(folder))
-    stage("vae", lambda: train_vae(folder / "vae", args.out, VAE_STEPS, SEED, compile=args.compile))
+    wide = args.out / "vae"  # the autoencoder with the wide decoder, which nothing else needs
+    stage("vae", lambda: train_vae(wide, args.out / "vae-state", VAE_STEPS, SEED, compile=args.compile))
+    stage(
+        "decoder",
+        lambda: train_vae(folder / "vae", args.out / "decoder-state", DECODER_STEPS, SEED, first=wide),
+    )
 
     def fresh() -> None:
         torch.manual_seed(SEED)
@@ -144,8 +177,10 @@ def main() -> None:
     if not TEACHERS.keys() <= log.keys():
         pool = build_pool(folder, args.out / "pool.pt")
         for name, numbers in TEACHERS.items():
+            if name == "base":
+                stage("grow", partial(grow, folder))
             stage(name, partial(train_teacher, name, folder, args.out / name, pool, args.compile, *numbers))
-    for name in TEACHERS:
+    for name in ("base", "text", "edit"):
         stage(f"score {name}", partial(score, folder, name))
     shutil.copy(log_file, folder / "build.json")
     print(f"finished: {folder}")
