@@ -19,8 +19,10 @@ import json
 import math
 import os
 import re
-from dataclasses import MISSING, asdict, dataclass, fields
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -162,6 +164,58 @@ class Part:
     gate2: Tensor
     rotations: Tensor  # (n, 1, d/2) complex
     segments: list[Segment]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Roles: teacher, student and fake score on one copy of the weights (LoRA, arXiv 2106.09685)
+
+LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer: A (r, in), B (out, r), alpha; they change its W by alpha/r B A
+ATTENTION = r"transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)"  # the layers that the family's LoRA files change
+
+
+@dataclass
+class Stage:
+    """Which role is on. One object for the whole network, so that its layers cannot disagree."""
+
+    roles: set[str] = field(default_factory=set)
+    role: str | None = None
+
+
+class Adapter(nn.Module):
+    def __init__(self, a: Tensor, b: Tensor, alpha: float):
+        super().__init__()
+        self.A, self.B, self.alpha = nn.Parameter(a), nn.Parameter(b), alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Factors in fp32 may sit on weights in bf16: they learn, and need no second copy to learn in.
+        x = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))  # (B, n, out)
+        return self.alpha / len(self.A) * x  # (B, n, out)
+
+
+class RoleLinear(nn.Module):
+    """A linear layer, and what each role that changes it adds; the weight keeps its name in the state dict."""
+
+    def __init__(self, linear: nn.Linear, stage: Stage):
+        super().__init__()
+        self.weight, self.stage, self.adapters = linear.weight, stage, nn.ModuleDict()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)  # (B, n, out)
+        role = self.stage.role
+        return y + self.adapters[role](x) if role in self.adapters else y  # (B, n, out)
+
+
+def new_lora(
+    model: nn.Module, rank: int, alpha: float | None = None, layers: str = ATTENTION, rng: torch.Generator | None = None
+) -> LoRA:
+    """A LoRA that changes nothing yet: A is random, B zero. alpha None: the rank. `layers`: a regular expression."""
+    lora = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, RoleLinear)) and re.fullmatch(layers, name):
+            out, width = module.weight.shape
+            a = torch.randn(rank, width, generator=rng) * width**-0.5  # (r, in), on the CPU: the same on every device
+            lora[name] = a, torch.zeros(out, rank), float(rank if alpha is None else alpha)
+    return lora
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,6 +362,7 @@ class MMDiT(nn.Module):
         super().__init__()
         width = config.num_attention_heads * config.attention_head_dim
         self.config = config
+        self.stage = Stage()
         self.gradient_checkpointing = False
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimeEmbedding(width)})
         self.txt_in = TextIn(config.context_in_dim, width, config.eps)
@@ -358,8 +413,51 @@ class MMDiT(nn.Module):
 
     def run(self, block: Block, *arguments) -> tuple:
         if self.gradient_checkpointing and torch.is_grad_enabled():
+            # The backward pass computes the block again, at a time when another role may be on.
+            block = partial(self.as_role, self.stage.role, block)
             return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
         return block(*arguments)
+
+    def as_role(self, role: str | None, block: Block, *arguments) -> tuple:
+        with self.playing(role):
+            return block(*arguments)
+
+    @contextmanager
+    def playing(self, role: str | None) -> Iterator["MMDiT"]:
+        """Within, the network is that role; None, as always without this, the shared weights alone."""
+        if role is not None and role not in self.stage.roles:
+            raise ValueError(f"role {role!r} is not among {sorted(self.stage.roles)}; add_role makes it known")
+        before, self.stage.role = self.stage.role, role
+        try:
+            yield self
+        finally:
+            self.stage.role = before
+
+    def add_role(self, role: str, lora: LoRA) -> None:
+        """Another role on the same weights: they, changed by `lora`, whose tensors are its parameters from now on."""
+        if role in self.stage.roles or "." in role or hasattr(nn.ModuleDict, role):
+            raise ValueError(f"role {role!r}: there is one already, or the word is one of torch's own")
+        for name, (a, b, alpha) in lora.items():
+            layer = self.get_submodule(name)
+            if not isinstance(layer, RoleLinear):
+                layer = RoleLinear(layer, self.stage)
+                self.set_submodule(name, layer)
+            layer.adapters[role] = Adapter(a.to(layer.weight.device), b.to(layer.weight.device), alpha)
+        self.stage.roles.add(role)
+
+    def lora(self, role: str) -> LoRA:
+        """A role's own parameters, by layer: what an optimiser trains and a file keeps."""
+        layers = {name: layer.adapters for name, layer in self.named_modules() if isinstance(layer, RoleLinear)}
+        own = {name: adapters[role] for name, adapters in layers.items() if role in adapters}
+        return {name: (adapter.A, adapter.B, adapter.alpha) for name, adapter in own.items()}
+
+    @torch.no_grad()
+    def merge(self, lora: LoRA, scale: float = 1.0) -> None:
+        """Change the weights themselves, by `scale` times `lora`; in fp32, rounded once."""
+        for name, (a, b, alpha) in lora.items():
+            weight = self.get_submodule(name).weight
+            change = b.to(weight.device).float() @ a.to(weight.device).float()  # (out, in)
+            weight.copy_(weight.float() + scale * alpha / len(a) * change)
 
     def modulate(self, t: Tensor) -> tuple[Tensor, ...]:
         """scale1, gate1, scale2, gate2 of all blocks and the scale of the output, each (B, 1, D)."""
@@ -405,6 +503,10 @@ class MMDiT(nn.Module):
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write a transformer/ folder of the published layout, which diffusers reads too."""
+        if self.stage.roles:
+            raise ValueError(
+                f"the roles {sorted(self.stage.roles)} are not in such a folder; write a LoRA file, or merge one"
+            )
         save_weights(self.state_dict(), directory, "diffusion_pytorch_model", dtype)
         save_config(self.config, Path(directory) / "config.json", "QwenImage21Transformer2DModel")
 
@@ -497,7 +599,7 @@ def load_weights(
 
     wanted, places = module.state_dict(), {}  # {tensor: path}
     for path in [directory / file for file in sorted(set(listed.values()))] or [single]:
-        with _open(path) as file:
+        with open_weights(path) as file:
             for name in list(file.keys()):
                 if listed and listed.get(name) != path.name:
                     raise ValueError(f"{path}: holds {name}, which {index.name} does not put there")
@@ -514,7 +616,9 @@ def load_weights(
         raise ValueError(f"{where}: tensor {min(missing)} is missing ({len(missing)} in all)")
 
     for name, path in places.items():
-        with _open(path) as file:  # anew for each tensor: what was read of a mapped file counts as ours until it closes
+        with open_weights(
+            path
+        ) as file:  # anew for each tensor: what was read of a mapped file counts as ours until it closes
             tensor = file.get_tensor(name)
             dtype_here = dtype if tensor.is_floating_point() else tensor.dtype
             tensor = tensor.to(device=device, dtype=dtype_here, copy=True)  # off the file, which may be written over
@@ -524,7 +628,8 @@ def load_weights(
         setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
 
 
-def _open(path: Path):
+def open_weights(path: Path):
+    """A safetensors file, mapped; ValueError where it is none or not whole."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:

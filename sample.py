@@ -25,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -38,13 +39,14 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import flow
 from encoders.qwen3vl import Qwen3VL
 from encoders.vae import VAE
-from model import Condition, MMDiT, config_from_json, read_json, write_json
+from model import Condition, LoRA, MMDiT, RoleLinear, config_from_json, open_weights, read_json, write_json
 from recipe import read_prompts
 
 Source = str | Path | Image.Image  # a picture, or the file it is in
@@ -395,6 +397,105 @@ def export(
         os.replace(out, old)
     os.replace(part, out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRA files: a student of some megabytes, which others load onto the same base
+
+# In both spellings a layer has its own name, without a prefix: diffusers reads alpha there (behind `transformer.` it
+# would refuse it), and ComfyUI, which fuses two of the MLP's layers, finds their halves there (behind `diffusion_model.`
+# it would drop them). The first is diffusers' own, and ComfyUI knows it too; the second is what ComfyUI's users write.
+SPELLINGS = {"diffusers": ("lora_A", "lora_B"), "comfyui": ("lora_down", "lora_up")}
+LORA_KEY = re.compile(
+    r"(?:base_model\.model\.|transformer\.|diffusion_model\.)?(?P<layer>.+)\."
+    r"(?:(?P<a>lora_A|lora_down)|(?P<b>lora_B|lora_up)|(?P<alpha>alpha))(?:\.default)?(?:\.weight)?"
+)
+
+
+def write_lora(
+    path: str | Path,
+    lora: LoRA,
+    sigmas: list[float] | None = None,
+    spelling: str = "diffusers",
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """Write one safetensors file: for every layer A (r, in), B (out, r) and alpha; `sigmas`, where a few-step student
+    has its own, as text in the header (`sample_sigmas`), which other programs pass over."""
+    down, up = SPELLINGS[spelling]
+    tensors = {}
+    for name, (a, b, alpha) in lora.items():
+        tensors[f"{name}.{down}.weight"] = a.detach().to("cpu", dtype).contiguous()
+        tensors[f"{name}.{up}.weight"] = b.detach().to("cpu", dtype).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+    notes = {} if sigmas is None else {"sample_sigmas": json.dumps(check_sigmas(sigmas, "sigmas"))}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    save_file(tensors, part, {"format": "pt", **notes})
+    os.replace(part, path)
+
+
+def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | None]:
+    """Read a LoRA file for `model`, in any spelling of the family's: (the LoRA, in fp32; its sample_sigmas or None).
+
+    Without an alpha the changes are B A. ValueError or FileNotFoundError name the file and the layer: one that is not in
+    `model` or has another shape, half a pair, a tensor that belongs to no LoRA, a file that is torn.
+    """
+    path, layers = Path(path), dict(model.named_modules())
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such LoRA file")
+    found: dict[str, dict[str, Tensor]] = {}
+    with open_weights(path) as file:
+        header = file.metadata() or {}
+        for key in file.keys():
+            match = LORA_KEY.fullmatch(key)
+            if not match:
+                raise ValueError(f"{path}: {key} is no tensor of a LoRA (A, B and alpha for linear layers)")
+            found.setdefault(match["layer"], {})[match.lastgroup] = file.get_tensor(key).float()
+    try:
+        said = json.loads(header.get("lora_adapter_metadata", "{}"))  # where diffusers and peft keep alpha
+        sigmas = json.loads(header.get("sample_sigmas", "null"))
+    except ValueError as error:
+        raise ValueError(f"{path}: the header is not JSON ({error})") from None
+    if said.get("transformer.alpha_pattern") or said.get("transformer.use_rslora") or said.get("transformer.use_dora"):
+        raise ValueError(f"{path}: its header asks for per-layer alphas, rsLoRA or DoRA, which are not read here")
+    lora = {}
+    for name, parts in found.items():
+        if not parts.keys() >= {"a", "b"}:
+            raise ValueError(f"{path}: {name} has only {', '.join(sorted(parts))} of a LoRA's a, b")
+        a, b = parts["a"], parts["b"]
+        if not isinstance(layers.get(name), (nn.Linear, RoleLinear)):
+            raise ValueError(f"{path}: {name} is no linear layer of the checkpoint's transformer")
+        shape = list(layers[name].weight.shape)
+        if [*b.shape[:1], *a.shape[1:]] != shape or b.shape[1:] != a.shape[:1]:
+            raise ValueError(f"{path}: {name} has A {list(a.shape)} and B {list(b.shape)}, but its weight is {shape}")
+        lora[name] = a, b, float(parts.get("alpha", said.get("transformer.lora_alpha", len(a))))
+    if not lora:
+        raise ValueError(f"{path}: holds no LoRA")
+    return lora, None if sigmas is None else check_sigmas(sigmas, f"{path}: sample_sigmas")
+
+
+@torch.no_grad()
+def factorise(base: MMDiT, student: MMDiT, rank: int) -> tuple[LoRA, float]:
+    """What a full student changed in its base, as the nearest LoRA of `rank`: (the LoRA, the share of the change's
+    squared norm that it keeps). What is no matrix of a linear layer, norms' gains, has no place in a LoRA and is lost."""
+    lora, kept, total = {}, 0.0, 0.0
+    trained = student.state_dict()
+    for name, weight in base.state_dict().items():
+        change = trained[name].float() - weight.float()
+        total += change.square().sum().item()
+        if change.ndim < 2 or not change.any():
+            continue
+        # The best approximation of a rank is that of the largest singular values. The randomised method finds them
+        # without computing the others; its own generator keeps the result the same from call to call.
+        r = min(rank, *change.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(change, q=min(2 * r + 8, *change.shape), niter=4)  # (out, q), (q,), (in, q)
+        root = s[:r].sqrt()  # shared between both, so that neither is tiny
+        lora[name.removesuffix(".weight")] = (root * v[:, :r]).T, u[:, :r] * root, float(r)
+        kept += s[:r].square().sum().item()
+    return lora, kept / total if total else 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
