@@ -8,7 +8,8 @@ Stages, each with a progress bar, each done only once (a killed build goes on wh
     pool        captions, sources and targets encoded once                                                minutes
     base        the base teacher, from random weights, with train.py's flow objective                     an hour
     text, edit  the specialised teachers, fine-tuned from the base on their own task alone                minutes each
-    scores      every teacher on both benches at 80 NFE                                                  minutes
+    scores      what the judge makes of the autoencoder, of every teacher at 80 NFE, and of the base
+                teacher in 4 and 2 steps                                                                 minutes
 
 All of it lies in OUT/checkpoint, in the published layout; build.json there holds the log: steps, seconds, losses, scores.
 What is committed in toy/checkpoint is a copy of that folder.
@@ -24,13 +25,17 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 import eval as benches
+import flow
 import train
+from eval import Sampler
 from model import MMDiT, MMDiTConfig, write_json
 from sample import Pipeline, Scheduler
-from toy import language, world
+from toy import judge, language, world
 from toy.train_vae import train_vae
 
 SEED = 0
@@ -39,6 +44,7 @@ RESOLUTION = world.SIDE * world.ENLARGE
 TEACHER = dict(
     num_layers=6, num_attention_heads=3, attention_head_dim=64, context_in_dim=128, axes_dims_rope=(16, 24, 24)
 )
+SCHEDULER = Scheduler(shift_terminal=0.02)  # as published
 GUIDANCE = 2.0  # of the teachers; ours
 TIME_SHIFT = 1.65  # of the teachers' p(t): about what the schedule shifts 64 tokens by, e^0.5
 VAE_STEPS = 8250  # two cycles of train_vae.CYCLE, the second cut short for time, still gaining a little
@@ -62,7 +68,7 @@ def build_language(folder: Path) -> None:
     captions += [world.draw_edit(f, rng).instruction for f in world.FAMILIES for _ in range(1000)]
     language.build_tokenizer(captions, folder)
     language.build_text_encoder(folder, SEED)
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | asdict(Scheduler(shift_terminal=0.02))
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | asdict(SCHEDULER)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     classes = {
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -130,17 +136,30 @@ def train_teacher(
     return {"steps": steps, "seconds": round(sum(line["seconds"] for line in lines)), "curve": curve}
 
 
-def score(folder: Path, name: str) -> dict:
-    """A teacher on both benches, at 80 NFE: 40 steps with guidance."""
+def score_autoencoder(folder: Path) -> dict:
+    """The bench's right answers through the autoencoder and back: what no teacher can exceed, as the judge reads it."""
+    pipeline, row = Pipeline.from_pretrained(folder), {}
+    for bench, categories in benches.CATEGORIES.items():
+        verdicts = {}
+        for category in categories:
+            cases = world.bench(bench, category, benches.CASES[bench])
+            flat = np.stack([np.asarray(benches.answer(case).convert("RGB"), np.float32) / 255 for case in cases])
+            again = (benches.reconstruct(pipeline, flat) * 255).round().astype(np.uint8)
+            pictures = [Image.fromarray(picture) for picture in again]
+            verdicts[category] = judge.judge(pictures, cases, partial(benches.reconstruct, pipeline))
+        row |= benches.summary(bench, verdicts)
+    return row
+
+
+def score(folder: Path, name: str, *samplers: Sampler) -> dict:
+    """A teacher on both benches; one sampler gives one row, several give a row each, by name."""
     pipeline = Pipeline.from_pretrained(folder)
     pipeline.progress = False
     if name != "base":
         pipeline.mmdit = MMDiT.from_pretrained(folder / "teachers" / name).eval()
-    sampler = benches.default_sampler(pipeline, 40, GUIDANCE)
-    sampler.name = name
-    row, _ = benches.evaluate(pipeline, sampler, ["t2i", "edit"])
-    print(benches.table([row]))
-    return row
+    rows = [benches.evaluate(pipeline, sampler, ["t2i", "edit"])[0] for sampler in samplers]
+    print(benches.table(rows))
+    return rows[0] if len(rows) == 1 else {row["name"]: row for row in rows}
 
 
 def main() -> None:
@@ -180,8 +199,18 @@ def main() -> None:
             if name == "base":
                 stage("grow", partial(grow, folder))
             stage(name, partial(train_teacher, name, folder, args.out / name, pool, args.compile, *numbers))
+    stage("score autoencoder", lambda: score_autoencoder(folder))
+    tokens = (RESOLUTION // 16) ** 2
+    full = Sampler("80 NFE", SCHEDULER.sigmas(40, tokens), GUIDANCE)
     for name in ("base", "text", "edit"):
-        stage(f"score {name}", partial(score, folder, name))
+        stage(f"score {name}", partial(score, folder, name, full))
+    # What few steps cost before any distillation: the gap that it has to close.
+    few = [
+        Sampler(f"{steps} {'re-noising' if renoise else 'Euler'} steps", flow.student_sigmas(steps), renoise=renoise)
+        for steps in (4, 2)
+        for renoise in (False, True)
+    ]
+    stage("gap", partial(score, folder, "base", *few))
     shutil.copy(log_file, folder / "build.json")
     print(f"finished: {folder}")
 

@@ -1,0 +1,64 @@
+"""How the toy checkpoint is made: what its stages must leave as it was, with tiny numbers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoders.vae import VAE
+from model import Condition, MMDiT, MMDiTConfig
+from toy import build, train_vae
+
+
+@torch.no_grad()
+def test_a_grown_teacher_draws_the_same(tmp_path):
+    torch.manual_seed(0)
+    small = MMDiT(MMDiTConfig(**build.TEACHER | {"num_layers": max(build.GROWN_AFTER) + 1}))
+    for parameter in small.parameters():  # a fresh network's gates are shut
+        parameter.normal_(0, 0.1)
+    small.save_pretrained(tmp_path / "transformer", torch.float32)
+    blocks = build.grow(tmp_path)["blocks"]
+    grown = MMDiT.from_pretrained(tmp_path / "transformer")
+    assert len(grown.transformer_blocks) == blocks == len(small.transformer_blocks) + len(build.GROWN_AFTER)
+    states, z = torch.randn(2, 7, 128), torch.randn(2, 64, 8, 8)
+    condition = Condition(states, torch.ones(2, 7, dtype=torch.bool), [torch.randn(2, 64, 4, 4)], [(1, 5)])
+    t = torch.tensor([0.3, 0.8])
+    assert torch.equal(grown(z, t, condition), small(z, t, condition))
+    # and what is new can learn: the zero matrices' gradients are not zero
+    with torch.enable_grad():
+        grown(z, t, condition).square().sum().backward()
+    new = grown.transformer_blocks[build.GROWN_AFTER[0] + 1]
+    assert new.attn.to_out[0].weight.grad.abs().max() > 0 and new.img_mlp.out.weight.grad.abs().max() > 0
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Two steps of a few small pictures."""
+    monkeypatch.setattr(train_vae, "CONFIG", train_vae.CONFIG | {"dim_mult": [1, 2, 2, 2, 2]})
+    measured = train_vae.pictures
+    monkeypatch.setattr(train_vae, "pictures", lambda count, seed: measured(min(count, 4), seed))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_autoencoder_training_resumes(tiny, tmp_path):
+    train_vae.train_vae(tmp_path / "straight", tmp_path / "a", 2, batch=4)
+    train_vae.train_vae(tmp_path / "half", tmp_path / "b", 1, batch=4)
+    train_vae.train_vae(tmp_path / "resumed", tmp_path / "b", 2, batch=4)
+    assert files(tmp_path / "resumed") == files(tmp_path / "straight") != files(tmp_path / "half")
+
+
+def test_the_slim_decoder_keeps_the_latents(tiny, tmp_path):
+    """Teachers were trained on the first encoder's latents: it and their statistics must not move."""
+    train_vae.train_vae(tmp_path / "wide", tmp_path / "a", 1, batch=4)
+    train_vae.train_vae(tmp_path / "slim", tmp_path / "b", 2, batch=4, first=tmp_path / "wide")
+    wide, slim = (VAE.from_pretrained(tmp_path / name) for name in ("wide", "slim"))
+    assert slim.config.decoder_base_dim == train_vae.SLIM < wide.config.decoder_base_dim
+    images = train_vae.to_images(train_vae.pictures(2, 0))
+    assert torch.equal(slim.encode(images), wide.encode(images))
+    torch.manual_seed(0)  # the decoder learned: it is not the one that two steps began with
+    fresh = VAE(slim.config)
+    moved = [not torch.equal(a, b) for a, b in zip(slim.decoder.parameters(), fresh.decoder.parameters())]
+    assert sum(moved) > len(moved) / 2
