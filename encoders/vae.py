@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from model import config_from_json, load_weights, save_config, save_weights
 
 STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
+TILE = 64  # latent pixels: pictures of up to 1024 x 1024 are decoded whole, larger ones in parts of that size
 
 
 @dataclass
@@ -150,7 +151,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm(x))  # (B, 3d, h, w)
         q, k, v = rearrange(qkv, "b (three d) h w -> three b 1 (h w) d", three=3)  # (B, 1, hw, d) each
-        y = F.scaled_dot_product_attention(q, k, v)  # (B, 1, hw, d)
+        # Some pixels after the other, because the fused kernels stop at 256 channels a head: here a GPU may write out
+        # all scores, and a picture of 2048 x 2048 pixels has 16,384^2 of them.
+        y = [F.scaled_dot_product_attention(some, k, v) for some in q.split(4096, 2)]  # each (B, 1, 4096 or less, d)
+        y = torch.cat(y, 2)  # (B, 1, hw, d)
         y = rearrange(y, "b 1 (h w) d -> b d h w", h=x.shape[2])  # (B, d, h, w)
         return x + self.proj(y)  # (B, d, h, w)
 
@@ -270,12 +274,45 @@ class Decoder(nn.Module):
         self.norm_out = Norm(out_dim)
         self.conv_out = nn.Conv2d(out_dim, config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)  # (B, d, h, w)
-        x = self.mid_block(x)  # (B, d, h, w)
-        for block in self.up_blocks:
+    def forward(self, z: Tensor, tile: int) -> Tensor:
+        """Pictures (B, 4, H, W); of a grid larger than `tile` x `tile` in parts of that size, one after the other.
+
+        The parts are exact, not blended. Up to the middle block every pixel depends on every other, but that is done
+        for the whole grid: it is small. After it come only convolutions (the norms look at one pixel), which reach a
+        known way. So each level of a part is given that much more of the level below than it must deliver.
+        """
+        x = self.mid_block(self.conv_in(z))  # (B, d, h, w)
+        h, w = x.shape[-2:]
+        if max(h, w) <= tile:
+            return self.levels(x, (0, h), (0, w))  # (B, 4, H, W)
+        cuts = [[(start, min(start + tile, n)) for start in range(0, n, tile)] for n in (h, w)]
+        strips = [torch.cat([self.levels(x, rows, columns) for columns in cuts[1]], 3) for rows in cuts[0]]
+        return torch.cat(strips, 2)  # (B, 4, H, W)
+
+    def levels(self, x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
+        """The part of the picture that belongs to rows and columns [start, stop) of the grid x (B, d, h, w)."""
+        margins = [1]  # what conv_out sees beyond its own pixel, and before it what each level must be given
+        for block in reversed(self.up_blocks):
+            doubled = (
+                (margins[0] + 2) // 2 if block.doubles_space else margins[0]
+            )  # one more for the upsampler's kernel
+            margins.insert(0, doubled + 2 * len(block.resnets))
+        scale, top, left = 1, 0, 0  # of x against the latent grid; where x begins, in its own pixels
+
+        def cut(margin: int) -> tuple[Tensor, int, int]:
+            """x without what is not needed; the picture's own edges stay edges."""
+            up, side = max(rows[0] * scale - margin, 0), max(columns[0] * scale - margin, 0)
+            down, end = rows[1] * scale + margin, columns[1] * scale + margin
+            return x[:, :, up - top : down - top, side - left : end - left], up, side
+
+        for block, margin in zip(self.up_blocks, margins, strict=False):
+            x, top, left = cut(margin)  # (B, C, H, W)
             x = block(x)  # (B, o, 2H, 2W)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 4, H, W)
+            if block.doubles_space:
+                scale, top, left = 2 * scale, 2 * top, 2 * left
+        x, top, left = cut(1)  # (B, o, H, W)
+        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, 4, H, W)
+        return cut(0)[0]  # (B, 4, H, W)
 
 
 class VAE(nn.Module):
@@ -303,9 +340,10 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, z, h, w) each
         return mean, logvar
 
-    def decode_raw(self, z: Tensor) -> Tensor:
-        """images (B, 4, 16h, 16w), not clamped, of latents z (B, 64, h, w) that are not normalised."""
-        return self.decoder(self.post_quant_conv(z))  # (B, 4, 16h, 16w)
+    def decode_raw(self, z: Tensor, tile: int = TILE) -> Tensor:
+        """images (B, 4, 16h, 16w), not clamped, of latents z (B, 64, h, w) that are not normalised; in tiles of `tile`
+        latent pixels, which change the memory it takes and nothing else."""
+        return self.decoder(self.post_quant_conv(z), tile)  # (B, 4, 16h, 16w)
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 4, H, W) in [-1, 1] -> latents (B, 64, H/16, W/16): the posterior's mode, normalised.
@@ -316,13 +354,13 @@ class VAE(nn.Module):
         center, std = self.statistics(mean.device)  # (z, 1, 1) each
         return ((mean - center) / std).to(mean.dtype)  # (B, z, h, w)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Tensor, tile: int = TILE) -> Tensor:
         """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w) around [-1, 1]; clamping is left to the caller.
 
-        Whatever the dtype given, the weights' dtype comes back.
+        Whatever the dtype given, the weights' dtype comes back. `tile` as in `decode_raw`.
         """
         center, std = self.statistics(latents.device)  # (z, 1, 1) each
-        return self.decode_raw((latents * std + center).to(self.quant_conv.weight.dtype))  # (B, 4, 16h, 16w)
+        return self.decode_raw((latents * std + center).to(self.quant_conv.weight.dtype), tile)  # (B, 4, 16h, 16w)
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents, (64, 1, 1) each. In fp32, which promotes whatever they meet."""

@@ -70,6 +70,16 @@ def test_encodes_and_decodes_like_the_reference(tmp_path, config, batch, rows, c
         assert difference(ours.decode(latents[:, :, 0]).clamp(-1, 1), pixels) < 1e-5
 
 
+@pytest.mark.parametrize("config", ["published", "one block, three levels"])
+@torch.no_grad()
+def test_tiles_leave_no_seam(tmp_path, config):
+    """In tiles as whole: the rounding of fp32 apart nothing changes, at the tiles' edges least of all."""
+    reference(tmp_path, **NETWORKS[config])
+    vae = VAE.from_pretrained(tmp_path)
+    latents = torch.randn(1, 6, 32, 7, generator=torch.Generator().manual_seed(0))
+    assert difference(vae.decode(latents, tile=3), vae.decode(latents, tile=32)) < 1e-5
+
+
 def test_gradients_are_the_references(tmp_path):
     theirs = reference(tmp_path)
     ours = VAE.from_pretrained(tmp_path).requires_grad_(True)
