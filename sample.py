@@ -4,6 +4,7 @@ What a condition is. The MMDiT sees neither words nor pictures. It sees one sequ
 them, the noisy target's, are the condition:
 
     words      the language model reads the prompt inside a fixed template; its states, one for each token, are the text
+               (taken before its last norm, and why: encoders/qwen3vl.py)
     sources    enter twice. The language model looks at them as it reads, so that "the red one" finds its red one; of
                these states the MMDiT sees nothing directly, only what the words took from them. And the VAE encodes
                them: these latents carry the pixels, and stand in the sequence where the language model had its image
@@ -17,8 +18,14 @@ Symbols: B prompts; H, W the picture's sides in pixels; h, w = H/16, W/16 the la
 picture; guidance is negative + w (positive - negative), off at w = 1. Reference for behaviour: `QwenImage21Pipeline`
 of diffusers 0.42.1; tests/test_sample.py holds every picture to 1/255 of the reference's.
 
+A call goes through the networks in turn, and only the one at work needs to be in memory: the encoder reads the words
+and looks at the sources and is freed, the MMDiT walks from noise to latents, the VAE makes pixels of them.
+
     python sample.py --prompt "a red house under a small moon" --out house.png
     python sample.py --checkpoint runs/flash/student --prompt "make it night" --image house.png --out night.png
+    python sample.py --checkpoint base --lora student.safetensors:0.8 --prompt "a red house"    draws with a LoRA
+    python sample.py --checkpoint base --lora student.safetensors --export student              makes it a folder
+    python sample.py --checkpoint student --base base --export student.safetensors              makes a folder a LoRA
 """
 
 import argparse
@@ -30,7 +37,8 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -84,12 +92,17 @@ def fit(source: Source, resolution: int) -> Image.Image:
     One resize serves language model and VAE alike. It is done in RGBA, where Pillow weighs colours by their alpha.
     """
     picture = open_picture(source)
-    ratio = picture.width / picture.height
-    width = math.sqrt(resolution * resolution * ratio)
-    size = round(width / MULTIPLE) * MULTIPLE, round(width / ratio / MULTIPLE) * MULTIPLE
+    return picture.resize(sides(picture.width, picture.height, resolution), Image.Resampling.LANCZOS)
+
+
+def sides(width: float, height: float, resolution: int) -> tuple[int, int]:
+    """The sides of this aspect ratio at an area of about resolution^2, rounded to multiples of 32."""
+    ratio = width / height
+    exact = math.sqrt(resolution * resolution * ratio)
+    size = round(exact / MULTIPLE) * MULTIPLE, round(exact / ratio / MULTIPLE) * MULTIPLE
     if min(size) == 0:
-        raise ValueError(f"a source of {picture.width} x {picture.height} is too thin for the area {resolution}^2")
-    return picture.resize(size, Image.Resampling.LANCZOS)
+        raise ValueError(f"{width} x {height} is too thin for the area {resolution}^2")
+    return size
 
 
 def to_tensor(pictures: list[Image.Image]) -> Tensor:
@@ -166,18 +179,23 @@ def check_sigmas(sigmas: list[float], name: str) -> list[float]:
 
 @dataclass
 class Pipeline:
-    """A checkpoint in the published layout, ready to draw. `from_pretrained` opens one; the parts can be exchanged."""
+    """A checkpoint in the published layout, ready to draw; `from_pretrained` opens one.
 
-    encoder: Qwen3VL
-    vae: VAE
-    mmdit: MMDiT
+    Its three networks are read from the disk at their first use, and any may be replaced by assignment. A call frees the
+    condition encoder, the largest of them, before it reads the MMDiT, so that they never share the memory; the next call
+    reads it again. `keep_encoder` is for those with the memory and many calls to make.
+    """
+
+    directory: Path
     scheduler: Scheduler
     sample_sigmas: list[float] | None  # a few-step student's own schedule
     resolution: int  # default side in pixels, and the area that sources are resized to
     guidance: float  # what the checkpoint was meant to be sampled with; a call's own default is 1
     dtype: torch.dtype
     device: torch.device
-    offload: bool  # the three networks take turns on the device and rest on the CPU
+    offload: bool  # the networks rest on the CPU and take turns on the device
+    keep_encoder: bool
+    loras: list[tuple[LoRA, float]]  # merged into the MMDiT, each with its scale
     progress: bool = True  # a bar over the steps
 
     @classmethod
@@ -187,27 +205,74 @@ class Pipeline:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         offload: bool = False,
+        keep_encoder: bool = False,
+        loras: list[tuple[str | Path, float]] | None = None,
+        sigmas: list[float] | None = None,
     ) -> "Pipeline":
-        """Open a folder in the published layout. ValueError or FileNotFoundError name the file that is wrong."""
+        """Open a folder in the published layout. ValueError or FileNotFoundError name the file that is wrong.
+
+        loras               files, each with the scale at which it changes the MMDiT's weights
+        sigmas              times to stop at (without the final 0), exactly these, instead of the checkpoint's schedule.
+                            None: those of a few-step student's LoRA file, if one is given. Guidance is off with either
+        """
         directory = Path(directory)
         try:
             device = torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:  # an unknown name; no such hardware
             raise ValueError(f"device {device}: torch cannot use it ({error})") from None
         index = read_index(directory)
-        rest = "cpu" if offload else device
+        scheduler = config_from_json(Scheduler, directory / "scheduler" / "scheduler_config.json")
+        # Files are checked now, before anything takes time, by opening them on a device that holds no values.
+        Qwen3VL.from_pretrained(directory, dtype, "meta")
+        VAE.from_pretrained(directory / "vae", dtype, "meta")
+        mmdit = MMDiT.from_pretrained(directory / "transformer", dtype, "meta")
+        opened = [(*read_lora(path, mmdit), scale) for path, scale in loras or []]
+        if sigmas is None:
+            students = [own for _, own, _ in opened if own is not None]
+            if any(own != students[0] for own in students):
+                raise ValueError(f"the LoRA files have schedules of their own, {students}; choose one by sigmas")
+            sigmas = students[0] if students else None
+        if sigmas is not None:
+            scheduler = replace(scheduler, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
+            index |= {"sample_sigmas": check_sigmas(sigmas, "sigmas"), "guidance": 1.0}
         return cls(
-            encoder=Qwen3VL.from_pretrained(directory, dtype, rest),
-            vae=VAE.from_pretrained(directory / "vae", dtype, rest),
-            mmdit=MMDiT.from_pretrained(directory / "transformer", dtype, rest),
-            scheduler=config_from_json(Scheduler, directory / "scheduler" / "scheduler_config.json"),
+            directory=directory,
+            scheduler=scheduler,
             sample_sigmas=index["sample_sigmas"],
             resolution=index["resolution"],
             guidance=index["guidance"],
             dtype=dtype,
             device=device,
             offload=offload,
+            keep_encoder=keep_encoder,
+            loras=[(lora, scale) for lora, _, scale in opened],
         )
+
+    @property
+    def home(self) -> torch.device:
+        """Where networks are while they do not work."""
+        return torch.device("cpu") if self.offload else self.device
+
+    @cached_property
+    def encoder(self) -> Qwen3VL:
+        return Qwen3VL.from_pretrained(self.directory, self.dtype, self.home)
+
+    @cached_property
+    def vae(self) -> VAE:
+        return VAE.from_pretrained(self.directory / "vae", self.dtype, self.home)
+
+    @cached_property
+    def mmdit(self) -> MMDiT:
+        mmdit = MMDiT.from_pretrained(self.directory / "transformer", self.dtype, self.home)
+        for lora, scale in self.loras:
+            mmdit.merge(lora, scale)
+        return mmdit
+
+    def free_encoder(self) -> None:
+        """Unless it is to be kept. Its next use reads it from the disk again."""
+        if not self.keep_encoder and "encoder" in vars(self):
+            del self.encoder
+            torch.cuda.empty_cache()  # what torch keeps of it in pieces would not fit what comes next
 
     @contextmanager
     def at_work(self, network: nn.Module) -> Iterator[nn.Module]:
@@ -220,12 +285,17 @@ class Pipeline:
 
     @torch.no_grad()
     def condition(
-        self, prompts: list[str], images: list[list[Source]] | None = None, resolution: int | None = None
+        self,
+        prompts: list[str],
+        images: list[list[Source]] | None = None,
+        resolution: int | None = None,
+        latents: list[Tensor] | None = None,
     ) -> Condition:
         """Encode B prompts, each with its own list of sources, into the MMDiT's condition.
 
         Sources are fitted to `resolution` (None: the checkpoint's). A batch has one layout: all its prompts have
-        equally many sources, which come to the same sizes; otherwise ValueError.
+        equally many sources, which come to the same sizes; otherwise ValueError. `latents`: the sources', if they have
+        been encoded before.
         """
         images = [[] for _ in prompts] if images is None else images
         resolution = self.resolution if resolution is None else resolution
@@ -233,13 +303,16 @@ class Pipeline:
         sources = [[fitted[id(image)] for image in row] for row in images]
         with self.at_work(self.encoder) as encoder:
             states, mask, slots = encoder.encode(prompts, sources)  # (B, L, C), (B, L), one [start, stop) a source
-        latents = []
-        with self.at_work(self.vae) as vae:
-            for column in zip(*sources, strict=True):  # the i-th source of every prompt
-                column = column[:1] if all(picture is column[0] for picture in column) else column
-                z = vae.encode(to_tensor(column).to(self.device, self.dtype))  # (B or 1, 64, h_i, w_i)
-                latents.append(z.expand(len(prompts), -1, -1, -1))  # (B, 64, h_i, w_i)
+        if latents is None:
+            latents = [self.encode(column) for column in zip(*sources, strict=True)]  # each (B, 64, h_i, w_i)
         return Condition(states, mask, latents, slots)
+
+    def encode(self, pictures: tuple[Image.Image, ...]) -> Tensor:
+        """The latents (B, 64, h, w) of B fitted pictures; of one that all share, from a single encoding."""
+        once = pictures[:1] if all(picture is pictures[0] for picture in pictures) else pictures
+        with self.at_work(self.vae) as vae:
+            z = vae.encode(to_tensor(list(once)).to(self.device, self.dtype))  # (B or 1, 64, h, w)
+        return z.expand(len(pictures), -1, -1, -1)  # (B, 64, h, w)
 
     def velocity(self, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
         """The MMDiT under one condition, v(z, t), as flow.py takes it. z (B, 64, h, w); t (B,)."""
@@ -288,18 +361,47 @@ class Pipeline:
         noise               (B, h w, 64) to start from instead, tokens in row-major order
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise ValueError("no prompt is given")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed {seed}: a number from 0 to 2^63 - 1 is expected")
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
         rows = images if images and isinstance(images[0], (list, tuple)) else [images] * len(prompts)
-        conditions = [self.condition(prompts, rows, resolution)]
+        conditions = self.conditions(prompts, rows, resolution, guidance, negative_prompt)
+        self.free_encoder()
+        pictures = self.draw(conditions, height, width, resolution, steps, guidance, seed, noise)
+        return pictures[0] if isinstance(prompt, str) else pictures
+
+    def conditions(
+        self,
+        prompts: list[str],
+        images: list[list[Source]],
+        resolution: int | None = None,
+        guidance: float = 1.0,
+        negative_prompt: str | list[str] | None = None,
+    ) -> list[Condition]:
+        """The first half of a call: what to draw and, for guidance, what to stay away from. Kept on the CPU."""
+        if not prompts:
+            raise ValueError("no prompt is given")
+        conditions = [self.condition(prompts, images, resolution)]
         if guidance > 1:  # the same sources with other words: guidance is about the words alone
             words = negative_prompt or ""
             words = [words] * len(prompts) if isinstance(words, str) else list(words)
-            conditions.append(self.condition(words, rows, resolution))
+            conditions.append(self.condition(words, images, resolution, conditions[0].sources))
+        return [condition.to("cpu", self.dtype) for condition in conditions]
 
+    @torch.no_grad()
+    def draw(
+        self,
+        conditions: list[Condition],
+        height: int | None = None,
+        width: int | None = None,
+        resolution: int | None = None,
+        steps: int | None = None,
+        guidance: float = 1.0,
+        seed: int = 0,
+        noise: Tensor | None = None,
+    ) -> list[Image.Image]:
+        """The second half: B pictures from the conditions of B prompts. The arguments are those of a call."""
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed}: a number from 0 to 2^63 - 1 is expected")
+        conditions = [condition.to(self.device, self.dtype) for condition in conditions]
         if conditions[0].sources:
             default = [16 * side for side in conditions[0].sources[-1].shape[-2:]]
         else:
@@ -309,7 +411,7 @@ class Pipeline:
         if min(h, w) < 1:
             raise ValueError(f"{width} x {height} pixels: both sides must be at least {MULTIPLE}")
         sigmas = self.sigmas(steps, h * w)
-        shape = (len(prompts), self.mmdit.config.in_channels, h, w)
+        shape = (len(conditions[0].mask), self.mmdit.config.in_channels, h, w)
         if noise is None:
             z = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=self.dtype)  # (B, 64, h, w)
         elif noise.shape == (shape[0], h * w, shape[1]):
@@ -330,9 +432,8 @@ class Pipeline:
             z = flow.euler(step, z.to(self.device, self.dtype), sigmas)  # (B, 64, h, w) in fp32
         if not z.isfinite().all():
             raise ValueError(f"the latents are not finite in {self.dtype}; float32 has the widest range")
-        with self.at_work(self.vae) as vae:
-            pictures = to_pictures(vae.decode(z.to(self.dtype)))
-        return pictures[0] if isinstance(prompt, str) else pictures
+        with self.at_work(self.vae) as vae:  # one picture at a time: it is now that pixels take memory
+            return [to_pictures(vae.decode(one.to(self.dtype)))[0] for one in z.split(1)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -367,7 +468,8 @@ def export(
     link: bool = False,
 ) -> None:
     """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), an identity
-    scheduler; encoder, VAE and processor are copied from the base checkpoint, or linked to it.
+    scheduler; encoder, VAE and processor are copied from the base checkpoint, or linked to it: 18 GB less for the
+    published ones, and the folder is whole only as long as the base stays where it is.
 
     Written beside `out_directory` and renamed, so that whatever stands there is whole. An older checkpoint is replaced;
     anything else is left alone, with a ValueError.
@@ -475,6 +577,15 @@ def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | N
     return lora, None if sigmas is None else check_sigmas(sigmas, f"{path}: sample_sigmas")
 
 
+def export_lora(path: str | Path, lora: LoRA, sigmas: list[float], dtype: torch.dtype = torch.bfloat16) -> list[Path]:
+    """A LoRA student in both spellings: `path`, and beside it NAME-comfyui.safetensors. Returns the two paths."""
+    path = Path(path)
+    files = {"diffusers": path, "comfyui": path.with_stem(f"{path.stem}-comfyui")}
+    for spelling, file in files.items():
+        write_lora(file, lora, sigmas, spelling, dtype)
+    return list(files.values())
+
+
 @torch.no_grad()
 def factorise(base: MMDiT, student: MMDiT, rank: int) -> tuple[LoRA, float]:
     """What a full student changed in its base, as the nearest LoRA of `rank`: (the LoRA, the share of the change's
@@ -503,27 +614,93 @@ def factorise(base: MMDiT, student: MMDiT, rank: int) -> tuple[LoRA, float]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw or edit pictures with a checkpoint in the published layout.")
+    parser = argparse.ArgumentParser(description="Draw, edit and export with a checkpoint in the published layout.")
     add = parser.add_argument
     add("--checkpoint", default="toy/checkpoint", metavar="DIR", help="folder in the published layout")
+    add(
+        "--lora",
+        nargs="+",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="change its MMDiT by these; a scale is 1 by default",
+    )
     add("--prompt", metavar="TEXT", help="what to draw, or how to edit")
     add("--image", nargs="+", default=[], metavar="FILE", help="sources of an edit, any format, size and mode")
     add("--prompt-file", metavar="FILE", help="JSON lines as train.py reads them, instead of --prompt and --image")
     add("--negative-prompt", metavar="TEXT", help="what to stay away from; works with guidance above 1")
     add("--guidance", type=float, metavar="W", help="1 is off; default: the checkpoint's own")
     add("--steps", type=int, metavar="N", help="default: the checkpoint's own sigmas, else 40")
+    add(
+        "--sigmas",
+        type=float,
+        nargs="+",
+        metavar="S",
+        help="stop at exactly these times from 1 down, without the last 0",
+    )
     add("--height", type=int, metavar="N", help="in pixels, floored to a multiple of 32")
     add("--width", type=int, metavar="N")
+    add("--aspect", metavar="W:H", help="instead of both: this shape, at the resolution's area")
     add("--resolution", type=int, metavar="N", help="sources get this side's area; default: the checkpoint's")
     add("--seed", type=int, default=0, metavar="N")
     add("--num-images", type=int, default=1, metavar="N", help="pictures per prompt, from seeds N, N + 1, ...")
     add("--out", default="out.png", metavar="FILE.png", help="several pictures are numbered: FILE-1.png, ...")
+    add("--export", metavar="OUT", help="draw nothing; write the student as a folder, or as a LoRA OUT.safetensors")
+    add("--link", action="store_true", help="with --export: link what did not change to the checkpoint, not copy it")
+    add("--base", metavar="DIR", help="with --export OUT.safetensors: the checkpoint that the LoRA will be loaded onto")
+    add("--rank", type=int, default=64, metavar="R", help="of that LoRA (default 64)")
     cuda = torch.cuda.is_available()
     add("--device", default="cuda" if cuda else "cpu")
     add("--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float16", "float32"])
     add("--offload", action="store_true", help="keep on the device only the network at work")
     args = parser.parse_args(arguments)
 
+    if args.export and (args.prompt is not None or args.prompt_file):
+        raise ValueError("--export draws nothing; leave out --prompt and --prompt-file")
+    if not args.export and (args.base or args.link):
+        raise ValueError("--base and --link are for --export")
+    jobs = [] if args.export else read_jobs(args)
+    pipeline = Pipeline.from_pretrained(
+        args.checkpoint,
+        getattr(torch, args.dtype),
+        args.device,
+        args.offload,
+        loras=[split_scale(given) for given in args.lora],
+        sigmas=args.sigmas,
+    )
+    if args.export:
+        export_student(pipeline, args)
+        return
+
+    height, width = args.height, args.width
+    if args.aspect:
+        match = re.fullmatch(r"(\d*\.?\d+):(\d*\.?\d+)", args.aspect)
+        if not match or 0 in map(float, match.groups()) or height or width:
+            raise ValueError(f"--aspect {args.aspect}: W:H is expected, such as 16:9, and no --height or --width")
+        width, height = sides(*map(float, match.groups()), args.resolution or pipeline.resolution)
+    settings = {
+        "steps": len(pipeline.sigmas(args.steps, tokens=1)) - 1,
+        "guidance": pipeline.guidance if args.guidance is None else args.guidance,
+        "height": height,
+        "width": width,
+        "resolution": args.resolution,
+    }
+    read = [args.resolution, settings["guidance"], args.negative_prompt]
+    # The encoder reads all prompts first, and leaves before the MMDiT comes.
+    conditions = [pipeline.conditions([prompt], [images], *read) for prompt, images in jobs]
+    pipeline.free_encoder()
+    jobs = [(*job, args.seed + i) for job in zip(jobs, conditions, strict=True) for i in range(args.num_images)]
+    out = Path(args.out)
+    for number, ((prompt, images), condition, seed) in enumerate(jobs, 1):
+        picture = pipeline.draw(condition, seed=seed, **settings)[0]
+        path = out if len(jobs) == 1 else out.with_stem(f"{out.stem}-{number}")
+        notes = {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings}
+        notes |= {"negative_prompt": args.negative_prompt, "sigmas": pipeline.sample_sigmas, "lora": args.lora}
+        save(picture, path, {**notes, "checkpoint": args.checkpoint, "dtype": args.dtype})
+        print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
+
+
+def read_jobs(args: argparse.Namespace) -> list[tuple[str, list]]:
+    """Prompts and their sources; ValueError, FileNotFoundError where the command line does not fit together."""
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         raise ValueError(f"--out {out}: pictures have an alpha channel and are written as .png")
@@ -534,26 +711,37 @@ def main(arguments: list[str] | None = None) -> None:
     if args.num_images < 1:
         raise ValueError(f"--num-images {args.num_images}: at least 1 is needed")
     if args.prompt_file:
-        jobs = [(line.prompt, line.images) for line in read_prompts([args.prompt_file])]
-    else:
-        jobs = [(args.prompt, args.image)]
-    jobs = [(prompt, images, args.seed + i) for prompt, images in jobs for i in range(args.num_images)]
+        return [(line.prompt, line.images) for line in read_prompts([args.prompt_file])]
+    return [(args.prompt, args.image)]
 
-    pipeline = Pipeline.from_pretrained(args.checkpoint, getattr(torch, args.dtype), args.device, args.offload)
-    settings = {
-        "steps": len(pipeline.sigmas(args.steps, tokens=1)) - 1,
-        "guidance": pipeline.guidance if args.guidance is None else args.guidance,
-        "negative_prompt": args.negative_prompt,
-        "height": args.height,
-        "width": args.width,
-        "resolution": args.resolution,
-    }
-    for number, (prompt, images, seed) in enumerate(jobs, 1):
-        picture = pipeline(prompt, images, seed=seed, **settings)
-        path = out if len(jobs) == 1 else out.with_stem(f"{out.stem}-{number}")
-        notes = {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings}
-        save(picture, path, {**notes, "checkpoint": args.checkpoint, "dtype": args.dtype})
-        print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
+
+def split_scale(given: str) -> tuple[str, float]:
+    """FILE[:SCALE] of --lora; a colon may be part of the file's name."""
+    file, colon, scale = given.rpartition(":")
+    try:
+        return (file, float(scale)) if colon else (given, 1.0)
+    except ValueError:
+        return given, 1.0
+
+
+def export_student(pipeline: Pipeline, args: argparse.Namespace) -> None:
+    """--export: the checkpoint's student, with what --lora makes of it, as a folder; or what it changed in --base."""
+    if pipeline.sample_sigmas is None:
+        raise ValueError(
+            f"{args.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
+        )
+    if Path(args.export).suffix != ".safetensors":
+        export(args.checkpoint, pipeline.mmdit, pipeline.sample_sigmas, args.export, link=args.link)
+        print(f"{args.export}: {len(pipeline.sample_sigmas)} steps at {pipeline.sample_sigmas}")
+        return
+    if not args.base:
+        raise ValueError(f"--export {args.export}: a LoRA changes a base; name its folder with --base")
+    base = MMDiT.from_pretrained(Path(args.base) / "transformer", pipeline.dtype, pipeline.device)
+    if base.config != pipeline.mmdit.config:
+        raise ValueError(f"--base {args.base}: its transformer has another size than that of {args.checkpoint}")
+    lora, kept = factorise(base, pipeline.mmdit, args.rank)
+    for file in export_lora(args.export, lora, pipeline.sample_sigmas):
+        print(f"{file}: rank {args.rank}, {kept:.1%} of what the student changed, {file.stat().st_size / 1e6:.1f} MB")
 
 
 def save(picture: Image.Image, path: Path, settings: dict) -> None:

@@ -1,7 +1,10 @@
 """The frozen condition encoder: Qwen3-VL reads the prompt together with its source pictures.
 
 The MMDiT's condition is what the language model holds after its LAST layer and BEFORE its final norm, with the fixed
-system turn cut off the front. Parameter names are the tensor names of the published text_encoder/, so that loading is
+system turn cut off the front. Why before: that norm belongs to the guess of the next word. It scales every channel by
+what the vocabulary's matrix (`lm_head`, never applied here either) wants to see, while the MMDiT begins with a norm of
+its own, `txt_in.text_norm`, whose scales were learned for pictures. The trap: libraries call both "the last hidden
+state", and with the normed one nothing fails, pictures only get worse. Parameter names are the tensor names of the published text_encoder/, so that loading is
 strict and needs no mapping.
 
 Two towers:
@@ -298,7 +301,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        # In the files and never applied: the MMDiT was trained on the states before it.
+        # In the files and never applied: see the top of this file.
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, tokens: Tensor, places: Tensor, slots: Tensor, seen: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ The checkpoints are tiny and random, so that a picture is meaningless but depend
 order or time anywhere shows. The small matrix runs always, the large one with `-m slow`.
 """
 
+import gc
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,9 @@ from PIL import Image
 from reference import open_pipeline, picture, write_checkpoint, write_model_index, write_scheduler, write_transformer
 
 import sample
-from model import MMDiT, read_json
-from sample import Pipeline, export, open_picture
+from encoders.qwen3vl import Qwen3VL
+from model import MMDiT, new_lora, read_json
+from sample import Pipeline, export, open_picture, write_lora
 
 PROMPT = "A capybara wearing a wizard hat"
 TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
@@ -39,7 +42,7 @@ class Both:
     """Ours and the reference, opened on one folder and asked for the same picture."""
 
     def __init__(self, directory: Path):
-        self.ours, self.theirs = Pipeline.from_pretrained(directory), open_pipeline(directory)
+        self.ours, self.theirs = Pipeline.from_pretrained(directory, keep_encoder=True), open_pipeline(directory)
         self.ours.progress = False
 
     def draw(
@@ -161,6 +164,27 @@ def test_given_noise(shifted):
     assert difference(ours, theirs) <= 1
     with pytest.raises(ValueError, match=r"\(1, 36, 64\) is expected"):
         shifted.ours(PROMPT, steps=4, noise=noise)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_encoder_is_gone_before_the_mmdit_comes(base, shifted, monkeypatch, offload):
+    """Unless it is to be kept. Another call reads it again and draws the same."""
+    pipeline, there = Pipeline.from_pretrained(base, offload=offload), []
+    assert not {"encoder", "vae", "mmdit"} & vars(pipeline).keys()  # nothing is read before it is needed
+    read = MMDiT.from_pretrained.__func__
+
+    def watched(cls, directory, dtype, device):
+        there.append([type(m).__name__ for m in gc.get_objects() if isinstance(m, Qwen3VL)])
+        return read(cls, directory, dtype, device)
+
+    gc.collect()
+    others = sum(isinstance(m, Qwen3VL) for m in gc.get_objects())
+    monkeypatch.setattr(MMDiT, "from_pretrained", classmethod(watched))
+    drawn = [pipeline(PROMPT, [WIDE], steps=4) for _ in range(2)]
+    assert [len(encoders) for encoders in there] == [others]  # read once, with no encoder of this pipeline in memory
+    expected = shifted.ours(PROMPT, [WIDE], steps=4)
+    assert all(difference(picture, expected) == 0 for picture in drawn)
+    assert "encoder" in vars(shifted.ours)
 
 
 def test_prefix_cache_changes_nothing(shifted, monkeypatch):
@@ -354,6 +378,64 @@ def test_command_line(base, tmp_path, shifted):
     assert difference(Image.open(tmp_path / "out-2.png"), shifted.ours("red", tmp_path / "source.webp", steps=3)) == 0
 
 
+def test_shapes_and_schedules_from_the_command_line(base, tmp_path, shifted):
+    command = ["--checkpoint", str(base), "--prompt", PROMPT, "--device", "cpu", "--dtype", "float32"]
+    sample.main([*command, "--steps", "2", "--aspect", "16:9", "--out", str(tmp_path / "wide.png")])
+    assert difference(Image.open(tmp_path / "wide.png"), shifted.ours(PROMPT, steps=2, width=128, height=64)) == 0
+    sample.main([*command, "--sigmas", "1", "0.5", "--out", str(tmp_path / "two.png")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shifted.ours, "sigmas", lambda steps, tokens: [1.0, 0.5, 0.0])
+        assert difference(Image.open(tmp_path / "two.png"), shifted.ours(PROMPT)) == 0
+
+
+def test_students_from_the_command_line(base, tmp_path, capsys):
+    """A folder and LoRA files, each from the other; what they draw is the same, and diffusers draws it too."""
+    sigmas, lora = [1.0, 0.9, 0.75, 0.5], tmp_path / "strong.safetensors"
+    network = MMDiT.from_pretrained(base / "transformer")
+    rng = torch.Generator().manual_seed(0)
+    new = new_lora(network, 2, rng=rng, layers=r".*attn.*")
+    write_lora(lora, {n: (a, torch.randn(b.shape, generator=rng), alpha) for n, (a, b, alpha) in new.items()}, sigmas)
+    cpu = ["--device", "cpu", "--dtype", "float32"]
+    scaled = ["--lora", f"{lora}:0.25", f"{lora}:0.5"]
+    sample.main(["--checkpoint", str(base), *scaled, "--export", str(tmp_path / "student"), "--link", *cpu])
+    assert (tmp_path / "student" / "vae").is_symlink()
+    drawn = Both(tmp_path / "student").agree(images=[TALL])[0]
+
+    factors = tmp_path / "again.safetensors"
+    sample.main(["--checkpoint", str(tmp_path / "student"), "--base", str(base), "--rank", "2",
+                 "--export", str(factors), *cpu])  # fmt: skip
+    assert "rank 2, 9" in capsys.readouterr().out  # per cent: it has the rank 2, but for the rounding to bf16
+    assert {p.name for p in tmp_path.iterdir()} == {lora.name, "student", factors.name, "again-comfyui.safetensors"}
+    picture(40, 90, 2, "RGBA").save(tmp_path / "tall.png")
+    for file in factors, tmp_path / "again-comfyui.safetensors":
+        sample.main(["--checkpoint", str(base), "--lora", str(file), "--prompt", PROMPT, "--image",
+                     str(tmp_path / "tall.png"), "--seed", "5", "--out", str(tmp_path / "out.png"), *cpu])  # fmt: skip
+        close = np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - np.asarray(drawn)).mean()
+        assert close < 3  # of 255: bf16 files, merged
+
+
+def test_readme_commands(base, tmp_path, monkeypatch):
+    """The section on published checkpoints, its commands as they stand there: a picture, an edit, students."""
+    text = (Path(sample.__file__).parent / "README.md").read_text()
+    section = text.split("## Published checkpoints")[1].split("\n## ")[0]
+    commands = [shlex.split(line)[2:] for line in section.splitlines() if "/python sample.py" in line]
+    monkeypatch.chdir(tmp_path)
+    Path("Qwen-Image-2.1").symlink_to(base)
+    network = MMDiT.from_pretrained(base / "transformer")
+    write_lora("student.safetensors", new_lora(network, 2), [1.0, 0.9, 0.75, 0.5])
+    for words in commands:
+        cpu = ["--device", "cpu", "--dtype", "float32"]
+        few = ["--steps", "2"] if "--out" in words and "--lora" not in words else []
+        sample.main([*words, *cpu, *few])
+    wide, night, four = (Image.open(f"{name}.png") for name in ("fox", "night", "four"))
+    assert (wide.size, night.size, four.size) == ((128, 64), (128, 64), (96, 96))
+    expected = open_pipeline(Path("student"))(
+        "A fox in the snow.", height=96, width=96, generator=torch.Generator().manual_seed(0)
+    )
+    assert difference(four, expected.images[0]) <= 8  # the folder's weights are bf16, the LoRA's base fp32
+    assert Path("small-comfyui.safetensors").is_file()
+
+
 def test_command_line_errors(base, tmp_path):
     """One line, status 2, and nothing written."""
     command = [sys.executable, sample.__file__, "--prompt", PROMPT, "--out", str(tmp_path / "out.png")]
@@ -367,9 +449,24 @@ def test_command_line_errors(base, tmp_path):
         (["--prompt-file", "x"], "either --prompt"),
         (["--device", "abacus"], "device abacus"),
         (["--image", str(tmp_path / "none.png")], "none.png: no such picture"),
+        (["--lora", str(tmp_path / "none.safetensors:0.5")], "none.safetensors: no such LoRA file"),
+        (["--aspect", "16/9"], "--aspect 16/9: W:H"),
+        (["--aspect", "1:0"], "--aspect 1:0"),
+        (["--aspect", "1:1", "--width", "64"], "no --height or --width"),
+        (["--sigmas", "0.5", "1"], "sigmas"),
+        (["--link"], "for --export"),
+        (["--export", str(tmp_path / "student")], "leave out --prompt"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             sample.main(["--checkpoint", str(base), "--prompt", PROMPT, *arguments])
+    for arguments, message in (
+        (["--export", str(tmp_path / "student")], "no few-step student"),
+        (["--export", str(tmp_path / "s.safetensors"), "--sigmas", "1", "0.5"], "--base"),
+        (["--export", str(base), "--sigmas", "1", "0.5"], "would be lost"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.main(["--checkpoint", str(base), *arguments])
+    assert not list(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
