@@ -503,6 +503,16 @@ def test_matrix_of_sources(shifted, tmp_path, count, guidance, steps):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sigmas", [[1.0], [1.0, 0.5], [1.0, 0.9, 0.75, 0.5]])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_matrix_of_fixed_sigmas(base, tmp_path, count, sigmas):
+    directory = variant(base, tmp_path)
+    write_scheduler(directory, **IDENTITY)
+    write_model_index(directory, sample_sigmas=sigmas, resolution=96)
+    Both(directory).agree(list(PROMPTS.values())[2:], images=sources(count, tmp_path))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("count", [0, 2])
 @pytest.mark.parametrize("prompt", PROMPTS)
