@@ -4,12 +4,13 @@ The checkpoints are tiny and random, so that a picture is meaningless but depend
 order or time anywhere shows. The small matrix runs always, the large one with `-m slow`.
 """
 
-import gc
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -169,19 +170,23 @@ def test_given_noise(shifted):
 @pytest.mark.parametrize("offload", [False, True])
 def test_encoder_is_gone_before_the_mmdit_comes(base, shifted, monkeypatch, offload):
     """Unless it is to be kept. Another call reads it again and draws the same."""
-    pipeline, there = Pipeline.from_pretrained(base, offload=offload), []
+    pipeline, encoders, there = Pipeline.from_pretrained(base, offload=offload), [], []
     assert not {"encoder", "vae", "mmdit"} & vars(pipeline).keys()  # nothing is read before it is needed
-    read = MMDiT.from_pretrained.__func__
+    read_encoder, read_mmdit = Qwen3VL.from_pretrained.__func__, MMDiT.from_pretrained.__func__
 
-    def watched(cls, directory, dtype, device):
-        there.append([type(m).__name__ for m in gc.get_objects() if isinstance(m, Qwen3VL)])
-        return read(cls, directory, dtype, device)
+    def encoder(*arguments):
+        network = read_encoder(*arguments)
+        encoders.append(weakref.ref(network))
+        return network
 
-    gc.collect()
-    others = sum(isinstance(m, Qwen3VL) for m in gc.get_objects())
-    monkeypatch.setattr(MMDiT, "from_pretrained", classmethod(watched))
+    def mmdit(*arguments):
+        there.append([reference() for reference in encoders])
+        return read_mmdit(*arguments)
+
+    monkeypatch.setattr(Qwen3VL, "from_pretrained", classmethod(encoder))
+    monkeypatch.setattr(MMDiT, "from_pretrained", classmethod(mmdit))
     drawn = [pipeline(PROMPT, [WIDE], steps=4) for _ in range(2)]
-    assert [len(encoders) for encoders in there] == [others]  # read once, with no encoder of this pipeline in memory
+    assert there == [[None]] and [reference() for reference in encoders] == [None, None]
     expected = shifted.ours(PROMPT, [WIDE], steps=4)
     assert all(difference(picture, expected) == 0 for picture in drawn)
     assert "encoder" in vars(shifted.ours)
@@ -404,7 +409,7 @@ def test_students_from_the_command_line(base, tmp_path, capsys):
     factors = tmp_path / "again.safetensors"
     sample.main(["--checkpoint", str(tmp_path / "student"), "--base", str(base), "--rank", "2",
                  "--export", str(factors), *cpu])  # fmt: skip
-    assert "rank 2, 9" in capsys.readouterr().out  # per cent: it has the rank 2, but for the rounding to bf16
+    assert re.search(r"rank 2, (99|100)\.\d% of what", capsys.readouterr().out)  # it is of rank 2, but for the rounding
     assert {p.name for p in tmp_path.iterdir()} == {lora.name, "student", factors.name, "again-comfyui.safetensors"}
     picture(40, 90, 2, "RGBA").save(tmp_path / "tall.png")
     for file in factors, tmp_path / "again-comfyui.safetensors":
