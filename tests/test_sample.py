@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from reference import open_pipeline, picture, write_checkpoint, write_model_index, write_scheduler, write_transformer
 
@@ -434,11 +435,17 @@ def test_readme_commands(base, tmp_path, monkeypatch):
         sample.main([*words, *cpu, *few])
     wide, night, four = (Image.open(f"{name}.png") for name in ("fox", "night", "four"))
     assert (wide.size, night.size, four.size) == ((128, 64), (128, 64), (96, 96))
-    expected = open_pipeline(Path("student"))(
-        "A fox in the snow.", height=96, width=96, generator=torch.Generator().manual_seed(0)
-    )
-    assert difference(four, expected.images[0]) <= 8  # the folder's weights are bf16, the LoRA's base fp32
     assert Path("small-comfyui.safetensors").is_file()
+    call = {"height": 96, "width": 96}
+    pipe = open_pipeline(Path("student"))
+    expected = pipe("A fox in the snow.", generator=torch.Generator().manual_seed(0), **call).images[0]
+    assert difference(four, expected) <= 8  # the folder's weights are bf16, those under the LoRA fp32
+    pipe = open_pipeline(base)
+    pipe.load_lora_weights("small.safetensors")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    sigmas = [1.0, 0.9, 0.75, 0.5]
+    expected = pipe("A fox in the snow.", sigmas=sigmas, generator=torch.Generator().manual_seed(0), **call).images[0]
+    assert difference(four, expected) <= 1
 
 
 def test_command_line_errors(base, tmp_path):
