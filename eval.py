@@ -1,46 +1,65 @@
-"""T2I-Bench and Editing-Bench on the toy world: any checkpoint, any sampler, one table and one picture.
+"""T2I-Bench and Editing-Bench, and the paper's three experiments.
 
 The paper scores four-step students with two benches (section 3 and 5; appendix A): three categories of prompts, six
-families of edits, a judge who weighs compliance and quality equally. Here the judge is exact (toy/judge.py), the cases are
-fixed and held out (toy/world.py: no training prompt shares a benched combination of attributes), and every model starts
-from the same noise, so that rows can be compared case by case.
+families of edits, a judge who weighs compliance and quality equally. There are two of that kind here:
+
+    the toy world's    the judge is exact (toy/judge.py), the cases are fixed and held out (toy/world.py: no training
+                       prompt shares a benched combination of attributes), every model starts from the same noise
+    of files           for checkpoints of the real world: cases from JSON lines, pictures drawn once and kept, the judge a
+                       vision-language model (encoders/judge.py)
 
     python eval.py --checkpoint toy/checkpoint --guidance 2 --json teacher.json --out results/teacher
-    python eval.py --checkpoint runs/dmd-flash/student --bench edit
+    python eval.py --checkpoint DIR --prompts bench/ --out results/turbo --judge http://localhost:8000/v1 --judge-model NAME
+    python eval.py --table results/turbo/row.json results/mine/row.json
+    python eval.py --experiment composition                      one of the paper's tables, from training to verdict
+    python eval.py --write-prompts 20000 --category portrait --endpoint http://localhost:8000/v1 --out portrait.jsonl
 
-A ROW is a dictionary, as --json writes it: nfe, guidance, seconds_per_image, t2i and edit (score from 0 to 1 by category,
-and their average), and for each of these the half-width of a 95% interval, the two halves of the score, diversity.
-NFE counts network evaluations per picture: steps, times two with guidance.
+A ROW is a dictionary, as --json writes it: nfe, guidance, seconds_per_image, t2i and edit (score by category, and their
+average; from 0 to 1 in the toy world, from 1 to 5 with "scale": 5), and for each of these the half-width of a 95% interval;
+in the toy world also the two halves of the score, and diversity. NFE counts network evaluations per
+picture: steps, times two with guidance.
 """
 
 import argparse
+import hashlib
+import json
 import math
 import os
 import sys
-import textwrap
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import flow
-from model import Condition, write_json
-from sample import Pipeline, read_index, to_pictures
+import recipe as recipes
+from encoders import chat
+from encoders import judge as language_judge
+from model import Condition, MMDiT, read_json, write_json
+from sample import Pipeline, read_index, save, to_pictures
 from toy import judge, world
+from toy.figures import contact_sheet
 from toy.world import Case
 
 RESOLUTION = world.SIDE * world.ENLARGE  # of the toy world's pictures, in pixels
 BATCH = 32  # pictures drawn at once
-CASES = {"t2i": 64, "edit": 48}  # per category: an average to about +-0.03
-COMPARED = {"t2i": 24, "edit": 16}  # the same for `compare`, which is part of a run of minutes
+CASES = {"t2i": 64, "edit": 48}  # per category; by the spread in results/main an average to +-0.03 (arithmetic)
+COMPARED = {"t2i": 24, "edit": 16}  # for `compare`, which is part of a run of minutes: +-0.05 and 0.06 there
 CATEGORIES = {"t2i": world.CATEGORIES, "edit": world.FAMILIES}
 VARIETY = (2, 8)  # prompts per category, and pictures of each: what diversity is measured on
+PARTS: dict[str, Callable[[judge.Verdict], float]] = {  # of a verdict, what a row has the means of
+    "score": lambda v: v.score,
+    "exact": lambda v: float(v.exact),
+    "attributes": lambda v: sum(v.right.values()) / len(v.right),
+    "fidelity": lambda v: v.fidelity,
+}
 
 
 @dataclass
@@ -51,6 +70,7 @@ class Sampler:
     sigmas: list[float]  # with the final 0
     guidance: float = 1.0
     renoise: bool = False
+    specialists: dict[tuple[str, str], MMDiT] = field(default_factory=dict)  # (task, category) -> instead of the base
 
     @property
     def nfe(self) -> int:
@@ -59,11 +79,13 @@ class Sampler:
 
 @torch.no_grad()
 def draw(pipeline: Pipeline, sampler: Sampler, cases: list[Case], seeds: list[int]) -> tuple[list[Image.Image], float]:
-    """One picture per case (all of one task), from noise that follows from its seed alone; and the seconds it took.
+    """One picture per case (all of one task and category), from noise that follows from its seed alone; and the seconds it took.
 
     Only prompts of equal length run together, at most BATCH of them. Padding would be masked, yet it moves the target's
     rotary position: a picture would depend on its neighbours. So each is drawn as sample.py draws it, alone.
     """
+    if own := sampler.specialists.get((cases[0].task, cases[0].category)):
+        pipeline = replace(pipeline, mmdit=own)
     side, began = pipeline.resolution // 16, time.perf_counter()
     images = [case.images for case in cases]
     conditions = [pipeline.condition([case.prompt for case in cases], images)]
@@ -112,9 +134,13 @@ def reconstruct(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
 
 
 def evaluate(
-    pipeline: Pipeline, sampler: Sampler, benches: list[str], cases: dict[str, int] = CASES
+    pipeline: Pipeline, sampler: Sampler, benches: list[str], cases: dict[str, int] = CASES, each: bool = False
 ) -> tuple[dict, dict[str, list[Image.Image]]]:
-    """Scores one model: the row, and its pictures by category (in the order of the bench)."""
+    """Scores one model: the row, and its pictures by category (in the order of the bench).
+
+    each: the row says case by case what its means are of. All models draw the same cases, so that differences of two
+    models can be taken in pairs.
+    """
     row = {"name": sampler.name, "nfe": sampler.nfe, "guidance": sampler.guidance}
     row |= {"seconds_per_image": 0.0, "cases": cases}
     shown, seconds, count = {}, 0.0, 0
@@ -129,6 +155,11 @@ def evaluate(
             shown[f"{bench} {category}"] = pictures
             bar.update()
         row |= summary(bench, verdicts)
+        if each:
+            named = {
+                part: {c: [value(v) for v in some] for c, some in verdicts.items()} for part, value in PARTS.items()
+            }
+            row[f"{bench}_each"] = named
     if "t2i" in benches:
         row["diversity"] = diversity(pipeline, sampler)
     row["seconds_per_image"] = seconds / count
@@ -137,16 +168,10 @@ def evaluate(
 
 def summary(bench: str, verdicts: dict[str, list[judge.Verdict]]) -> dict:
     """Mean score by category, the average over categories, and what they are made of."""
-    parts = {
-        bench: lambda v: v.score,
-        f"{bench}_exact": lambda v: float(v.exact),
-        f"{bench}_attributes": lambda v: sum(v.right.values()) / len(v.right),
-        f"{bench}_fidelity": lambda v: v.fidelity,
-    }
     out = {}
-    for name, value in parts.items():
-        out[name] = {category: float(np.mean([value(v) for v in some])) for category, some in verdicts.items()}
-        out[name]["average"] = float(np.mean(list(out[name].values())))
+    for part, value in PARTS.items():
+        means = {category: float(np.mean([value(v) for v in some])) for category, some in verdicts.items()}
+        out[bench if part == "score" else f"{bench}_{part}"] = means | {"average": float(np.mean(list(means.values())))}
     kept = [v.kept for some in verdicts.values() for v in some if v.kept is not None]
     if kept:
         out["edit_kept"] = float(np.mean(kept))
@@ -200,51 +225,6 @@ def table(rows: list[dict]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in padded)
 
 
-def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: int, path: Path) -> None:
-    """The same cases under every model, one model a row: `each` of every editing family, with their sources first, and
-    above them twice as many of every T2I category, of which there are half as many. The last row is the judge's truth."""
-    blocks = []  # for each bench: {category: cases}, {name of the row: {category: pictures}}
-    for bench, count in (("t2i", 2 * each), ("edit", each)):
-        first = {key.split()[1]: shown for key, shown in next(iter(models.values())).items() if key.startswith(bench)}
-        cases = {category: world.bench(bench, category, min(count, len(shown))) for category, shown in first.items()}
-        rows = {name: {c: shown[f"{bench} {c}"][: len(cases[c])] for c in cases} for name, shown in models.items()}
-        rows["one right answer"] = {c: [answer(case) for case in some] for c, some in cases.items()}
-        if bench == "edit":
-            rows = {"source": {c: [case.images[0] for case in some] for c, some in cases.items()}} | rows
-        if cases:
-            blocks.append((cases, rows))
-
-    tile, gap, font, small = RESOLUTION + 4, 12, ImageFont.load_default(16), ImageFont.load_default(11)
-    heads = [66 if "source" in rows else 28 for _, rows in blocks]  # an edit's instruction stands above it
-    left = 24 + int(max(font.getlength(name) for _, rows in blocks for name in rows))
-    height = sum(head + len(rows) * tile for head, (_, rows) in zip(heads, blocks))
-    canvas = Image.new("RGB", (left + 6 * (each * tile + gap), height), "white")
-    pen, top = ImageDraw.Draw(canvas), 0
-    for head, (cases, rows) in zip(heads, blocks):
-        for i, (name, categories) in enumerate(rows.items()):
-            x, y = left, top + head + i * tile
-            pen.text((8, y + tile // 2), name, fill="black", font=font, anchor="lm")
-            for category, pictures in categories.items():
-                for j, (case, picture) in enumerate(zip(cases[category], pictures)):
-                    canvas.paste(picture, (x + j * tile, y), picture)
-                    if i == 0 and case.edit:
-                        words = textwrap.fill(case.prompt, 22)
-                        pen.multiline_text(
-                            (x + j * tile, y - 3), words, fill="black", font=small, anchor="ld", spacing=1
-                        )
-                if i == 0:
-                    pen.text((x, top + 20 if case.edit else y - 4), category, fill="black", font=font, anchor="ls")
-                x += len(pictures) * tile + gap
-        top += head + len(rows) * tile
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
-
-
-def answer(case: Case) -> Image.Image:
-    """The picture that the case was made from. Of a T2I case it is one of many right ones."""
-    return world.enlarge(world.render(case.target, case.edit and case.edit.style))
-
-
 def open_checkpoint(folder: Path) -> Pipeline:
     """A checkpoint to be scored. ValueError before anything is loaded if it does not draw the toy world's pictures."""
     resolution = read_index(folder)["resolution"]
@@ -262,8 +242,8 @@ def open_checkpoint(folder: Path) -> Pipeline:
 def default_sampler(pipeline: Pipeline, steps: int | None, guidance: float) -> Sampler:
     """The sampler that `sample.py` would use."""
     sigmas = pipeline.sigmas(steps, (pipeline.resolution // 16) ** 2)
-    nfe = (len(sigmas) - 1) * (2 if guidance > 1 else 1)
-    return Sampler(f"{nfe} NFE", sigmas, guidance)
+    sampler = Sampler("", sigmas, guidance)
+    return replace(sampler, name=f"{sampler.nfe} NFE")
 
 
 def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = COMPARED) -> list[dict]:
@@ -291,22 +271,215 @@ def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = COM
     return rows
 
 
+# ----------------------------------------------------------------------------- benches of files
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Changes with the weights. Of large files it reads the two ends: training moves every weight."""
+    digest = hashlib.sha256((checkpoint / "model_index.json").read_bytes())
+    for folder, _, files in sorted(os.walk(checkpoint, followlinks=True)):
+        for path in sorted(Path(folder, name) for name in files if Path(folder) != checkpoint):
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest.update(f"{path.relative_to(checkpoint)} {size}".encode())
+                for start in (0, max(0, size - 2**20)):
+                    file.seek(start)
+                    digest.update(file.read(2**20))
+    return digest.hexdigest()[:16]
+
+
+def draw_files(
+    cases: dict, folder: Path, checkpoint: Path, steps: int | None, guidance: float | None, seed: int
+) -> None:
+    """Draw the cases that have no picture in the folder yet. Every picture knows what made it, and pictures of other
+    weights or settings are a ValueError: a bench is of one model. A case's noise is the same for every model."""
+    index = read_index(checkpoint)
+    guidance = index["guidance"] if guidance is None else guidance
+    made = {"steps": steps or len(index["sample_sigmas"] or [0] * 40), "guidance": guidance, "seed": seed}
+    made["weights"] = fingerprint(checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob("*.part"):  # of a killed run
+        leftover.unlink()
+    for name in cases:
+        if (folder / name).exists() and {key: made_by(folder / name).get(key) for key in made} != made:
+            raise ValueError(f"{folder / name}: drawn by other weights or settings; name another --out for these")
+    missing = [name for name in cases if not (folder / name).exists()]
+    if missing:
+        cuda = torch.cuda.is_available()
+        dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
+        pipeline = Pipeline.from_pretrained(checkpoint, dtype, device)
+        pipeline.progress = False
+    for name in tqdm(missing, desc="draw", unit="picture"):
+        began, own = time.perf_counter(), int(name[-20:-4], 16) % 2**31
+        images = list(cases[name].images)
+        picture = pipeline(cases[name].prompt, images, steps=made["steps"], guidance=guidance, seed=seed + own)
+        seconds = round(time.perf_counter() - began, 3)
+        save(picture, folder / name, made | {"prompt": cases[name].prompt, "seconds": seconds})
+
+
+def made_by(picture: Path) -> dict:
+    """What `save` wrote into a picture; {} for one from elsewhere. ValueError: not a whole picture."""
+    try:
+        with Image.open(picture) as image:
+            notes = image.info.get("parameters", "{}")
+            image.verify()
+        return json.loads(notes)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{picture}: no whole picture ({error})") from None
+
+
+def score_files(args: argparse.Namespace) -> None:
+    """Draw and judge one model's pictures. All that can be wrong is looked at first: a question costs money.
+
+    SystemExit(1) at the end if something could not be scored; the same command asks for it again, and for nothing else.
+    """
+    files = [file for path in args.prompts for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    if not files:
+        raise ValueError(f"--prompts {args.prompts[0]}: no *.jsonl in it")
+    cases = language_judge.name_cases(recipes.read_prompts(files))
+    if args.list:
+        print("\n".join(json.dumps({"picture": name, "prompt": case.prompt}) for name, case in cases.items()))
+        return
+    if not args.out:
+        raise ValueError("--prompts needs --out DIR, for pictures and answers")
+    judges = [open_chat(args, i) for i in range(max(len(args.judge), len(args.judge_model or ())) if args.judge else 0)]
+    if len({asked.model for asked in judges}) < len(judges):
+        raise ValueError("two judges need two names: --judge URL [URL] --judge-model NAME NAME")
+    folder = args.pictures or args.out / "pictures"
+    there = {path.name for path in folder.iterdir() if path.suffix != ".part"} if folder.is_dir() else set()
+    if extra := sorted(there - cases.keys()):
+        raise ValueError(f"{folder / extra[0]}: belongs to no case ({len(extra)} such in all); take it away")
+    if not args.pictures:
+        draw_files(cases, folder, args.checkpoint, args.steps, args.guidance, args.seed)
+    elif missing := sorted(cases.keys() - there):
+        case = cases[missing[0]]
+        raise ValueError(
+            f"{folder / missing[0]}: missing ({len(missing)} in all); it is {case.category!r}, {case.prompt!r}"
+        )
+    notes = [made_by(folder / name) for name in cases]
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    row = {"name": args.name or args.out.name, "nfe": None, "guidance": notes[0].get("guidance"), "scale": 5}
+    if all("seconds" in note for note in notes):  # ours
+        row["nfe"] = notes[0]["steps"] * (2 if row["guidance"] > 1 else 1)
+        row["seconds_per_image"] = sum(note["seconds"] for note in notes) / len(notes)
+    row |= {"bench": hashlib.sha256(" ".join(sorted(cases)).encode()).hexdigest()[:16], "judges": {}}
+    for asked in judges:
+        name = asked.model or "judge"
+        kept = args.out / f"judge-{''.join(c if c.isalnum() or c in '-.' else '_' for c in name)}.jsonl"
+        answers, unscored = language_judge.judge(asked, cases, folder, kept, args.parallel)
+        row["judges"][name] = language_judge.summary(cases, answers, unscored)
+    if not judges:
+        print(f"{len(cases)} pictures in {folder}")
+        return
+    first, *_ = row["judges"].values()  # its numbers are the row's
+    row |= {key: value for key, value in first.items() if key not in ("scored", "unscored")}
+    write_json(args.json or args.out / "row.json", row)
+    print(language_judge.table([row]))
+    for name, judge_row in row["judges"].items():
+        for picture, reason in judge_row["unscored"].items():
+            print(f"not scored by {name}: {picture}, {cases[picture].prompt!r}: {reason}", file=sys.stderr)
+    if any(judge_row["unscored"] for judge_row in row["judges"].values()):
+        sys.exit(1)
+
+
+def open_chat(args: argparse.Namespace, i: int = 0) -> chat.Chat:
+    """The i-th judge, or the one that writes. The last of the addresses, and of the keys, serves all further ones."""
+    urls, models, variables = args.judge or [args.endpoint], args.judge_model or [None], args.judge_key
+    url, model, variable = (some[min(i, len(some) - 1)] for some in (urls, models, variables))
+    return chat.Chat(url, model, os.environ.get(variable), args.timeout)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, default=Path(__file__).parent / "toy" / "checkpoint", help="published layout")
-    add("--bench", choices=["t2i", "edit", "all"], default="all")
     add("--json", type=Path, metavar="FILE", help="write the row there")
-    add("--out", type=Path, metavar="DIR", help="write table.md and a contact sheet there")
-    add("--steps", type=int, help="default: the checkpoint's own sigmas, else 40")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="write table and contact sheet there; with --prompts pictures and row.json",
+    )
+    add("--steps", type=int, help="default: the checkpoint's own sigmas, else 40. --experiment: updates [80]")
     add("--guidance", type=float, help="default: the checkpoint's own")
-    add("--cases", type=int, help=f"per category (default: {CASES})")
+    add("--bench", choices=["t2i", "edit", "all"], default="all", help="of the toy world")
+    add("--cases", type=int, help=f"of the toy world, per category (default: {CASES})")
+    add = parser.add_argument_group("benches of files").add_argument
+    add("--prompts", type=Path, nargs="+", metavar="PATH", help="JSON lines as train.py reads them, or folders of them")
+    add("--pictures", type=Path, metavar="DIR", help="judge these, which something else drew; their names: --list")
+    add("--list", action="store_true", help="print each case with its picture's name and do nothing else")
+    add("--seed", type=int, default=0, help="of the pictures' noise")
+    add("--name", help="the model's name in the table; default: that of --out")
+    add("--judge", nargs="+", metavar="URL", help="chat endpoints, such as http://localhost:8000/v1")
+    add("--judge-model", nargs="+", metavar="NAME", help="the judges, side by side (or the one that writes)")
+    add(
+        "--judge-key",
+        nargs="+",
+        metavar="VARIABLE",
+        default=["JUDGE_API_KEY"],
+        help="environment variables with the keys",
+    )
+    add("--parallel", type=int, default=8, help="questions under way at once")
+    add("--timeout", type=float, default=180.0, help="seconds for an answer")
+    add("--table", type=Path, nargs="+", metavar="FILE", help="rows that --json or --prompts wrote, as one table")
+    add = parser.add_argument_group("writing prompts").add_argument
+    add("--write-prompts", type=int, metavar="N", help="until --out FILE.jsonl has N different ones")
+    add("--category", help="landscape, portrait, text, or any other words that say what to describe")
+    add("--endpoint", metavar="URL", help="the chat endpoint that writes")
+    add = parser.add_argument_group("the paper's experiments, in the toy world").add_argument
+    add("--experiment", choices=["composition", "teachers", "mixture"])
+    add("--seeds", type=int, default=3, help="students a row")
+    add("--nfe", type=int, default=4, help="the students' number of steps")
+    add("--runs", type=Path, default=Path("runs/experiments"), metavar="DIR", help="where students and scores are kept")
     args = parser.parse_args(argv)
+
+    modes = ("experiment", "prompts", "table", "write_prompts")
+    chosen = [mode for mode in modes if vars(args)[mode] is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"--{chosen[0].replace('_', '-')} and --{chosen[1].replace('_', '-')}: one of them at a time")
+    for needed, mode in (
+        ("judge", "prompts"),
+        ("pictures", "prompts"),
+        ("list", "prompts"),
+        ("category", "write_prompts"),
+    ):
+        if vars(args)[needed] and vars(args)[mode] is None:
+            raise ValueError(f"--{needed} goes with --{mode.replace('_', '-')}")
+    for number in ("parallel", "timeout", "seeds", "nfe"):
+        if vars(args)[number] <= 0:
+            raise ValueError(f"--{number} {vars(args)[number]}: a number above 0 is expected")
+    if args.guidance is not None and not 1 <= args.guidance < math.inf:
+        raise ValueError(f"--guidance {args.guidance}: a number from 1 (off) on is expected")
+
+    if args.write_prompts is not None:
+        if not (args.category and args.endpoint and args.out):
+            raise ValueError("--write-prompts needs --category, --endpoint URL and --out FILE.jsonl")
+        count = chat.write_prompts(open_chat(args), args.category, args.write_prompts, args.out, args.parallel)
+        print(f"{args.out}: {count} prompts")
+    elif args.table:
+        rows = [read_json(path) for path in args.table]
+        judged = ["judges" in row for row in rows]
+        if any(judged) != all(judged):
+            raise ValueError("rows of the toy world and of files cannot share a table")
+        print(language_judge.table(rows) if all(judged) else table(rows))
+    elif args.experiment:
+        from toy import experiments  # which needs this file
+
+        suffix = "" if args.nfe == 4 else f"-{args.nfe}nfe"
+        out = args.out or Path("results") / f"{args.experiment}{suffix}"
+        steps = 80 if args.steps is None else args.steps
+        experiments.run(args.experiment, args.checkpoint, out, args.runs, args.seeds, steps, args.nfe)
+    elif args.prompts:
+        score_files(args)
+    else:
+        score_toy(args)
+
+
+def score_toy(args: argparse.Namespace) -> None:
     # Everything that can be wrong is looked at now: the scores take minutes, and should not be lost at the end.
     if args.cases is not None and args.cases < 2:
         raise ValueError(f"--cases {args.cases}: at least 2 are needed, for an interval")
-    if args.guidance is not None and not 1 <= args.guidance < math.inf:
-        raise ValueError(f"--guidance {args.guidance}: a number from 1 (off) on is expected")
     for folder in filter(None, (args.json and args.json.parent, args.out)):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

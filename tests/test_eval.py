@@ -17,7 +17,7 @@ import eval as benches
 from eval import Sampler
 from model import MMDiT, read_json
 from sample import Pipeline, export, to_pictures, to_tensor
-from toy import world
+from toy import figures, world
 
 SIGMAS = [1.0, 0.6, 0.3, 0.0]
 
@@ -113,7 +113,7 @@ def test_network_evaluations_are_counted(pipeline, monkeypatch, guidance, renois
 
 def test_right_pictures_score_one(pipeline, monkeypatch):
     """The truth in place of the model's pictures, a perfect autoencoder: 1 everywhere, certain, with no diversity."""
-    monkeypatch.setattr(benches, "draw", lambda p, s, cases, seeds: ([benches.answer(case) for case in cases], 0.5))
+    monkeypatch.setattr(benches, "draw", lambda p, s, cases, seeds: ([figures.answer(case) for case in cases], 0.5))
     monkeypatch.setattr(benches, "reconstruct", lambda pipeline, pictures: pictures)
     row, shown = benches.evaluate(pipeline, Sampler("x", SIGMAS), ["t2i", "edit"], {"t2i": 3, "edit": 2})
     for bench, categories in (("t2i", world.CATEGORIES), ("edit", world.FAMILIES)):
@@ -149,7 +149,7 @@ def test_interval_is_that_of_an_average_of_averages():
 
 def test_reconstruction_is_the_autoencoders(pipeline):
     """Opaque pictures in [0, 1], through the VAE and back, over white."""
-    pictures = [benches.answer(case) for case in world.bench("t2i", "portrait", 2)]
+    pictures = [figures.answer(case) for case in world.bench("t2i", "portrait", 2)]
     arrays = np.stack([np.asarray(picture)[..., :3] / np.float32(255) for picture in pictures])
     again = benches.reconstruct(pipeline, arrays)
     with torch.no_grad():

@@ -1,0 +1,390 @@
+"""The paper's three experiments in the toy world: train the students of a table, score them, and say what holds.
+
+    python eval.py --experiment composition      which prompts                section 3, table 1
+    python eval.py --experiment teachers         which teacher, when          section 4, table 2; section 6.1
+    python eval.py --experiment mixture          how many edits               section 5, tables 3 and 4
+
+A ROW of a table is a recipe (recipe.py); its students differ in the seed alone. All rows of all tables share one
+optimisation, STUDENT, and one set of prompts; no number here was chosen by looking at a table. CLAIMS are the paper's, in
+our words, each as comparisons of rows; they were written down before any table was there. A claim is judged by intervals:
+agree, disagree, or cannot tell. Everything on the way is kept (class Workshop), so a killed run goes on where it was.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import eval as benches
+import flow
+import recipe as recipes
+import train
+from eval import Sampler
+from model import Condition, MMDiT, read_json, write_json
+from sample import Pipeline
+from toy import judge, world
+from toy.figures import chart, contact_sheet
+
+# The optimisation: one for all rows of all tables. Without decay, for a run is made in stages, and would end in each.
+STUDENT = train.Args(decay=0.0)
+# Prompts of every category or family; as in the paper, two categories are twice as many.
+POOL = {"t2i": 512, "edit": 256}
+STAGES = 4  # a student is scored after each quarter of its steps
+START, TEACHER, SPECIALISTS = "undistilled, same steps", "base teacher", "specialised teachers"  # rows without training
+HALFWAY = ", halfway"  # behind a row's name: after half of its steps
+# Student's t at 97.5%, by degrees of freedom from 1 on.
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
+
+
+@dataclass(frozen=True)
+class Above:
+    """Part of a claim: that `row` scores higher than `other`."""
+
+    row: str
+    other: str
+    category: str = "average"
+    bench: str = "t2i"
+    part: str = "score"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table. One student may stand in two: E5 is "base only", and "step-wise" is 10:0."""
+
+    rows: dict[str, str]  # name: recipe
+    paper: dict[str, dict[str, str]]  # bench: {row: the averages of Gemini / GPT, from 1 to 5}
+    claims: dict[str, list[Above]]  # the paper's, in our words: all parts of one must hold
+
+
+E1, E2, E3, E4, E5 = "E1 landscape", "E2 portrait", "E3 text", "E4 landscape, portrait", "E5 all three"
+FIRST_STEP = "specialised, first-step loss"
+EXPERIMENTS = {
+    "composition": Experiment(  # section 3, table 1
+        {E1: "e1-landscape", E2: "e2-portrait", E3: "e3-text", E4: "e4-landscape-portrait", E5: "e5-all"},
+        {"t2i": {E1: "3.30 / 4.13", E2: "3.42 / 4.15", E3: "2.63 / 3.29", E4: "3.40 / 4.06", E5: "3.02 / 3.62"}},
+        {
+            "One category carries over to another that it never showed.": [
+                Above(E1, START, "portrait"),
+                Above(E2, START, "landscape"),
+            ],
+            "It carries over to text, too.": [Above(E1, START, "text"), Above(E2, START, "text")],
+            "Text-centric prompts alone are the worst choice.": [Above(row, E3) for row in (E1, E2, E4, E5)],
+            "They are so even for text.": [Above(E1, E3, "text"), Above(E2, E3, "text")],
+            "Mixed into the others they hurt text.": [Above(E4, E5, "text")],
+            "More categories are not better: portraits alone stand above all three.": [Above(E2, E5)],
+        },
+    ),
+    "teachers": Experiment(  # section 4, table 2, and section 6.1
+        {
+            "base only": "e5-all",
+            "specialised only": "specialised-only",
+            "average": "average",
+            "step-wise": "step-wise",
+            FIRST_STEP: "specialised-first-step",
+        },
+        {"t2i": {TEACHER: "3.41 / 4.09", SPECIALISTS: "3.74 / 4.26", "step-wise": "3.56 / 4.15"}},
+        {
+            "Under specialised teachers alone the score first rises": [Above("specialised only" + HALFWAY, START)],
+            "... and then degrades.": [Above("specialised only" + HALFWAY, "specialised only")],
+            "Step-wise teachers are better than the base alone.": [Above("step-wise", "base only")],
+            "They are better than specialised teachers alone.": [Above("step-wise", "specialised only")],
+            "(Ours) They are better than the average at every step.": [Above("step-wise", "average")],
+            "Their student stands between the two teachers at 80 evaluations.": [
+                Above("step-wise", TEACHER),
+                Above(SPECIALISTS, "step-wise"),
+            ],
+            "The first-step loss steadies the structure": [Above(FIRST_STEP, "specialised only", part="attributes")],
+            "... at some cost in visual quality.": [Above("specialised only", FIRST_STEP, part="fidelity")],
+        },
+    ),
+    "mixture": Experiment(  # section 5, tables 3 and 4
+        {"10:0": "step-wise", "9:1": "mix-9-1", "7:3": "mix-7-3", "5:5": "mix-5-5", "0:10": "mix-0-10"},
+        {
+            "t2i": {SPECIALISTS: "3.74 / 4.26"}
+            | {"10:0": "3.56 / 4.15", "9:1": "3.60 / 4.18", "7:3": "3.60 / 4.20", "5:5": "3.65 / 4.16"},
+            "edit": {SPECIALISTS: "2.77 / 3.44"}
+            | {"10:0": "2.77 / 3.28", "9:1": "2.58 / 3.31", "7:3": "2.87 / 3.36", "5:5": "2.97 / 3.41"},
+        },
+        {
+            "Editing needs editing data: 5:5 stands above none.": [Above("5:5", "10:0", bench="edit")],
+            "Of the mixtures 5:5 edits best.": [Above("5:5", other, bench="edit") for other in ("9:1", "7:3")],
+            "A little is worse than none (Gemini; GPT says the opposite).": [Above("10:0", "9:1", bench="edit")],
+            "At 5:5 the student edits better than its teachers (Gemini; not GPT).": [
+                Above("5:5", SPECIALISTS, bench="edit")
+            ],
+            "Editing data helps drawing, too.": [Above("5:5", "10:0")],
+        },
+    ),
+}
+
+
+@cache
+def encoded(checkpoint: Path, tasks: tuple[str, ...]) -> train.Pool:
+    """The prompts that all students of a table learn from."""
+    prompts = [
+        prompt
+        for task in tasks
+        for category in benches.CATEGORIES[task]
+        for prompt in world.training_prompts(task, category, POOL[task], seed=0, targets=False)
+    ]
+    return train.encode_pool(benches.open_checkpoint(checkpoint), prompts, benches.RESOLUTION)
+
+
+class Workshop:
+    """What the tables share: a folder of students and scores, where nothing is made twice.
+
+    settings.json                       what all of it was made with; another checkpoint needs another folder
+    RECIPE-4nfe-80steps-seed0/          a run of train.py's
+        stages/000020                   the student's weights after so many steps
+        stages/000020-t2i.json          its row on one bench
+    """
+
+    def __init__(self, home: Path, checkpoint: Path, steps: int, nfe: int):
+        self.home, self.checkpoint, self.steps, self.nfe = home, checkpoint, steps, nfe
+        self.pipeline = benches.open_checkpoint(checkpoint)
+        self.sigmas, self.conditions = flow.student_sigmas(nfe), {}
+        given = "checkpoint prompts recipe out teacher student_steps steps seed resume device dtype compile".split()
+        student = {name: value for name, value in asdict(STUDENT).items() if name not in given}
+        digest = hashlib.sha256()  # of some prompts: it changes with the world, but not with its comments
+        for task, category in [(task, category) for task, some in benches.CATEGORIES.items() for category in some]:
+            for prompt in world.training_prompts(task, category, 4, seed=0, targets=False):
+                digest.update(prompt.prompt.encode() + b"".join(image.tobytes() for image in prompt.images))
+        now = {
+            "weights": benches.fingerprint(checkpoint),
+            "student": student,
+            "pool": POOL,
+            "world": digest.hexdigest(),
+        }
+        file = home / "settings.json"
+        # Which dtype is faster is measured, and must not come out otherwise when half of the students are there.
+        then = read_json(file) if file.exists() else now | {"dtype": train.faster_dtype(str(self.pipeline.device))}
+        if changed := [key for key in now if now[key] != then[key]]:
+            raise ValueError(f"{home}: its students were made with other {', '.join(changed)}; name another --runs")
+        write_json(file, then)
+        self.dtype = then["dtype"]
+
+    def student(self, recipe: str, seed: int, tasks: tuple[str, ...]) -> dict[int, Path]:
+        """Train one, in stages: {steps: its weights}. An interrupted one goes on from its last checkpoint."""
+        out = self.home / f"{recipe}-{self.nfe}nfe-{self.steps}steps-seed{seed}"
+        stages = {math.ceil(self.steps * i / STAGES): out / "stages" for i in range(1, STAGES + 1)}
+        stages = {step: folder / f"{step:06d}" for step, folder in stages.items()}
+        for step, folder in stages.items():
+            if folder.exists():
+                continue
+            print(f"{out.name}: to step {step} of {self.steps}", flush=True)
+            args = replace(STUDENT, checkpoint=self.checkpoint, recipe=recipe, out=out, seed=seed, steps=step)
+            args = replace(args, student_steps=self.nfe, dtype=self.dtype, resume=(out / "args.json").exists())
+            args, state = train.open_run(args)
+            if state and state["step"] > step:
+                raise ValueError(f"{out}: is past step {step}, whose weights are gone; remove the folder")
+            result = train.train(args, encoded(self.checkpoint, tasks), state)
+            shutil.copytree(result / "transformer", folder.with_suffix(".part"), dirs_exist_ok=True)
+            os.replace(folder.with_suffix(".part"), folder)
+        for old in train.whole_checkpoints(out)[:-1]:  # 70 MB each
+            shutil.rmtree(old)
+        return stages
+
+    def judge_version(self) -> str:
+        return hashlib.sha256(Path(judge.__file__).read_bytes()).hexdigest()[:16]
+
+    def row(self, place: Path, sampler: Sampler, bench: str, cases: int, weights: Path | None = None) -> dict:
+        """The row of some weights (None: the checkpoint's own), from place-BENCH.json if it is there."""
+        file = place.with_name(f"{place.name}-{bench}.json")
+        row = read_json(file) if file.exists() else {}
+        if (row.get("judge"), row.get("cases")) != (self.judge_version(), {bench: cases}):
+            row, _ = benches.evaluate(self.opened(weights), sampler, [bench], {bench: cases}, each=True)
+            row["judge"] = self.judge_version()
+            write_json(file, row)
+        return row
+
+    def opened(self, weights: Path | None) -> Pipeline:
+        """The checkpoint with these weights in it (None: its own)."""
+        mmdit = MMDiT.from_pretrained(weights, device=self.pipeline.device).eval() if weights else self.pipeline.mmdit
+        pipeline = replace(self.pipeline, mmdit=mmdit)
+        pipeline.condition = self.condition
+        return pipeline
+
+    def condition(self, prompts: list[str], images: list[list[Image.Image]]) -> Condition:
+        """In place of the pipeline's own: all students get the same cases, and a source takes longer to encode than four
+        steps from it take."""
+        key = (*prompts, *(image.tobytes() for row in images for image in row))
+        if key not in self.conditions:
+            self.conditions[key] = self.pipeline.condition(prompts, images)
+        return self.conditions[key]
+
+    def teachers(self) -> dict[str, Sampler]:
+        """The rows that need no training."""
+        full = benches.default_sampler(self.pipeline, 40, self.pipeline.guidance)
+        found = train.find_teachers(replace(STUDENT, checkpoint=self.checkpoint))
+        networks = {name: self.opened(folder).mmdit for name, folder in found.items()}
+        everyone, routing = {}, recipes.find("specialised-only")
+        for bench in benches.CATEGORIES:
+            for category in benches.CATEGORIES[bench]:
+                (name,) = routing.weights(0, 4, bench, category)
+                if name in networks:
+                    everyone[bench, category] = networks[name]
+        return {
+            TEACHER: replace(full, name=TEACHER),
+            SPECIALISTS: replace(full, name=SPECIALISTS, specialists=everyone),
+            START: Sampler(START, self.sigmas),
+        }
+
+
+def values(rows: list[dict], bench: str, part: str, category: str) -> np.ndarray:
+    """(seeds, categories, cases) of some rows of one student."""
+    each = [row[f"{bench}_each"][part] for row in rows]
+    return np.array([[one[c] for c in (one if category == "average" else [category])] for one in each])
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Mean of a - b, both as `values` gives them, and the half-width of its 95% interval.
+
+    Two chances come together. Seeds: another run would have become another student; few are known, hence Student's t. A
+    teacher has one "seed", and no such chance. Cases: another bench would have asked for other pictures; they are the same
+    for a and b, so it is their differences that scatter, within each category. The intervals of several comparisons hold
+    each at 95%, not all together.
+    """
+    seeds = [x.mean(axis=(1, 2)) for x in (a, b) if len(x) > 1]
+    from_seeds = sum(x.var(ddof=1) / len(x) for x in seeds) ** 0.5
+    freedom = sum(len(x) - 1 for x in seeds)
+    pairs = a.mean(axis=0) - b.mean(axis=0)  # (categories, cases)
+    from_cases = (pairs.var(axis=1, ddof=1) / pairs.shape[1]).sum() ** 0.5 / len(pairs)
+    t = T[min(freedom, len(T)) - 1] if freedom else 0.0
+    return float(a.mean() - b.mean()), math.hypot(t * from_seeds, 1.96 * from_cases)
+
+
+def verdict(parts: list[Above], rows: dict[tuple[str, str], list[dict]], seeds: int) -> tuple[str, list[str]]:
+    """agree: every part's whole interval is above 0; disagree: some part's is below; else cannot tell. And the evidence."""
+    words, evidence = set(), []
+    for part in parts:
+        sides = [values(rows[row, part.bench], part.bench, part.part, part.category) for row in (part.row, part.other)]
+        mean, half = difference(*sides)
+        words.add("cannot tell" if seeds < 2 or abs(mean) <= half else "agree" if mean > 0 else "disagree")
+        what = " ".join(word for word in (part.bench, part.category, part.part) if word not in ("average", "score"))
+        evidence.append(f"{part.row} - {part.other}, {what}: {mean:+.3f} ± {half:.3f}")
+    return next(word for word in ("disagree", "cannot tell", "agree") if word in words), evidence
+
+
+def budget(bench: str, rows: list[list[dict]], seeds: int) -> list[str]:
+    """Markdown: how wide the interval of a difference of two students is, and (arithmetic) would be with other budgets."""
+    if seeds < 2:
+        return ["One seed says nothing about others: nothing can be told from it."]
+    each = [values(some, bench, "score", "average") for some in rows]  # (seeds, categories, cases)
+    from_seeds = np.mean([x.mean(axis=(1, 2)).var(ddof=1) for x in each])
+    pairs = [(a - b).mean(axis=0) for i, a in enumerate(each) for b in each[:i]]  # (categories, cases)
+    from_cases = np.mean([(p.var(axis=1, ddof=1) / p.shape[1]).sum() / len(p) ** 2 for p in pairs])
+    lines = ["| seeds | these cases | four times the cases |", "| --- | --- | --- |"]
+    for n in sorted({seeds, 3, 5, 10}):
+        t = T[min(2 * n - 2, len(T)) - 1]
+        halves = [math.hypot(t * (2 * from_seeds / n) ** 0.5, 1.96 * (from_cases / more) ** 0.5) for more in (1, 4)]
+        lines.append(f"| {n} | ± {halves[0]:.3f} | ± {halves[1]:.3f} |")
+    return lines
+
+
+def averaged(bench: str, some: list[dict]) -> dict:
+    """The rows of one student's seeds as one row: means, the interval over seeds and cases, and each seed's average."""
+    mean, half = difference(values(some, bench, "score", "average"), np.zeros((1, 1, 1)))
+    out = {"nfe": some[0]["nfe"], "seeds": len(some), f"{bench}_interval": half}
+    out[f"{bench}_by_seed"] = [row[bench]["average"] for row in some]
+    for key in (bench, f"{bench}_exact", f"{bench}_attributes", f"{bench}_fidelity", "diversity"):
+        if key in some[0]:
+            out[key] = {name: float(np.mean([row[key][name] for row in some])) for name in some[0][key]}
+    return out | {"seconds_per_image": float(np.mean([row["seconds_per_image"] for row in some]))}
+
+
+def table(bench: str, rows: dict[str, dict], paper: dict[str, str]) -> list[str]:
+    """Markdown, a line for each of the averaged rows."""
+    categories = list(benches.CATEGORIES[bench])
+    titles = [bench, "NFE", "seeds", *categories, "average", "compliance", "fidelity", "modes", "distance", "s/image"]
+    lines = [[*titles, "paper: Gemini / GPT"]]
+    lines.append(["---"] * len(lines[0]))
+    for name, row in rows.items():
+        line = [name, str(row["nfe"]), str(row["seeds"]), *(f"{row[bench][c]:.3f}" for c in categories)]
+        line.append(f"**{row[bench]['average']:.3f}** ± {row[f'{bench}_interval']:.3f}")
+        line += [f"{row[f'{bench}_{part}']['average']:.3f}" for part in ("exact", "fidelity")]
+        line += [f"{row['diversity'][key]:.2f}" if "diversity" in row else "" for key in ("modes", "distance")]
+        lines.append([*line, f"{row['seconds_per_image']:.3f}", paper.get(name, "")])
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def run(name: str, checkpoint: Path, out: Path, home: Path, seeds: int, steps: int, nfe: int) -> dict:
+    """One experiment, from the prompts to the verdicts. Writes out/table.md, table.json, sheet.png and curve.png."""
+    if steps < 2:
+        raise ValueError(f"--steps {steps}: at least 2 are needed, for there is a look at half of them")
+    plan, shop = EXPERIMENTS[name], Workshop(home, checkpoint, steps, nfe)
+    tasks, rows = tuple(plan.paper), {}  # (row's name, bench) -> one row for each seed
+    few = {bench: min(benches.COMPARED[bench], benches.CASES[bench]) for bench in tasks}
+
+    def on_curve(row: dict, bench: str) -> float:
+        return float(values([row], bench, "score", "average")[..., : few[bench]].mean())  # the cases of all its points
+
+    teachers = shop.teachers()
+    for label, sampler in teachers.items():
+        for bench in tasks:
+            place = home / f"{label.replace(' ', '-').replace(',', '')}-{sampler.nfe}nfe"
+            rows[label, bench] = [shop.row(place, sampler, bench, benches.CASES[bench])]
+    curve = {bench: {label: [(0, [on_curve(rows[START, bench][0], bench)])] for label in plan.rows} for bench in tasks}
+    last = {}  # row's name -> the finished weights of its first seed
+    for label, recipe in plan.rows.items():
+        students = [shop.student(recipe, seed, tasks) for seed in range(seeds)]
+        stages = list(students[0])
+        half, last[label] = stages[(len(stages) - 1) // 2], students[0][stages[-1]]
+        for bench in tasks:
+            for step in stages:
+                cases = benches.CASES[bench] if step in (half, stages[-1]) else few[bench]
+                sampler = Sampler(f"{label}, step {step}", shop.sigmas)
+                some = [shop.row(places[step], sampler, bench, cases, places[step]) for places in students]
+                curve[bench][label].append((step, [on_curve(row, bench) for row in some]))
+                if step == half:
+                    rows[label + HALFWAY, bench] = some
+            rows[label, bench] = some
+            print(f"{label}: {bench} {np.mean([row[bench]['average'] for row in some]):.3f}", flush=True)
+
+    models = {}
+    for label in (TEACHER, START, *plan.rows):
+        pipeline, sampler = shop.opened(last.get(label)), teachers.get(label, Sampler(label, shop.sigmas))
+        models[label] = {}
+        for bench, count in ((bench, 4 if bench == "t2i" else 2) for bench in tasks):
+            for category in benches.CATEGORIES[bench]:
+                cases = world.bench(bench, category, count)
+                models[label][f"{bench} {category}"], _ = benches.draw(pipeline, sampler, cases, list(range(count)))
+    contact_sheet(models, 2, out / "sheet.png")
+    chart(curve, out / "curve.png")
+
+    shown = [*teachers, *plan.rows]
+    result = {"experiment": name, "steps": steps, "seeds": seeds, "student_nfe": nfe, "cases": benches.CASES}
+    result |= {"made_with": read_json(home / "settings.json"), "rows": {label: {} for label in shown}, "claims": []}
+    lines = [
+        f"# {name}",
+        "",
+        f"{seeds} seeds a row, {steps} updates of {STUDENT.batch} samples, students of {nfe} NFE. Cases in a category: "
+        f"{', '.join(f'{bench} {benches.CASES[bench]}' for bench in tasks)}. ± is a 95% interval over seeds and cases.",
+    ]
+    for bench in tasks:
+        means = {label: averaged(bench, rows[label, bench]) for label in shown}
+        for label in shown:
+            result["rows"][label] |= means[label]
+        lines += ["", *table(bench, means, plan.paper[bench])]
+    lines += ["", "| the paper | here | by |", "| --- | --- | --- |"]
+    for claim, parts in plan.claims.items():
+        word, evidence = verdict(parts, rows, seeds)
+        result["claims"].append({"claim": claim, "verdict": word, "evidence": evidence})
+        lines.append(f"| {claim} | **{word}** | {'; '.join(evidence)} |")
+    lines += [
+        "",
+        "How wide the interval of a difference of two students is; all but the first line's first are arithmetic:",
+    ]
+    for bench in tasks:
+        lines += ["", f"{bench}:", "", *budget(bench, [rows[label, bench] for label in plan.rows], seeds)]
+    result["curve"] = curve
+    write_json(out / "table.json", result)
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines[3:]))
+    print(f"written to {out}")
+    return result
