@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -628,3 +629,23 @@ def test_the_readmes_layout_of_a_public_bench(tmp_path, monkeypatch):
     exec(code, {})
     cases = read_prompts([tmp_path / "gedit" / "edit.jsonl"])
     assert len(cases) == 11 and {case.category for case in cases} <= judge.EDIT_RUBRICS.keys()
+
+
+def test_the_readmes_commands(toy_checkpoint, cases, serve, monkeypatch, capsys):
+    """As they stand there, in an empty folder: only the checkpoint is tiny, the endpoint local, and numbers small."""
+    monkeypatch.chdir(cases.parent)
+    server = serve(lambda question, n: well(question) if "grade" in str(question) else '{"prompts": ["a", "b", "c"]}')
+    readme = (Path(benches.__file__).parent / "README.md").read_text().replace("http://localhost:8000/v1", server.url)
+    readme = readme.replace("runs/mine/student", str(toy_checkpoint)).replace(
+        "--write-prompts 20000", "--write-prompts 3"
+    )
+    commands = [shlex.split(line)[2:] for line in readme.splitlines() if "python eval.py" in line]
+    score, table, write = [words for words in commands if "--experiment" not in words]
+    benches.main([*score, "--steps", "1"])
+    shutil.copytree("results/mine", "results/other")
+    benches.main(table)
+    assert capsys.readouterr().out.count("| mine |") == 2 + 4  # two tasks, of one model and of two
+    benches.main(write)
+    assert {prompt.prompt for prompt in read_prompts(["portrait.jsonl"])} == {"a", "b", "c"}
+    experiments = [words for words in commands if "--experiment" in words]
+    assert experiments == [["--experiment", name] for name in ("composition", "teachers", "mixture")]
