@@ -28,6 +28,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -85,7 +86,8 @@ def draw(pipeline: Pipeline, sampler: Sampler, cases: list[Case], seeds: list[in
     rotary position: a picture would depend on its neighbours. So each is drawn as sample.py draws it, alone.
     """
     if own := sampler.specialists.get((cases[0].task, cases[0].category)):
-        pipeline = replace(pipeline, mmdit=own)
+        pipeline = copy(pipeline)
+        pipeline.mmdit = own
     side, began = pipeline.resolution // 16, time.perf_counter()
     images = [case.images for case in cases]
     conditions = [pipeline.condition([case.prompt for case in cases], images)]
@@ -289,7 +291,13 @@ def fingerprint(checkpoint: Path) -> str:
 
 
 def draw_files(
-    cases: dict, folder: Path, checkpoint: Path, steps: int | None, guidance: float | None, seed: int
+    cases: dict,
+    folder: Path,
+    checkpoint: Path,
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+    offload: bool,
 ) -> None:
     """Draw the cases that have no picture in the folder yet. Every picture knows what made it, and pictures of other
     weights or settings are a ValueError: a bench is of one model. A case's noise is the same for every model."""
@@ -307,7 +315,7 @@ def draw_files(
     if missing:
         cuda = torch.cuda.is_available()
         dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
-        pipeline = Pipeline.from_pretrained(checkpoint, dtype, device)
+        pipeline = Pipeline.from_pretrained(checkpoint, dtype, device, offload, keep_encoder=True)
         pipeline.progress = False
     for name in tqdm(missing, desc="draw", unit="picture"):
         began, own = time.perf_counter(), int(name[-20:-4], 16) % 2**31
@@ -350,7 +358,7 @@ def score_files(args: argparse.Namespace) -> None:
     if extra := sorted(there - cases.keys()):
         raise ValueError(f"{folder / extra[0]}: belongs to no case ({len(extra)} such in all); take it away")
     if not args.pictures:
-        draw_files(cases, folder, args.checkpoint, args.steps, args.guidance, args.seed)
+        draw_files(cases, folder, args.checkpoint, args.steps, args.guidance, args.seed, args.offload)
     elif missing := sorted(cases.keys() - there):
         case = cases[missing[0]]
         raise ValueError(
@@ -410,6 +418,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--pictures", type=Path, metavar="DIR", help="judge these, which something else drew; their names: --list")
     add("--list", action="store_true", help="print each case with its picture's name and do nothing else")
     add("--seed", type=int, default=0, help="of the pictures' noise")
+    add("--offload", action="store_true", help="the networks take turns on the GPU: half the memory, slower")
     add("--name", help="the model's name in the table; default: that of --out")
     add("--judge", nargs="+", metavar="URL", help="chat endpoints, such as http://localhost:8000/v1")
     add("--judge-model", nargs="+", metavar="NAME", help="the judges, side by side (or the one that writes)")

@@ -14,6 +14,7 @@ import hashlib
 import math
 import os
 import shutil
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -209,8 +210,8 @@ class Workshop:
     def opened(self, weights: Path | None) -> Pipeline:
         """The checkpoint with these weights in it (None: its own)."""
         mmdit = MMDiT.from_pretrained(weights, device=self.pipeline.device).eval() if weights else self.pipeline.mmdit
-        pipeline = replace(self.pipeline, mmdit=mmdit)
-        pipeline.condition = self.condition
+        pipeline = copy(self.pipeline)
+        pipeline.mmdit, pipeline.condition = mmdit, self.condition
         return pipeline
 
     def condition(self, prompts: list[str], images: list[list[Image.Image]]) -> Condition:
