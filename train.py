@@ -1,27 +1,33 @@
 """Training: distil a few-step student (--objective dmd, the default), or pretrain and specialise a teacher (flow).
 
-    pool       every prompt is encoded once: words to states, source (and target) pictures to latents. The encoders are
-               freed afterwards: their memory is the trained networks'
+    pool       every prompt is encoded once: words to states, source (and target) pictures to latents, in the run's
+               conditions/. The encoders are freed afterwards: their memory is the trained networks'
     batches    recipe.py decides which task and category comes next; which prompts, which noise and which times follow from
                (seed, step, sample, purpose) alone, so a step counter is all there is to remember of them
     updates    forty lines between two rulers in `train`: who learns, in which order, and what is frozen
     the rest   metrics.jsonl, panels/, grid.png, checkpoints/; nothing there changes a weight
 
 A STEP is one update of the student (dmd) or teacher (flow); the fake score has its own, faster count. SAMPLES are
-numbered over the whole update, whatever the number of micro-batches that share it.
+numbered over the whole update, whatever the number of micro-batches and processes that share it. A MICRO-BATCH is one
+turn of the recipe, for all processes together: each takes an equal part of it, so nothing depends on their number.
 
     python train.py                                                the laptop run, about five minutes on two cores
     python train.py --prompts mine.jsonl --out runs/mine           the same on prompts and pictures of one's own
     python train.py --objective flow --prompts pairs.jsonl --out runs/teacher            every line needs a "target"
+    python train.py --plan --gpus 8 --checkpoint DIR                  what it would take; nothing is loaded or written
+    torchrun --nproc_per_node=8 train.py --checkpoint DIR --prompts mine.jsonl           all weights, sharded (FSDP2)
+    python train.py --lora-rank 32 --checkpoint DIR --prompts mine.jsonl                 LoRA roles, on one GPU
 
 Exit status: 0 finished; 2 bad input; 1 a value that is not finite; 130 and 143 after Ctrl-C and SIGTERM, which save
-first. `--resume` goes on from there; on a CPU the run ends with the bits of an uninterrupted one. With several other
+first. `--resume` goes on from there, on any number of processes; on a CPU, with as many as before, the run ends with the
+bits of an uninterrupted one. With several other
 programs on the machine, OMP_WAIT_POLICY=passive in the environment keeps idle threads from taking their cores.
 
 Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and dmd.py.
 """
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -31,17 +37,21 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from types import NoneType
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -49,9 +59,12 @@ import dmd
 import flow
 import recipe as recipes
 import sample
-from encoders.vae import VAE
-from model import Condition, MMDiT, read_json, write_json
+from encoders.conditions import Entry, Pool, cached_pool, encode_pool
+from model import Condition, MMDiT, MMDiTConfig, new_lora, open_weights, read_json, write_json
 from recipe import Prompt
+from tools import plan, watch
+
+__all__ = ["Args", "Entry", "FlowArgs", "Pool", "encode_pool", "open_run", "train"]  # what toy/build.py stands on
 
 TOY = Path(__file__).parent / "toy" / "checkpoint"
 
@@ -67,9 +80,7 @@ def option(default, text: str):
 class Args:
     """Every option of a run; the text behind each is its --help. The values are those of the laptop's distillation.
 
-    For the published 7B networks neither paper gives numbers. Others' DMD of Qwen-Image and its like: AdamW alone
-    (muon_lr and fake_muon_lr 0), lr and fake_lr 2e-6 to 1e-5 for full weights, batch 32 to 128, 5 fake updates for each
-    of the student, clip 1 to 10, EMA .98 to .99, 1,000 to 3,000 steps. The paper: AdamW, 2,000 iterations.
+    A network of more than a billion parameters gets LargeArgs' values instead.
     """
 
     objective: str = option("dmd", "dmd: distil a few-step student; flow: pretrain or specialise a teacher")
@@ -78,13 +89,15 @@ class Args:
     pool: int = option(1024, "without --prompts: how many of the toy's prompts of each task")
     recipe: str = option("flash", "composition, ratio and teachers, by its name in recipe.py")
     out: Path | None = option(None, "folder of this run; default: runs/OBJECTIVE-RECIPE")
-    teacher: tuple[str, ...] = option((), "NAME=FOLDER: specialised teachers besides those in the checkpoint")
+    cache: Path | None = option(None, "folder of encoded prompts, which runs may share; default: conditions/ in --out")
+    teacher: tuple[str, ...] = option((), "NAME=FOLDER_OR_LORA: specialised teachers besides those in the checkpoint")
+    lora_rank: int = option(0, "train LoRAs of this rank, on one copy of the weights for all roles; 0: all weights")
     guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: model_index.json's")
     resolution: int | None = option(None, "side of sources' and targets' area; default: model_index.json's")
     student_steps: int = option(4, "the student's number of steps, its NFE")
     steps: int = option(80, "updates of the student")
     batch: int = option(48, "samples per update, over all its micro-batches")
-    micro_batch: int = option(16, "samples that run at once, of one category and layout")
+    micro_batch: int = option(16, "samples that run at once, over all processes, of one category and bucket")
     seed: int = option(0, "all random draws follow from it")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
     save_every: int = option(40, "steps from one checkpoint to the next")
@@ -92,6 +105,11 @@ class Args:
     device: str | None = option(None, "default: cuda if there is one")
     dtype: str | None = option(None, "of the working weights, bfloat16 or float32; default: the faster one")
     compile: bool = option(False, "torch.compile every block: two slow minutes, then a sixth faster (flow)")
+    recompute: bool = option(False, "compute blocks again in the backward pass: far less memory, a third more work")
+    plan: bool = option(False, "print memory, work and time of such a run, and do nothing else")
+    gpus: int | None = option(None, "--plan: for so many processes; default: as many as there are")
+    peak_tflops: float | None = option(None, "of one GPU in the working dtype; default: known for a few, by name")
+    utilisation: float = option(0.4, "--plan: share of that peak which the time is stated for")
 
     # The optimisation. These are ours, from a prototype of the laptop's size, unless a source is named.
     muon_lr: float = option(0.004, "Muon, for the blocks' matrices; 0: AdamW for those too")
@@ -133,18 +151,54 @@ class FlowArgs(Args):
     time_shift: float = 1.0
 
 
+@dataclass
+class LargeArgs(Args):
+    """The same options with values for a network of the 7B's size. Neither paper gives any. Others' DMD of Qwen-Image and
+    its like: AdamW alone, lr and fake_lr 2e-6 to 1e-5, batch 32 to 128, 5 fake updates, clip 1 to 10, EMA .98 to .99,
+    1,000 to 3,000 steps. The paper: AdamW, 2,000 iterations. Not run by us."""
+
+    steps: int = 1000
+    batch: int = 32
+    micro_batch: int = 8
+    save_every: int = 50
+    recompute: bool = True
+    muon_lr: float = 0.0
+    lr: float = 1e-5
+    fake_muon_lr: float = 0.0
+    fake_lr: float = 1e-5
+    fake_updates: int = 5
+    warmup: int = 20
+    ema: float = 0.98
+
+
+@dataclass
+class LargeLoraArgs(LargeArgs):
+    """With --lora-rank: LightX2V's, which distilled Qwen-Image at rank 32."""
+
+    lr: float = 1e-4
+    fake_lr: float = 2e-5
+    fake_updates: int = 2
+
+
 def parse(argv: list[str] | None = None) -> Args:
-    """The command line as Args or FlowArgs, one flag for each field."""
+    """The command line as Args or a kind of it, one flag for each field."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--objective", choices=["dmd", "flow"], default="dmd")
-    kind = {"dmd": Args, "flow": FlowArgs}[first.parse_known_args(argv)[0].objective]
+    first.add_argument("--checkpoint", type=Path, default=TOY)
+    first.add_argument("--lora-rank", type=int, default=0)
+    given, config = first.parse_known_args(argv)[0], None
+    if (path := given.checkpoint / "transformer" / "config.json").is_file():  # where it is missing, `settle` says so
+        config = MMDiTConfig.from_json(path)
+    kind = {"dmd": Args, "flow": FlowArgs}[given.objective]
+    if config and kind is Args and plan.parameters(config) > 1e9:
+        kind = LargeLoraArgs if given.lora_rank else LargeArgs
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     texts = {f.name: f.metadata["help"] for f in fields(Args)}
     for f in fields(kind):
         flag, text = "--" + f.name.replace("_", "-"), texts[f.name] + (f" [{f.default}]" if f.default else "")
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", help=text)
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=f.default, help=text)
         else:
             one = next((t for t in get_args(f.type) if t is not NoneType), f.type)  # X | None, tuple[X, ...] -> X
             nargs = "+" if isinstance(f.default, tuple) else None
@@ -160,6 +214,8 @@ def settle(args: Args) -> Args:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
     if args.dtype not in (None, "bfloat16", "float32"):
         raise ValueError(f"--dtype {args.dtype}: bfloat16 or float32 is expected")
+    if uneven := [size for size in args.sizes if size % ranks()]:
+        raise ValueError(f"micro-batches of {uneven[0]} samples cannot be shared equally by {ranks()} processes")
     recipes.find(args.recipe), find_teachers(args)  # their errors, before anything takes time
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     guidance = float(index["guidance"] if args.guidance is None else args.guidance)
@@ -188,102 +244,108 @@ def generator(seed: int, step: int, number: int, purpose: str) -> torch.Generato
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-# ---- the pool: every prompt, encoded once ----------------------------------------------------------------------------
+# ---- one process or many: all that knows of ranks --------------------------------------------------------------------
 
 
-@dataclass
-class Entry:
-    """One encoded prompt, in bf16 on the CPU. One of the toy's takes about 30 KB."""
-
-    task: str
-    category: str
-    states: Tensor  # (L, C) of the language model, without padding
-    empty: Tensor | None  # (L0, C) of an empty prompt with the same sources, for guidance and text dropout
-    slots: list[tuple[int, int]]  # of the sources in states, and in empty too: they stand before the words
-    sources: list[Tensor]  # (64, h_i, w_i) each
-    target: Tensor | None  # (64, h, w), for the flow objective
-    size: tuple[int, int]  # (h, w) of what is to be drawn
-
-    @property
-    def layout(self) -> tuple:
-        """What entries must have in common to share a batch: the sizes of all blocks of the sequence.
-
-        The text's length, too. Padding is masked, but it would count: the target's rotary position is behind the batch's
-        longest text, and a network trained there is asked to draw elsewhere when a prompt comes alone.
-        """
-        return len(self.states), tuple(s.shape for s in self.sources), self.size
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-class Pool:
-    """Entries, to be drawn by (task, category) or (task, category, layout). `Pool(a.entries + b.entries)` joins two."""
-
-    def __init__(self, entries: list[Entry]):
-        self.entries = entries
-        self.places: dict[tuple, list[Entry]] = defaultdict(list)
-        for entry in entries:
-            self.places[entry.task, entry.category].append(entry)
-            self.places[entry.task, entry.category, entry.layout].append(entry)
-
-    def draw(self, rng: torch.Generator, *key) -> Entry:
-        place = self.places[key]
-        return place[torch.randint(len(place), (), generator=rng).item()]
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-@torch.no_grad()
-def encode_pool(
-    pipeline: sample.Pipeline,
-    prompts: Iterable[Prompt],
-    resolution: int,
-    empty: bool = True,
-    targets: bool = False,
-    batch: int = 32,
-) -> Pool:
-    """Encode every prompt once, with the pipeline's encoder and VAE; the pool keeps the prompts' order.
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within, the processes that torchrun started are one group; a process of its own needs none."""
+    if outermost := "RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on "cuda" is this process's own
+        # Patient, because ranks wait while rank 0 writes a student. Notes among them travel by gloo, tensors by nccl.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    try:
+        yield
+    finally:
+        if outermost:
+            dist.destroy_process_group()
 
-    empty: also each prompt's twin without words, for guidance and text dropout. targets: also the target pictures, where
-    a missing one is a ValueError. Prompts whose pictures have equal sizes are encoded `batch` at a time.
-    """
-    waiting, done = defaultdict(list), {}  # sizes -> [(number, prompt, sources, target)], number -> Entry
 
-    def states(words: list[str], images: list) -> tuple[list[Tensor], list]:
-        padded, mask, slots = pipeline.encoder.encode(words, images)
-        lengths = mask.sum(1).tolist()
-        return [s[:n].to("cpu", torch.bfloat16).clone() for s, n in zip(padded, lengths, strict=True)], slots
+def everyone(mine) -> list:
+    """This value of every rank, on every rank."""
+    values = [mine] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(values, mine)
+    return values
 
-    def latents(pictures: Iterable[Image.Image]) -> list[Tensor]:
-        like = pipeline.vae.quant_conv.weight
-        images = sample.to_tensor(list(pictures)).to(like.device, like.dtype)  # (B, 4, H, W)
-        return list(pipeline.vae.encode(images).to("cpu", torch.bfloat16))  # B of (64, h, w)
 
-    blank = states([""], [[]])[0] if empty else [None]  # without sources one twin serves all prompts
+@contextmanager
+def together() -> Iterator[None]:
+    """All ranks leave this at the same time, and an error of one is an error of all: else the others would wait in their
+    next exchange, for ever, or take an update without it."""
+    error = None
+    try:
+        yield
+    except (FloatingPointError, ValueError, OSError) as caught:
+        error = caught
+    if errors := list(filter(None, everyone(error))):
+        raise error or errors[0]
 
-    def encode(group: list[tuple]) -> None:
-        numbers, some, images, goals = zip(*group, strict=True)
-        read, slots = states([prompt.prompt for prompt in some], list(images))
-        twins = states([""] * len(some), list(images))[0] if empty and images[0] else blank * len(some)
-        sources = [latents(column) for column in zip(*images, strict=True)]
-        ends = latents(goals) if targets else [None] * len(some)
-        for i, number in enumerate(numbers):
-            prompt, own = some[i], [column[i] for column in sources]
-            # An edit is drawn at the size of its last source; text to image at the target's, or else a square.
-            h, w = own[-1].shape[1:] if own else ends[i].shape[1:] if targets else [resolution // 32 * 2] * 2
-            done[number] = Entry(prompt.task, prompt.category, read[i], twins[i], slots, own, ends[i], (h, w))
 
-    for number, prompt in enumerate(tqdm(prompts, desc="encode", unit="prompt", leave=False)):
-        if targets and prompt.target is None:
-            raise ValueError(f"the flow objective learns pictures, and the prompt {prompt.prompt!r} has no target")
-        images = [sample.fit(image, resolution) for image in prompt.images]
-        goal = sample.fit(prompt.target, resolution) if targets else None
-        if goal and images and goal.size != images[-1].size:
-            goal = sample.open_picture(prompt.target).resize(images[-1].size, Image.Resampling.LANCZOS)
-        group = waiting[(*(image.size for image in images), goal and goal.size)]
-        group.append((number, prompt, images, goal))
-        if len(group) == batch:
-            encode(group)
-            group.clear()
-    for group in filter(None, waiting.values()):
-        encode(group)
-    return Pool([done[number] for number in sorted(done)])
+def by_first(work: Callable):
+    """What `work` returns to rank 0, which alone does it."""
+    result = None
+    with together():
+        result = work() if rank() == 0 else None
+    return everyone(result)[0]
+
+
+def shard(model: MMDiT, args: Args) -> None:
+    """FSDP2: a rank keeps its rows of every tensor, and a block's are gathered, in the working dtype, while it computes.
+    What is kept stays as it was loaded, fp32 for a network that learns; gradients come back as their fp32 mean."""
+    from torch.distributed.device_mesh import init_device_mesh  # these take seconds to import; a laptop does not wait
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # we do not write to what it returns
+    how = {
+        "mesh": init_device_mesh(torch.device(args.device).type, (ranks(),)),
+        # The network casts its inputs itself; z and t in bf16 would be rounded too early.
+        "mp_policy": MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32, cast_forward_inputs=False),
+        # The root's too: by default what it gathered stays, and after a forward without backward outlives an update.
+        "reshard_after_forward": True,
+    }
+    for block in model.transformer_blocks:
+        fully_shard(block, **how)
+    fully_shard(model, **how)
+    register_fsdp_forward_method(model, "prefix")
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A sharded tensor's rows of this rank, in the same memory; any other tensor as it is."""
+    if not dist.is_initialized():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, by all ranks at once; any other as it is."""
+    return tensor if own(tensor) is tensor else tensor.full_tensor()
+
+
+def say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    for tensor in tensors if ranks() > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= ranks()
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 
 def toy_prompts(args: Args) -> list[Prompt]:
@@ -299,12 +361,9 @@ def toy_prompts(args: Args) -> list[Prompt]:
     return prompts
 
 
-# ---- batches ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Batch:
-    """Samples of one task and layout, on the device. Draws and target are fp32, conditions of the working dtype."""
+    """A rank's samples of one task and bucket, on the device. Draws and target are fp32, conditions of the working dtype."""
 
     task: str
     category: str
@@ -316,33 +375,46 @@ class Batch:
     t: Tensor  # (B,) in [0, 1]
     k: int | None = None  # the student's step (dmd)
 
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Of one sample, in the prefix and in the target."""
+        more = sum(3 * (stop - start) for start, stop in self.condition.slots)  # a slot stands for four
+        return self.condition.states.shape[1] + more, self.noise[0, 0].numel()
+
 
 def batches(args: Args, pool: Pool, recipe: recipes.Recipe, purpose: str, update: int) -> Iterator[tuple[Batch, float]]:
-    """The micro-batches of one update, each with its share of the update's samples.
+    """The micro-batches of one update, this rank's part of each, with the micro-batch's share of the update's samples.
 
-    One task, category and layout in each, and for DMD one k, because the teachers' weights depend on them. The networks
-    (`purpose`) count their own updates. Were student and fake score to share one count, then at a ratio of 1:1 and five
-    fake updates for each of the student, the student would see one task for ever.
+    One task, category and bucket in each, and for DMD one k, because the teachers' weights depend on them: so they are
+    the same on all ranks, and so is the number of forwards. The networks (`purpose`) count their own updates. Were
+    student and fake score to share one count, then at a ratio of 1:1 and five fake updates for each of the student, the
+    student would see one task for ever.
     """
     for micro, size in enumerate(args.sizes):
         task, category, _ = recipe.turn(update * len(args.sizes) + micro)
         rngs = [generator(args.seed, update, micro * args.micro_batch + i, purpose) for i in range(size)]
-        first = pool.draw(rngs[0], task, category)  # its layout is the micro-batch's
-        entries = [first, *(pool.draw(rng, task, category, first.layout) for rng in rngs[1:])]
+        entries = pool.draw(rngs, task, category)
+        mine = slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
+        length, k, wordless = max(len(e.states) for e in entries), None, False  # padded as the whole is, on every rank
         rng = generator(args.seed, update, micro, purpose + " micro-batch")
         if args.objective == "flow":
             wordless = torch.rand((), generator=rng).item() < args.text_dropout  # all at once: one layout
-            batch = make_batch(args, entries, rngs, wordless=wordless)
         else:
             lowest = 1 if recipe.first_step_weight and args.student_steps > 1 else 0  # step 0 has a loss of its own
-            batch = make_batch(args, entries, rngs, torch.randint(lowest, args.student_steps, (), generator=rng).item())
-        yield batch, size / args.batch
+            k = torch.randint(lowest, args.student_steps, (), generator=rng).item()
+        yield make_batch(args, entries[mine], rngs[mine], length, k, wordless), size / args.batch
 
 
 def make_batch(
-    args: Args, entries: list[Entry], rngs: list[torch.Generator], k: int | None = None, wordless: bool = False
+    args: Args,
+    entries: list[Entry],
+    rngs: list[torch.Generator],
+    length: int = 0,
+    k: int | None = None,
+    wordless: bool = False,
 ) -> Batch:
-    """Entries of one layout, and for each the generator that its noises and its time are drawn from, in this order."""
+    """Entries of one bucket, and for each the generator that its noises and its time are drawn from, in this order; texts
+    are padded to the longest, or to `length`."""
     device, dtype, shape = args.device, getattr(torch, args.dtype), (64, *entries[0].size)
     noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
     xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
@@ -352,9 +424,11 @@ def make_batch(
     sources = [torch.stack(column).to(device, dtype) for column in zip(*(e.sources for e in entries), strict=True)]
 
     def condition(states: list[Tensor]) -> Condition:
-        stacked = torch.stack(states)  # (B, L, C)
-        real = torch.ones(stacked.shape[:2], dtype=torch.bool)  # (B, L)
-        return Condition(stacked, real, sources, entries[0].slots).to(device, dtype)
+        lengths = torch.tensor([len(s) for s in states])  # (B,)
+        longest = max(length if states is words else 0, *lengths.tolist())
+        padded = torch.stack([F.pad(s, (0, 0, 0, longest - len(s))) for s in states])  # (B, L, C)
+        real = torch.arange(longest) < lengths[:, None]  # (B, L)
+        return Condition(padded, real, sources, entries[0].slots).to(device, dtype)
 
     words, empty = [e.states for e in entries], [e.empty for e in entries]
     return Batch(
@@ -373,36 +447,80 @@ def make_batch(
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def load(args: Args, folder: Path) -> MMDiT:
-    """A transformer folder in fp32 on the device."""
-    model = MMDiT.from_pretrained(folder, device=args.device)
+class Network(NamedTuple):
+    """One player: a model, and where several play on the same weights its role there (None: the weights alone)."""
+
+    model: MMDiT
+    role: str | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the role's training changes, by name."""
+        if self.role is None:
+            return dict(self.model.named_parameters())
+        lora = self.model.lora(self.role)
+        return {f"{layer}.{x}": p for layer, (a, b, _) in lora.items() for x, p in (("A", a), ("B", b))}
+
+
+def load(args: Args, folder: Path, dtype: torch.dtype) -> MMDiT:
+    """A transformer folder on the device."""
+    with together():
+        model = MMDiT.from_pretrained(folder, dtype, args.device)
+    model.gradient_checkpointing = args.recompute
     for block in model.transformer_blocks if args.compile else ():
-        block.compile()
+        block.forward = torch.compile(block.forward)  # not the block: what FSDP does around it stays outside
     return model
 
 
-def velocity(model: MMDiT, condition: Condition) -> flow.Velocity:
+def learner(args: Args, role: str, base: Network | None) -> Network:
+    """A network to train: with weights of its own in fp32, or as a fresh LoRA on those of `base`."""
+    if base is None:
+        return Network(load(args, args.checkpoint / "transformer", torch.float32))
+    base.model.add_role(role, new_lora(base.model, args.lora_rank, rng=generator(args.seed, 0, 0, role)))
+    return Network(base.model, role)
+
+
+def frozen(args: Args, places: dict[str, Path]) -> dict[str, Network]:
+    """Networks that never learn, in the working dtype: the base's own weights, and the specialised teachers. One that is
+    a LoRA file plays on the base's weights."""
+    dtype = getattr(torch, args.dtype)
+    networks = {"base": Network(load(args, args.checkpoint / "transformer", dtype))}
+    for name, place in places.items():
+        if place.is_dir():
+            networks[name] = Network(load(args, place, dtype))
+        else:
+            base = networks["base"].model
+            base.add_role(name, sample.read_lora(place, base)[0])
+            networks[name] = Network(base, name)
+    for model in {id(n.model): n.model for n in networks.values()}.values():
+        model.requires_grad_(False).to(dtype)
+        if dist.is_initialized() and not args.lora_rank:  # with LoRA one GPU holds them whole, and each rank does
+            shard(model, args)
+    return networks
+
+
+def velocity(network: Network, condition: Condition) -> flow.Velocity:
     """The network under one condition, as flow.py and dmd.py take it. Good until the weights change.
 
     Where no gradient is wanted, keys and values of text and sources are computed once and serve all further calls: the
     first steps of a rollout, and all of them for the fake score. With gradient they are part of the graph.
     """
-    prefix = None
+    model, prefix = network.model, None
 
     def call(z: Tensor, t: Tensor) -> Tensor:
         nonlocal prefix
-        if torch.is_grad_enabled() or not model.config.causal_condition:
-            return model(z, t, condition)  # (B, 64, h, w)
-        prefix = prefix or model.prefix(condition)
-        return model(z, t, condition, prefix)  # (B, 64, h, w)
+        with model.playing(network.role):
+            if torch.is_grad_enabled() or not model.config.causal_condition:
+                return model(z, t, condition)  # (B, 64, h, w)
+            prefix = prefix or model.prefix(condition)
+            return model(z, t, condition, prefix)  # (B, 64, h, w)
 
     return call
 
 
-def guided(args: Args, model: MMDiT, words: Condition, empty: Condition | None) -> flow.Velocity:
+def guided(args: Args, network: Network, words: Condition, empty: Condition | None) -> flow.Velocity:
     """A teacher, with the run's guidance: away from what it would draw from the same sources without words."""
-    v = velocity(model, words)
-    return v if args.guidance == 1 else flow.guided(v, velocity(model, empty), args.guidance)
+    v = velocity(network, words)
+    return v if args.guidance == 1 else flow.guided(v, velocity(network, empty), args.guidance)
 
 
 def first_step(v: flow.Velocity, teacher: flow.Velocity, sigmas: list[float], batch: Batch) -> Tensor:
@@ -412,147 +530,238 @@ def first_step(v: flow.Velocity, teacher: flow.Velocity, sigmas: list[float], ba
 
 
 class Trainee:
-    """A network in training: `model` computes in the working dtype, fp32 `masters` learn, `average` is their EMA.
+    """A network in training: `weights` compute in the working dtype, fp32 `masters` learn, `average` is their EMA.
 
-    Masters, because bf16 has 8 bits: an update below 1/512 of its weight is rounded away, and most are. Those of an fp32
-    model are its own weights, not a copy. Muon trains the blocks' matrices, AdamW the rest.
+    Masters, because bf16 has 8 bits: an update below 1/512 of its weight is rounded away, and most are. An fp32 network,
+    a LoRA's factors and the rows that a rank keeps under FSDP are their own masters. Muon trains the blocks' matrices
+    (but not a LoRA's), AdamW the rest.
     """
 
-    def __init__(self, name: str, model: MMDiT, args: Args, muon_lr: float, lr: float, ema: float):
-        self.name, self.clip, self.ema, self.updates = name, args.clip, ema, 0
-        names, self.weights = zip(*model.named_parameters(), strict=True)
-        self.masters = [w.detach() for w in self.weights]  # one storage with the fp32 model, until it is cast
-        self.model = model.to(getattr(torch, args.dtype))
-        self.average = [m.clone() for m in self.masters] if ema else []
+    def __init__(self, name: str, network: Network, args: Args, muon_lr: float, lr: float, ema: float):
+        self.name, self.network, self.clip, self.ema, self.updates = name, network, args.clip, ema, 0
+        self.sharded = dist.is_initialized() and network.role is None
+        if self.sharded:
+            shard(network.model, args)
+        self.names, self.weights = (list(column) for column in zip(*network.parameters().items(), strict=True))
+        self.masters = self.weights
+        if not self.sharded and network.role is None and args.dtype != "float32":
+            self.masters = [w.detach() for w in self.weights]  # hold the fp32 storage when the model is cast
+            network.model.to(getattr(torch, args.dtype))
+        self.average = [m.detach().clone() for m in self.masters] if ema else []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        matrices = muon_lr and network.role is None
         muon, rest = [], []
-        for n, m in zip(names, self.masters, strict=True):
-            m.grad = torch.zeros_like(m)
-            (muon if muon_lr and m.ndim == 2 and n.startswith("transformer_blocks.") else rest).append(m)
+        for n, m in zip(self.names, self.masters, strict=True):
+            (muon if matrices and m.ndim == 2 and n.startswith("transformer_blocks.") else rest).append(m)
         self.optimizers = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, fused=True)]
         if muon:
             self.optimizers.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=0.0))
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
-        self.seen: list[tuple[str, int | None, Tensor]] = []  # task, k and t of what is in the gradient
+        self.seen: list[tuple[str, int | None, list[float]]] = []  # task, k and t of what is in the gradient
 
     def backward(self, losses: Tensor, share: float, batch: Batch) -> None:
         """Add `share` times the mean of losses, (B,) or (), to the gradient. Between micro-batches it is fp32."""
-        if not losses.isfinite().all():
-            bad = batch.t[~losses.isfinite()] if losses.ndim else batch.t
-            raise FloatingPointError(f"the {self.name}'s loss is not finite at t = {bad.tolist()}")
+        with together():
+            if not losses.isfinite().all():
+                bad = batch.t[~losses.isfinite()] if losses.ndim else batch.t
+                raise FloatingPointError(f"the {self.name}'s loss is not finite at t = {bad.tolist()}")
         (share * losses.mean()).backward()
         for master, weight in zip(self.masters, self.weights, strict=True):
-            if weight.grad is not None:
-                master.grad += weight.grad
+            if master is not weight:
+                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
                 weight.grad = None
-        self.seen.append((batch.task, batch.k, batch.t))
+        self.seen.append((batch.task, batch.k, batch.t.tolist()))
 
     def update(self, rate: float) -> float:
         """Clip, one step at `rate` times the learning rates, average. Returns the gradient's norm before clipping."""
-        norm = nn.utils.clip_grad_norm_(self.masters, self.clip).item()
-        if not math.isfinite(norm):
-            seen = "; ".join(f"task {task}, k = {k}, t = {t.tolist()}" for task, k, t in self.seen)
+        if not self.sharded:  # sharded ones are averaged in the backward pass
+            average_over_ranks([m.grad for m in self.masters])
+        norm = whole(nn.utils.clip_grad_norm_(self.masters, self.clip)).item()
+        if not math.isfinite(norm):  # on all ranks, for it is the norm of the mean over them
+            seen = "; ".join(f"task {task}, k = {k}, t = {t}" for task, k, t in sum(everyone(self.seen), []))
             raise FloatingPointError(f"the {self.name}'s gradient has norm {norm} after {seen}")
         for optimizer, full in zip(self.optimizers, self.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * full
             optimizer.step()
+            optimizer.zero_grad()
         self.updates += 1
         self.seen.clear()
         with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.masters)
-            torch._foreach_zero_([m.grad for m in self.masters])
+            self.refresh()
             if self.ema:  # a young average forgets faster, or a short run would export its initial weights
                 decay = min(self.ema, (1 + self.updates) / (10 + self.updates))
-                torch._foreach_lerp_(self.average, self.masters, 1 - decay)
+                torch._foreach_lerp_(list(map(own, self.average)), list(map(own, self.masters)), 1 - decay)
         return norm
 
-    def averaged(self) -> MMDiT:
-        """The average as a network of its own."""
-        with torch.device("meta"):
-            model = MMDiT(self.model.config)
-        model = model.to(self.model.proj_out.weight.dtype).to_empty(device=self.model.proj_out.weight.device)
-        torch._foreach_copy_([p.requires_grad_(False) for p in model.parameters()], self.average)
-        return model
-
-    def state(self) -> dict:
-        optimizers = [o.state_dict() for o in self.optimizers]
-        return {"updates": self.updates, "masters": self.masters, "average": self.average, "optimizers": optimizers}
-
-    def restore(self, state: dict) -> None:
-        self.updates = state["updates"]
-        with torch.no_grad():
-            torch._foreach_copy_(self.masters + self.average, state["masters"] + state["average"])
+    def refresh(self) -> None:
+        if self.masters is not self.weights:
             torch._foreach_copy_(self.weights, self.masters)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+
+    @contextmanager
+    def averaged(self) -> Iterator[Network]:
+        """Within, the network is its own average. The two change places, which takes no memory."""
+        self.swap()
+        try:
+            yield self.network
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for average, master in zip(self.average, self.masters, strict=True) if self.ema else ():
+            kept = own(master).clone()
+            own(master).copy_(own(average))
+            own(average).copy_(kept)
+        self.refresh()
+
+    def export(self) -> MMDiT | None:
+        """The network on the CPU, in bf16, by itself, a LoRA merged; to rank 0, the others help to gather it."""
+        model = self.network.model
+        if self.network.role is None:
+            tensors = {}
+            for name, weight in zip(self.names, self.weights, strict=True):
+                tensor = whole(weight.detach())
+                tensors[name] = tensor.to("cpu", torch.bfloat16) if rank() == 0 else None
+        elif rank() == 0:  # no copies where they are on the CPU in bf16 already, so `merge` must not see these
+            weights = model.state_dict().items()
+            tensors = {n: w.to("cpu", torch.bfloat16, copy=True) for n, w in weights if ".adapters." not in n}
+        if rank() > 0:
+            return None
+        with torch.device("meta"):
+            alone = MMDiT(model.config)
+        alone.load_state_dict(tensors, assign=True)
+        if self.network.role is not None:
+            alone.merge(model.lora(self.network.role))
+        return alone
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next update depends on, by name; of sharded tensors this rank's rows."""
+        found = {"updates": torch.tensor(self.updates)}
+        for kind, tensors in (("master", self.masters), ("average", self.average)):
+            found |= {f"{kind} {n}": t for n, t in zip(self.names, tensors, strict=False)}
+        for n, master in zip(self.names, self.masters, strict=True):
+            for optimizer in self.optimizers:
+                found |= {f"{kind} {n}": t for kind, t in optimizer.state.get(master, {}).items()}
+        return {name: own(t.detach()).to("cpu").contiguous() for name, t in found.items()}
+
+    @torch.no_grad()
+    def restore(self, files: list[Path]) -> None:
+        """From `state` as any number of ranks wrote it: their rows together are the whole, of which this rank takes its own."""
+        masters = dict(zip(self.names, self.masters, strict=True))
+        averages = dict(zip(self.names, self.average, strict=False))
+        states = {m: o.state[m] for o in self.optimizers for m in o.param_groups[0]["params"]}
+        with ExitStack() as stack:
+            opened = [stack.enter_context(open_weights(file)) for file in files]
+            for name in opened[0].keys():
+                parts = [file.get_tensor(name) for file in opened]
+                tensor = torch.cat(parts) if parts[0].ndim else parts[0]
+                kind, _, n = name.partition(" ")
+                if kind == "updates":
+                    self.updates = tensor.item()
+                    continue
+                target = {"master": masters, "average": averages}.get(kind, {}).get(n)
+                if target is None:  # one of the optimiser's
+                    like = masters[n] if tensor.ndim else tensor.to(masters[n].device)
+                    target = states[masters[n]][kind] = torch.zeros_like(like)
+                if own(target) is not target:  # as FSDP2 divides: the last ranks may have fewer rows, or none
+                    tensor = [*tensor.chunk(ranks()), *[tensor[:0]] * ranks()][rank()]
+                own(target).copy_(tensor)
+        self.refresh()
 
 
 def find_teachers(args: Args) -> dict[str, Path]:
-    """Specialised teachers by name: the checkpoint's teachers/NAME, and --teacher NAME=FOLDER, which goes first."""
-    found = {f.name: f for f in sorted((args.checkpoint / "teachers").glob("*")) if f.is_dir()}
+    """Specialised teachers by name: the checkpoint's teachers/NAME (a folder, or a LoRA's NAME.safetensors), and --teacher
+    NAME=FOLDER_OR_LORA, which goes first."""
+    places = sorted((args.checkpoint / "teachers").glob("*"))
+    found = {p.stem: p for p in places if p.is_dir() or p.suffix == ".safetensors"}
     for given in args.teacher:
-        name, _, folder = given.partition("=")
-        if not name or name == "base" or not Path(folder).is_dir() or not folder:
-            raise ValueError(f"--teacher {given}: NAME=FOLDER is expected, a name other than base and a folder")
-        found[name] = Path(folder)
+        name, _, place = given.partition("=")
+        if not name or name in ("base", "student", "fake") or not place or not Path(place).exists():
+            raise ValueError(f"--teacher {given}: NAME=FOLDER_OR_LORA is expected; NAME is not base, student or fake")
+        found[name] = Path(place)
     return found
 
 
 # ---- the run's folder ------------------------------------------------------------------------------------------------
 
 
-def open_run(args: Args) -> tuple[Args, dict | None]:
-    """Settle the arguments and open the run's folder: the arguments, and the state to go on from (None: a new run).
+def open_run(args: Args) -> tuple[Args, Path | None]:
+    """Settle the arguments and open the run's folder: the arguments, and the checkpoint to go on from (None: a new run).
 
     A folder that holds anything is only ever continued, with --resume and the same arguments; else ValueError.
     """
+    return by_first(lambda: _open_run(args))
+
+
+def _open_run(args: Args) -> tuple[Args, Path | None]:
     out, before = args.home, read_json(args.home / "args.json")["arguments"] if args.resume else None
-    if not before and out.is_dir() and {f.name for f in out.iterdir()} - {"args.json"}:  # more than a failed start
+    if not before and out.is_dir() and {f.name for f in out.iterdir()} - {"args.json", "conditions"}:  # a failed start
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
     args = settle(replace(args, dtype=args.dtype or before["dtype"]) if before else args)  # not measured a second time
     now = json.loads(json.dumps(asdict(args), default=str))
-    for name in now.keys() - {"resume", "out", "steps", "save_every", "panel_every", "device", "compile"}:
-        if before and now[name] != before[name]:
+    free = {"resume", "out", "steps", "save_every", "panel_every", "device", "compile", "recompute", "cache"}
+    for name in now.keys() - free - {"plan", "gpus", "peak_tflops", "utilisation"}:
+        if before and now[name] != before.get(name):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is {now[name]}, but the run in {out} was started with {before[name]}")
+            raise ValueError(f"{flag} is {now[name]}, but the run in {out} was started with {before.get(name)}")
     out.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    write_json(out / "args.json", {"arguments": now, "versions": versions})
-    return args, load_newest(out) if before else None
+    here = {"host": platform.node(), "pid": os.getpid(), "processes": ranks()}
+    write_json(out / "args.json", {"arguments": now, "versions": versions, "source": watch.source(), "started": here})
+    return args, newest(out) if before else None
 
 
-def save(out: Path, state: dict) -> None:
-    """Write checkpoints/STEP/state.pt aside, rename the folder into place, keep the last two.
+def save(out: Path, step: int, trainees: dict[str, Trainee]) -> None:
+    """Write checkpoints/STEP/NAME-RANK-of-RANKS.safetensors aside, rename the folder into place, keep the last two.
 
     A rename happens or does not: a writer killed before it leaves a folder that is not named by a number, which nothing
-    reads. The bytes are forced to the disk first, or a power cut could keep the new name without them.
+    reads. The bytes are forced to the disk first, or a power cut could keep the new name without them. OSError: the disk
+    is full, say; what was written aside is removed, and the checkpoint before it stays.
     """
-    aside, place = out / "checkpoints" / "unfinished", out / "checkpoints" / f"{state['step']:08d}"
-    for leftover in aside, place:
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir(parents=True)
-    with open(aside / "state.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, place)
-    for old in whole_checkpoints(out)[:-2]:
-        shutil.rmtree(old)
+    aside, place = out / "checkpoints" / "unfinished", out / "checkpoints" / f"{step:08d}"
+
+    def publish() -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        os.replace(aside, place)
+        for old in checkpoints(out)[:-2]:
+            shutil.rmtree(old)
+
+    try:
+        by_first(lambda: (shutil.rmtree(aside, ignore_errors=True), aside.mkdir(parents=True)) and None)
+        with together():
+            for name, trainee in trainees.items():
+                if trainee.sharded or rank() == 0:
+                    mine, all = (rank(), ranks()) if trainee.sharded else (0, 1)
+                    write_tensors(aside / f"{name}-{mine:04d}-of-{all:04d}.safetensors", trainee.state())
+        by_first(publish)
+    except OSError as error:
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        kept = ", ".join(f.name for f in checkpoints(out)[-1:]) or "none yet"
+        raise OSError(f"no checkpoint of step {step} ({error}); the last whole one: {kept}") from None
 
 
-def whole_checkpoints(out: Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
-    return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit() and (f / "state.pt").is_file())
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from None
 
 
-def load_newest(out: Path) -> dict | None:
-    """The newest checkpoint's state; None for a run that ended before its first. The metrics are cut back to its step."""
-    state = None
-    if checkpoints := whole_checkpoints(out):
-        state = torch.load(checkpoints[-1] / "state.pt", map_location="cpu", weights_only=True)
+def checkpoints(out: Path) -> list[Path]:
+    """A run's whole checkpoints, oldest first."""
+    return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit())
+
+
+def newest(out: Path) -> Path | None:
+    """The newest checkpoint; None for a run that ended before its first. The metrics are cut back to its step."""
+    found = [None, *checkpoints(out)][-1]
     if (metrics := out / "metrics.jsonl").is_file():
         lines = metrics.read_text().splitlines(keepends=True)
-        metrics.write_text("".join(lines[: state["step"] if state else 0]))
-    return state
+        metrics.write_text("".join(lines[: int(found.name) if found else 0]))
+    return found
 
 
 @contextmanager
@@ -576,102 +785,66 @@ def located(where: Callable[[], str]) -> Iterator[None]:
         raise FloatingPointError(f"{where()}: {error}") from None
 
 
-# ---- what a run shows ------------------------------------------------------------------------------------------------
-
-
-class Log:
-    """One step's line of metrics.jsonl. The loss by time is the first place to look when a run goes wrong."""
-
-    BINS = 5  # of t
-
-    def __init__(self):
-        self.losses: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)  # name -> losses (B,), t (B,)
-        self.norms: dict[str, float] = {}
-        self.batches: list[Batch] = []
-
-    def add(self, name: str, losses: Tensor, batch: Batch) -> None:
-        self.losses[name].append((losses.detach(), batch.t))
-        self.batches.append(batch)
-
-    def line(self, **numbers) -> dict:
-        mean, by_t = {}, {}
-        for name, pairs in self.losses.items():
-            losses, times = (torch.cat(column).cpu() for column in zip(*pairs, strict=True))  # (B,) each
-            mean[name] = losses.mean().item()
-            bins = [losses[(times * self.BINS).long().clamp(max=self.BINS - 1) == i] for i in range(self.BINS)]
-            by_t[name + "_by_t"] = [round(b.mean().item(), 5) if len(b) else None for b in bins]
-        counts = Counter()
-        for b in self.batches:
-            counts[f"{b.task} {b.category}"] += len(b.t)
-        each = {"tasks": [b.task for b in self.batches], "k": [b.k for b in self.batches], "categories": counts}
-        return numbers | mean | self.norms | each | by_t
-
-
-@torch.no_grad()
-def draw(args: Args, pool: Pool, model: MMDiT, panel: list[Tensor], step: int) -> None:
-    """panels/STEP.png; and grid.png: two prompts of every category, edits below their (last) source."""
-    grid = {"t2i": [], "source": [], "edit": []}
-    chosen = [entry for key, place in pool.places.items() if len(key) == 2 for entry in place[:2]]
-    for number, entry in enumerate(chosen):
-        batch = make_batch(args, [entry], [generator(args.seed, 0, number, "grid")])
-        v, sigmas = velocity(model, batch.condition), flow.student_sigmas(args.student_steps)
-        if args.objective == "flow":
-            v, sigmas = guided(args, model, batch.condition, batch.empty), flow.student_sigmas(20)
-        grid["source"] += [source[0] for source in batch.condition.sources[-1:]]  # (64, h, w)
-        grid[entry.task].append(flow.euler(v, batch.noise, sigmas)[0])  # (64, h, w)
-    vae = VAE.from_pretrained(args.checkpoint / "vae", device=args.device)  # not kept between panels: memory
-    panel = [row[:8] for row in panel]
-    for rows, path in ((panel, args.out / "panels" / f"{step:06d}.png"), (grid.values(), args.out / "grid.png")):
-        pictures = [[sample.to_pictures(vae.decode(z[None].float()))[0] for z in row] for row in rows if len(row)]
-        heights = [max(picture.height for picture in row) for row in pictures]
-        width = max(sum(picture.width for picture in row) for row in pictures)
-        canvas = Image.new("RGBA", (width, sum(heights)), "white")
-        for i, row in enumerate(pictures):
-            for j, picture in enumerate(row):
-                canvas.alpha_composite(picture, (sum(p.width for p in row[:j]), sum(heights[:i])))
-        path.parent.mkdir(exist_ok=True)
-        canvas.convert("RGB").save(path)
-
-
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def train(args: Args, pool: Pool, state: dict | None) -> Path:
+@torch.no_grad()
+def draw(args: Args, pool: Pool, network: Network, panel: list[Tensor], step: int) -> None:
+    """panels/STEP.png; and grid.png: two prompts of every category, edits below their (last) source. All ranks draw, as
+    the weights may be spread over them, and the first one paints."""
+    grid = {"t2i": [], "source": [], "edit": []}
+    chosen = [entry for place in pool.places.values() for entry in place[:2]]
+    for number, entry in enumerate(chosen):
+        batch = make_batch(args, [entry], [generator(args.seed, 0, number, "grid")])
+        v, sigmas = velocity(network, batch.condition), flow.student_sigmas(args.student_steps)
+        if args.objective == "flow":
+            v, sigmas = guided(args, network, batch.condition, batch.empty), flow.student_sigmas(20)
+        grid["source"] += [source[0] for source in batch.condition.sources[-1:]]  # (64, h, w)
+        grid[entry.task].append(flow.euler(v, batch.noise, sigmas)[0])  # (64, h, w)
+    rows = {args.out / "panels" / f"{step:06d}.png": [row[:8] for row in panel], args.out / "grid.png": grid.values()}
+    vae = args.checkpoint / "vae"
+    by_first(lambda: [watch.paint(vae, args.device, latents, path) for path, latents in rows.items()] and None)
+
+
+def train(args: Args, pool: Pool, state: Path | None) -> Path:
     """Train on the pool; args and state are open_run's. Returns out/student, or out/transformer for the flow objective.
 
     SystemExit(128 + signal) after a Ctrl-C or SIGTERM, when all is saved. FloatingPointError, before the update, where
     a loss or gradient is not finite.
     """
     flows = args.objective == "flow"
-    folders = {} if flows else find_teachers(args)
+    found = {} if flows else find_teachers(args)
     recipe = recipes.find(args.recipe)
-    if not flows and (missing := sorted(recipe.teachers - folders.keys())):
-        print(f"no teacher {', '.join(missing)} here: the base teacher takes its part")
-    recipe = recipe.resolve(recipes.categories(pool.entries), folders)
+    if not flows and (missing := sorted(recipe.teachers - found.keys())):
+        say(f"no teacher {', '.join(missing)} here: the base teacher takes its part")
+    recipe = recipe.resolve(recipes.categories(pool.entries), found)
 
-    base = args.checkpoint / "transformer"
-    student = Trainee("teacher" if flows else "student", load(args, base), args, args.muon_lr, args.lr, args.ema)
+    teachers = {} if flows and not args.lora_rank else frozen(args, {n: found[n] for n in sorted(recipe.teachers)})
+    base = teachers["base"] if args.lora_rank else None
+    student = learner(args, "student", base)
+    student = Trainee("teacher" if flows else "student", student, args, args.muon_lr, args.lr, args.ema)
     trainees = {"student": student}
     if not flows:
-        trainees["fake"] = fake = Trainee("fake score", load(args, base), args, args.fake_muon_lr, args.fake_lr, ema=0)
-        folders = {"base": base} | {name: folders[name] for name in sorted(recipe.teachers)}
-        teachers = {name: load(args, f).to(getattr(torch, args.dtype)) for name, f in folders.items()}
-        sigmas = flow.student_sigmas(args.student_steps)
-    start = state["step"] if state else 0
-    for name, trainee in trainees.items() if state else ():
-        trainee.restore(state[name])
+        fake = Trainee("fake score", learner(args, "fake", base), args, args.fake_muon_lr, args.fake_lr, ema=0)
+        trainees["fake"], sigmas = fake, flow.student_sigmas(args.student_steps)
+    start = int(state.name) if state else 0
+    with together():
+        for name, trainee in trainees.items() if state else ():
+            trainee.restore(sorted(state.glob(f"{name}-*.safetensors")))
 
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc=args.objective, unit="step")
+    bar = tqdm(range(start, args.steps), args.objective, args.steps, initial=start, unit="step", disable=rank() > 0)
     here = located(lambda: f"step {step + 1}, task {batch.task}, k = {batch.k}")
-    with here, noted_signals() as signals, open(args.out / "metrics.jsonl", "a") as metrics:
+    board = watch.open_board(args.out) if rank() == 0 else None
+    metrics = args.out / "metrics.jsonl" if rank() == 0 else os.devnull
+    with here, noted_signals() as signals, open(metrics, "a") as metrics:
         for step in bar:
-            began, log = time.perf_counter(), Log()
+            began, log = time.perf_counter(), watch.Log()
             rate = min(1, (step + 1) / args.warmup) if args.warmup else 1.0
             rate *= min(1, (args.steps - step) / (args.decay * args.steps)) if args.decay else 1.0
             # ==========================================================================================================
             if flows:
                 for batch, share in batches(args, pool, recipe, "flow", step):
-                    v = velocity(student.model, batch.condition)
+                    v = velocity(student.network, batch.condition)
                     losses = flow.flow_matching_loss(v, batch.target, batch.noise, batch.t)  # (B,)
                     student.backward(losses, share, batch)
                     log.add("loss", losses, batch)
@@ -680,7 +853,7 @@ def train(args: Args, pool: Pool, state: dict | None) -> Path:
                 # 1. The fake score learns what the student draws by now. The student draws, and does not learn.
                 for update in range(step * args.fake_updates, (step + 1) * args.fake_updates):
                     for batch, share in batches(args, pool, recipe, "fake", update):
-                        drawing, learning = (velocity(m.model, batch.condition) for m in (student, fake))
+                        drawing, learning = (velocity(m.network, batch.condition) for m in (student, fake))
                         with torch.no_grad():
                             x_theta = dmd.rollout(drawing, batch.noise, sigmas, batch.k)
                         losses = dmd.fake_score_loss(learning, x_theta, batch.xi, batch.t)  # (B,)
@@ -689,12 +862,13 @@ def train(args: Args, pool: Pool, state: dict | None) -> Path:
                     log.norms["fake_grad_norm"] = fake.update(rate)
                 # 2. The student learns once. Teachers and fake score look on, without gradient (dmd_gradient has none).
                 for batch, share in batches(args, pool, recipe, "student", step):
-                    v = velocity(student.model, batch.condition)
+                    v = velocity(student.network, batch.condition)
                     x_theta = dmd.rollout(v, batch.noise, sigmas, batch.k)  # gradient through its step k alone
                     weights = recipe.weights(batch.k, args.student_steps, batch.task, batch.category)
                     chosen = {m: guided(args, teachers[m], batch.condition, batch.empty) for m in weights}
-                    real, seen = dmd.mixture(weights, chosen), velocity(fake.model, batch.condition)
-                    g, x0_real, x0_fake = dmd.dmd_gradient(real, seen, x_theta, batch.xi, batch.t)
+                    real, seen = dmd.mixture(weights, chosen), velocity(fake.network, batch.condition)
+                    with together():  # a value that is not finite on one rank stops all of them
+                        g, x0_real, x0_fake = dmd.dmd_gradient(real, seen, x_theta, batch.xi, batch.t)
                     loss = dmd.surrogate_loss(x_theta, g)  # ()
                     if recipe.first_step_weight:
                         loss = loss + recipe.first_step_weight * first_step(v, real, sigmas, batch)
@@ -704,58 +878,78 @@ def train(args: Args, pool: Pool, state: dict | None) -> Path:
             # ==========================================================================================================
             seconds, done = time.perf_counter() - began, step + 1
             pace = {"seconds": round(seconds, 4), "images_per_second": round(args.batch / seconds, 2)}
-            line = log.line(step=done, rate=rate, **pace)
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
-            bar.set_postfix_str(f"loss {line['loss']:.4f}, {args.batch / seconds:.0f} images/s", refresh=False)
+            pace |= {"mfu": plan.utilisation(args, student.network.model.config, recipe, log.losses, seconds)}
+            pace |= {"memory_gb": watch.memory(args.device)}
+            line = log.line(everyone, step=done, rate=rate, **pace)
+            with together():
+                watch.record(line, metrics, board)
+            bar.set_postfix_str(watch.summary(line), refresh=False)
             if done % args.panel_every == 0 or done == args.steps:
                 if flows:
                     z = flow.path(batch.target, batch.noise, batch.t)
                     with torch.no_grad():
-                        panel = [
-                            batch.target,
-                            z,
-                            flow.x0_from_velocity(z, v(z, batch.t), batch.t),
-                        ]  # (B, 64, h, w) each
+                        x0 = flow.x0_from_velocity(z, v(z, batch.t), batch.t)
+                    panel = [batch.target, z, x0]  # (B, 64, h, w) each
                 else:
                     panel = [x_theta.detach(), x0_real, x0_fake]
-                draw(args, pool, student.averaged(), panel, done)
-            if done % args.save_every == 0 or done == args.steps or signals:
-                save(args.out, {"step": done} | {name: trainee.state() for name, trainee in trainees.items()})
-            if signals and done < args.steps:
+                with student.averaged() as network:
+                    draw(args, pool, network, panel, done)
+            stop = max(everyone(signals[0] if signals else 0))
+            if done % args.save_every == 0 or done == args.steps or stop:
+                save(args.out, done, trainees)
+            if stop and done < args.steps:
                 bar.close()
-                print(f"stopped after step {done}; --resume goes on from there")
-                raise SystemExit(128 + signals[0])
+                say(f"stopped after step {done}; --resume goes on from there")
+                raise SystemExit(128 + stop)
     bar.close()
-    if flows:
-        student.averaged().save_pretrained(args.out / "transformer")
-        return args.out / "transformer"
-    sample.export(args.checkpoint, student.averaged(), sigmas[:-1], args.out / "student")
-    return args.out / "student"
+    folder = args.out / ("transformer" if flows else "student")
+    with student.averaged() as network, together():
+        alone = student.export()
+        if rank() == 0:
+            if args.lora_rank:
+                lora = network.model.lora(network.role)
+                sample.write_lora(args.out / "lora.safetensors", lora, None if flows else sigmas[:-1])
+            if flows:
+                alone.save_pretrained(folder)
+            else:
+                sample.export(args.checkpoint, alone, sigmas[:-1], folder)
+    return folder
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, state = open_run(parse(argv))
+def run(args: Args) -> None:
+    if args.plan:
+        args = settle(args)
+        return say(plan.describe(args, args.gpus or ranks(), find_teachers(args)))
+    args, state = open_run(args)
     flows, cuda = args.objective == "flow", args.device.startswith("cuda")
+    if not args.prompts and args.resolution != 128:
+        raise ValueError(f"--resolution {args.resolution}: the toy world's own prompts have 128; give --prompts FILE")
     prompts = recipes.read_prompts(args.prompts) if args.prompts else toy_prompts(args)
     recipes.find(args.recipe).resolve(recipes.categories(prompts), ())  # what is missing, before the encoding
-    pipeline = sample.Pipeline.from_pretrained(args.checkpoint, torch.bfloat16 if cuda else torch.float32, args.device)
-    pool = encode_pool(pipeline, prompts, args.resolution, empty=flows or args.guidance != 1, targets=flows)
-    del pipeline, prompts
+    cache, dtype = args.cache or args.out / "conditions", torch.bfloat16 if cuda else torch.float32
+    kinds = {"resolution": args.resolution, "empty": flows or args.guidance != 1, "targets": flows}
+    ours = {"share": (rank(), ranks()), "together": together}
+    pool = cached_pool(cache, prompts, args.checkpoint, dtype=dtype, device=args.device, **kinds, **ours)
+    del prompts
+    gc.collect(), torch.cuda.empty_cache()  # of the encoders
+    say(f"{args.out}: kill -TERM {os.getpid()} stops after the step at hand, and --resume goes on")
     folder = train(args, pool, state)
-    print(f"finished: {folder}")
+    say(f"finished: {folder}")
     if not flows and not args.prompts:  # the toy world has a judge
         from eval import compare
 
-        compare(folder, args.checkpoint, args.out)
+        by_first(lambda: compare(folder, args.checkpoint, args.out) and None)
+
+
+def main(argv: list[str] | None = None) -> None:
+    with joined():
+        run(parse(argv))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except FloatingPointError as error:  # the checkpoints are from before it
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (ValueError, OSError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    except (FloatingPointError, ValueError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)  # the checkpoints are from before it

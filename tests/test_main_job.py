@@ -97,7 +97,7 @@ def test_readme_commands(job, toy_checkpoint, tmp_path, monkeypatch):
     """As they stand there, in an empty folder; only checkpoints are the tiny ones, and numbers tiny."""
     student = job[0] / "student"
     monkeypatch.chdir(tmp_path)
-    main_job, own_prompts = readme_commands("train.py")[:2]
+    main_job, own_prompts, *node = readme_commands("train.py")
     assert main_job == [] and train.parse(main_job).home == Path("runs/dmd-flash")
     drawn = [words for words in readme_commands("sample.py") if "runs/dmd-flash/student" in words]
     assert len(drawn) == 2
@@ -115,3 +115,10 @@ def test_readme_commands(job, toy_checkpoint, tmp_path, monkeypatch):
     tiny = ["--checkpoint", str(toy_checkpoint), "--steps", "1", "--batch", "2", "--micro-batch", "1", "--warmup", "0"]
     train.main([*own_prompts, *tiny, "--student-steps", "1"])
     assert (tmp_path / "runs" / "mine" / "student" / "model_index.json").is_file()
+
+    for words in node:  # plans, and a run of LoRA roles
+        words[words.index("--checkpoint") + 1] = str(toy_checkpoint)
+        train.main([*words, *tiny[2:], "--student-steps", "1"])
+    assert len(node) == 3 and (tmp_path / "runs" / "lora" / "lora.safetensors").is_file()
+    (large,) = [line.split("train.py")[1].split() for line in README if line.strip().startswith("torchrun")]
+    assert train.parse(large).prompts == (Path("mine.jsonl"),)  # test_node.py runs the like of it

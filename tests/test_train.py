@@ -5,19 +5,26 @@ The world here is a few smooth random pictures; nothing is learnt but in the one
 
 import json
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import reference
 import torch
+from safetensors.torch import load_file
 
 import dmd
 import flow
 import train
+from encoders import conditions
 from model import MMDiT
 from recipe import read_prompts
 from sample import Pipeline
@@ -70,8 +77,10 @@ def make_args(checkpoint: Path, out: Path, objective: str = "dmd", **numbers) ->
     return {"flow": train.FlowArgs, "dmd": train.Args}[objective](checkpoint=checkpoint, out=out, **numbers)
 
 
-def newest(out: Path) -> dict:
-    return torch.load(train.whole_checkpoints(out)[-1] / "state.pt", weights_only=True)
+def newest(out: Path) -> tuple[int, dict]:
+    """The newest checkpoint: its step, and {network: {tensor's name: tensor}}."""
+    folder = train.checkpoints(out)[-1]
+    return int(folder.name), {f.name.split("-")[0]: load_file(f) for f in folder.iterdir()}
 
 
 def same(a, b) -> bool:
@@ -85,7 +94,8 @@ def same(a, b) -> bool:
 
 def metrics(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("seconds", "images_per_second")} for line in lines]
+    measured = ("seconds", "images_per_second", "memory_gb", "mfu")
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 # ---- a run and its interruption --------------------------------------------------------------------------------------
@@ -105,7 +115,7 @@ def test_interrupted_and_resumed_is_bit_identical(command, tmp_path, monkeypatch
         with pytest.raises(SystemExit) as exit:
             train.main([*command, "--out", str(tmp_path / "parts")])
     assert exit.value.code == 128 + number
-    assert newest(tmp_path / "parts")["step"] == 1 and len(metrics(tmp_path / "parts")) == 1
+    assert newest(tmp_path / "parts")[0] == 1 and len(metrics(tmp_path / "parts")) == 1
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')  # what a kill -9 after the save would have left
     train.main([*command, "--out", str(tmp_path / "parts"), "--resume"])
@@ -118,30 +128,90 @@ def test_interrupted_and_resumed_is_bit_identical(command, tmp_path, monkeypatch
 
     # What the finished folder holds: the EMA as a checkpoint that opens, pictures, and the two newest states.
     model = MMDiT.from_pretrained(tmp_path / "whole" / result)
-    average = newest(tmp_path / "whole")["student"]["average"]
-    assert all(torch.equal(p, a.bfloat16().float()) for p, a in zip(model.parameters(), average, strict=True))
+    saved = newest(tmp_path / "whole")[1]["student"]
+    assert all(torch.equal(p, saved[f"average {n}"].bfloat16().float()) for n, p in model.named_parameters())
     assert {f.name for f in (tmp_path / "whole" / "checkpoints").iterdir()} == {"00000002", "00000003"}
     assert (tmp_path / "whole" / "grid.png").is_file() and (tmp_path / "whole" / "panels" / "000003.png").is_file()
     if objective == "dmd":
         assert Pipeline.from_pretrained(tmp_path / "whole" / "student").sample_sigmas == [1.0, 0.9, 0.75, 0.5]
 
 
-@pytest.mark.parametrize("moment", ["while writing", "before the rename"])
-def test_killed_writer_leaves_the_checkpoint_before_it(tmp_path, monkeypatch, moment):
-    train.save(tmp_path, {"step": 1, "x": torch.zeros(3)})
-    pid = os.fork()
-    if pid == 0:  # the child is gone without any cleaning up, like a program that is killed
-        if moment == "while writing":
-            monkeypatch.setattr(torch, "save", lambda state, file: (file.write(b"PK"), file.flush(), os._exit(9)))
-        monkeypatch.setattr(os, "replace", lambda old, new: os._exit(9))
-        train.save(tmp_path, {"step": 2, "x": torch.ones(3)})
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-    assert train.load_newest(tmp_path)["step"] == 1
-    for step in (2, 3, 4):
-        train.save(tmp_path, {"step": step, "x": torch.ones(3)})
-    assert [f.name for f in sorted((tmp_path / "checkpoints").iterdir())] == ["00000003", "00000004"]
-    assert train.load_newest(tmp_path)["step"] == 4
+def forked(work) -> int:
+    """Start `work` in a copy of this process, which is cheap, and return its number."""
+    if pid := os.fork():
+        return pid
+    torch.set_num_threads(1)  # the other threads were not copied
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    code = 1
+    try:
+        work()
+        code = 0
+    finally:
+        os._exit(code)  # gone without any cleaning up, like a program that is killed
+
+
+def test_killed_at_any_moment_of_saving(tmp_path):
+    """Twenty writers that do nothing but save are killed at random moments: what is newest is whole, and no older than
+    the last save that came to its end."""
+    moments, told = random.Random(0), tmp_path / "told"
+    (tmp_path / "run").mkdir()
+    for _ in range(20):
+        first = [0, *(int(f.name) for f in train.checkpoints(tmp_path / "run"))][-1] + 1
+
+        def write(first=first):
+            for step in range(first, first + 10**6):
+                tensors = {name: torch.from_numpy(np.full(50_000, step)) for name in "ab"}
+                trainee = SimpleNamespace(sharded=False, state=lambda tensors=tensors: tensors)
+                train.save(tmp_path / "run", step, {"student": trainee, "fake": trainee})
+                told.write_text(f"{step:09d}")
+
+        pid = forked(write)
+        while not told.exists():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        step, networks = newest(tmp_path / "run")
+        assert step >= int(told.read_text() or 0) and networks.keys() == {"student", "fake"}
+        assert all((tensor == step).all() for tensors in networks.values() for tensor in tensors.values())
+        assert len(train.checkpoints(tmp_path / "run")) <= 3  # two, and one that was not removed any more
+    assert step > 20
+
+
+def test_killed_training_goes_on_as_if_nothing_had_been(checkpoint, pools, tmp_path):
+    numbers = dict(steps=4, batch=2, micro_batch=2, save_every=1, fake_updates=1)
+
+    def run(out: str, resume: bool = False) -> None:
+        args, state = train.open_run(make_args(checkpoint, tmp_path / out, resume=resume, **numbers))
+        train.train(args, pools["dmd"], state)
+
+    began = time.perf_counter()
+    assert os.waitpid(forked(lambda: run("whole")), 0)[1] == 0
+    length, moments = time.perf_counter() - began, random.Random(1)
+    for life in range(4):
+        pid = forked(lambda life=life: run("parts", resume=life > 0))
+        time.sleep(moments.uniform(0.3, 0.9) * length)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert os.waitpid(forked(lambda: run("parts", resume=True)), 0)[1] == 0
+    assert same(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path):
+    def trainees(step: int) -> dict:
+        return {"student": SimpleNamespace(sharded=False, state=lambda: {"a": torch.full((10_000,), step)})}
+
+    train.save(tmp_path, 1, trainees(1))
+
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may be larger, as if no room were left
+        with pytest.raises(OSError, match=r"no checkpoint of step 2 \(.*the last whole one: 00000001"):
+            train.save(tmp_path, 2, trainees(2))
+
+    assert os.waitpid(forked(write), 0)[1] == 0
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["00000001"]
+    assert newest(tmp_path)[0] == 1
 
 
 # ---- who learns when -------------------------------------------------------------------------------------------------
@@ -157,16 +227,16 @@ def test_dmd_updates_touch_one_network_each(checkpoint, pools, tmp_path, monkeyp
 
     def watched_update(self, rate):
         (other,) = (t for t in trainees if t is not self)
-        assert any(m.grad.any() for m in self.masters)
-        assert not any(m.grad.any() for m in other.masters) and all(w.grad is None for w in other.weights)
-        before = [[m.clone() for m in t.masters] for t in (self, other)]
+        assert all(m.grad is not None for m in self.masters) and any(m.grad.any() for m in self.masters)
+        assert all(m.grad is None for m in (*other.masters, *other.weights))
+        before = [[m.detach().clone() for m in t.masters] for t in (self, other)]
         norm = update(self, rate)
         assert not same(before[0], self.masters) and same(before[1], other.masters)
         order.append(self.name)
         return norm
 
-    def watched_load(args, folder):
-        loaded.append((folder, load(args, folder)))
+    def watched_load(args, folder, dtype):
+        loaded.append((folder, load(args, folder, dtype)))
         return loaded[-1][1]
 
     monkeypatch.setattr(train.Trainee, "__init__", watched_build)
@@ -176,7 +246,7 @@ def test_dmd_updates_touch_one_network_each(checkpoint, pools, tmp_path, monkeyp
     train.train(args, pools["dmd"], state)
 
     assert order == ["fake score", "fake score", "fake score", "student"] * 2
-    teachers = [(f, m) for f, m in loaded if m not in [t.model for t in trainees]]
+    teachers = [(f, m) for f, m in loaded if m not in [t.network.model for t in trainees]]
     assert [f for f, _ in teachers] == [checkpoint / "transformer", checkpoint / "teachers" / "edit"]
     for folder, model in teachers:
         assert all(w.grad is None for w in model.parameters())
@@ -218,10 +288,11 @@ def test_dmd_round_is_the_method(checkpoint, pools, tmp_path):
     g = (seen - real) / ((x - real).abs().mean((1, 2, 3), keepdim=True) + 1e-6)
     descend(student, (g.detach() * x).mean())
 
-    saved = newest(args.out)
-    for model, got in ((fake, saved["fake"]["masters"]), (student, saved["student"]["masters"])):
+    saved = newest(args.out)[1]
+    for model, got in ((fake, saved["fake"]), (student, saved["student"])):
         start = MMDiT.from_pretrained(checkpoint / "transformer")
-        for a, b, c in zip(model.parameters(), got, start.parameters(), strict=True):
+        for (name, a), c in zip(model.named_parameters(), start.parameters(), strict=True):
+            b = got[f"master {name}"]
             # Adam's first step is the gradient's sign: where that is noise, the two may go opposite ways.
             agree = ((a - b).abs() < 1e-5).float().mean()
             assert agree > 0.97 and (b - c).abs().max() > 5e-4
@@ -240,7 +311,7 @@ def test_flow_objective_overfits_two_pictures(checkpoint, pools, tmp_path):
         model, each = MMDiT.from_pretrained(transformer), []
         for batch, _ in train.batches(args, train.Pool(entries), recipe, "flow", update=10**6):
             with torch.no_grad():
-                v = train.velocity(model, batch.condition)
+                v = train.velocity(train.Network(model), batch.condition)
                 each.append(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t).mean().item())
         losses.append(sum(each))
     assert losses[1] < 0.4 * losses[0]
@@ -249,12 +320,13 @@ def test_flow_objective_overfits_two_pictures(checkpoint, pools, tmp_path):
 def test_masters_keep_what_bf16_rounds_away_and_average_them(checkpoint, pools, tmp_path):
     args = train.settle(make_args(checkpoint, tmp_path, "flow", dtype="bfloat16"))
     recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
-    trainee = train.Trainee("teacher", train.load(args, checkpoint / "transformer"), args, 0.0, 1e-6, ema=0.5)
+    network = train.Network(train.load(args, checkpoint / "transformer", torch.float32))
+    trainee = train.Trainee("teacher", network, args, 0.0, 1e-6, ema=0.5)
     before = [m.clone() for m in trainee.masters], [w.clone() for w in trainee.weights]
     average = before[0]
     for step in range(3):
         for batch, share in train.batches(args, pools["flow"], recipe, "flow", step):
-            v = train.velocity(trainee.model, batch.condition)
+            v = train.velocity(trainee.network, batch.condition)
             trainee.backward(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t), share, batch)
         trainee.update(1.0)
         decay = min(0.5, (2 + step) / (11 + step))
@@ -302,12 +374,13 @@ def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp
         assert not set(other) & set(draws())
 
 
-def test_micro_batches_are_not_padded(checkpoint, pools, tmp_path):
+def test_micro_batches_are_not_padded_where_lengths_are_common(checkpoint, pools, tmp_path):
     """Padding would count in the target's rotary position: in a micro-batch each sample is as it would be alone."""
     args = train.settle(make_args(checkpoint, tmp_path, "flow", batch=64, micro_batch=4, text_dropout=0.5))
     recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
     model, lengths = MMDiT.from_pretrained(checkpoint / "transformer"), set()
-    for batch, _ in train.batches(args, pools["flow"], recipe, "flow", 0):
+    pool = train.Pool(pools["flow"].entries * conditions.ENOUGH)
+    for batch, _ in train.batches(args, pool, recipe, "flow", 0):
         c = batch.condition
         lengths.add((batch.task, c.states.shape[1]))
         alone = train.Condition(c.states[1:2], c.mask[1:2], [s[1:2] for s in c.sources], c.slots)
@@ -316,6 +389,24 @@ def test_micro_batches_are_not_padded(checkpoint, pools, tmp_path):
             v, one = model(batch.noise, batch.t, c), model(batch.noise[1:2], batch.t[1:2], alone)
         torch.testing.assert_close(v[1:2], one, rtol=1e-4, atol=1e-5)
     assert len(lengths) > 4
+
+
+def test_rare_lengths_meet_their_neighbours(pools):
+    """Of 40 prompts with a length each, a micro-batch holds neighbours, padded to the longest by a few tokens; and where
+    eight share one length, these alone. Buckets never mix."""
+    like = next(e for e in pools["dmd"].entries if e.task == "t2i")
+    other = next(e for e in pools["dmd"].entries if e.task == "edit")
+    words = [replace(like, states=torch.ones(length, 64)) for length in [*range(20, 60), *[300] * 8]]
+    edits = [replace(other, category=like.category, task="t2i", states=torch.ones(30, 64))]  # another bucket
+    pool = train.Pool(words + edits)
+    seen = set()
+    for seed in range(200):
+        rngs = [train.generator(seed, 0, i, "test") for i in range(6)]
+        drawn = pool.draw(rngs, like.task, like.category)
+        lengths = [len(e.states) for e in drawn]
+        assert len({e.bucket for e in drawn}) == 1 and max(lengths) - min(lengths) <= conditions.ENOUGH
+        seen.update(lengths)
+    assert seen == {len(e.states) for e in words}  # each prompt is met
 
 
 # ---- what stops a run ------------------------------------------------------------------------------------------------
@@ -357,7 +448,7 @@ def test_non_finite_stops_before_the_update(checkpoint, pools, tmp_path, monkeyp
     with pytest.raises(FloatingPointError, match=r"step 2, task (t2i|edit), k = (None|\d): .*t = \[0\.\d") as error:
         train.train(args, pools[objective], state)
     assert ("k = None" in str(error.value)) == (objective == "flow")
-    assert newest(args.out)["step"] == 1 and not (args.out / "student").exists()
+    assert newest(args.out)[0] == 1 and not (args.out / "student").exists()
 
 
 def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, command):
@@ -383,6 +474,8 @@ def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, comm
     with pytest.raises(ValueError, match="has no target"):
         lines = [p for p in read_prompts([prompts]) if p.task == "t2i"]
         train.encode_pool(Pipeline.from_pretrained(checkpoint), [replace(lines[0], target=None)], 64, targets=True)
+    with pytest.raises(ValueError, match=r"--resolution 64: the toy world's own prompts have 128"):
+        train.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "third")])
 
     run = [sys.executable, train.__file__, *command, "--out", str(out)]  # the folder is taken
     ended = subprocess.run(run, capture_output=True, text=True)

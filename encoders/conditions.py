@@ -1,0 +1,319 @@
+"""What the frozen encoders make of every prompt, computed once: entries, the pool they are drawn from, and its cache.
+
+    Entry         one encoded prompt: the states of its words, the latents of its sources (and of its target)
+    Pool          entries; `draw` picks those of one micro-batch, which share a bucket
+    encode_pool   prompts -> Pool, in memory
+    cached_pool   the same through a folder of safetensors shards: what an earlier start, or another process, has
+                  encoded is not encoded again, and tensors are mapped from the files, not copied into every process
+
+A BUCKET is what samples must have in common to be one tensor: the sizes of all sources and of the picture to draw. In
+the cache an entry is known by its CONTENT: the words, the pictures' bytes, the encoders' files and the resolution. A
+changed picture is another entry.
+"""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+import sample
+from encoders.qwen3vl import Qwen3VL
+from encoders.vae import VAE
+from recipe import Prompt
+
+GROUP = 32  # prompts that are encoded at once, and that share a shard
+ENOUGH = 8  # entries of one text length that make a micro-batch worth having without padding
+
+
+@dataclass
+class Entry:
+    """One encoded prompt, in bf16 on the CPU. The toy's take about 30 KB, the 7B's about 1 MB for each 100 words or source."""
+
+    task: str
+    category: str
+    states: Tensor  # (L, C) of the language model, without padding
+    empty: Tensor | None  # (L0, C) of an empty prompt with the same sources, for guidance and text dropout
+    slots: list[tuple[int, int]]  # of the sources in states, and in empty too: they stand before the words
+    sources: list[Tensor]  # (64, h_i, w_i) each
+    target: Tensor | None  # (64, h, w), for the flow objective
+    size: tuple[int, int]  # (h, w) of what is to be drawn
+
+    @property
+    def bucket(self) -> tuple:
+        return tuple(s.shape for s in self.sources), self.size
+
+
+class Pool:
+    """Entries by task and category. `Pool(a.entries + b.entries)` joins two."""
+
+    def __init__(self, entries: list[Entry]):
+        self.entries = entries
+        self.places: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+        self.near: dict[tuple, list[Entry]] = {}  # neighbours, by (task, category, bucket, text length)
+        for entry in entries:
+            self.places[entry.task, entry.category].append(entry)
+
+    def draw(self, rngs: list[torch.Generator], task: str, category: str) -> list[Entry]:
+        """The entries of one micro-batch, one for each generator: the first of any bucket, the others its neighbours."""
+        first = pick(self.places[task, category], rngs[0])
+        others = self.neighbours(first)
+        return [first, *(pick(others, rng) for rng in rngs[1:])]
+
+    def neighbours(self, entry: Entry) -> list[Entry]:
+        """Whom an entry may share a micro-batch with: its task, category and bucket, and its text's length.
+
+        Padding is masked, but it counts: the target's rotary position is behind the batch's longest text, and a network
+        trained there is asked to draw elsewhere when the prompt comes alone. So lengths are equal where ENOUGH entries
+        have this one (always, in the toy). Where prompts are few and long, they are the ENOUGH nearest in length instead,
+        padded to the longest: a few positions off, and better than to see one prompt sixteen times.
+        """
+        length, key = len(entry.states), (entry.task, entry.category, entry.bucket, len(entry.states))
+        if key not in self.near:
+            place = [e for e in self.places[entry.task, entry.category] if e.bucket == entry.bucket]
+            equal = [e for e in place if len(e.states) == length]
+            nearest = sorted(place, key=lambda e: abs(len(e.states) - length))[:ENOUGH]
+            self.near[key] = equal if len(equal) >= ENOUGH else nearest
+        return self.near[key]
+
+
+def pick(place: list[Entry], rng: torch.Generator) -> Entry:
+    return place[torch.randint(len(place), (), generator=rng).item()]
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Encoders:
+    encoder: Qwen3VL
+    vae: VAE
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: Path, dtype: torch.dtype, device: str) -> "Encoders":
+        vae = VAE.from_pretrained(checkpoint / "vae", dtype, device)
+        return cls(Qwen3VL.from_pretrained(checkpoint, dtype, device), vae)
+
+
+def encode_pool(
+    encoders: "Encoders | sample.Pipeline",
+    prompts: Iterable[Prompt],
+    resolution: int,
+    empty: bool = True,
+    targets: bool = False,
+) -> Pool:
+    """Encode every prompt once, with `encoders.encoder` and `encoders.vae`; the pool keeps the prompts' order.
+
+    empty: also each prompt's twin without words, for guidance and text dropout. targets: also the target pictures, where
+    a missing one is a ValueError.
+    """
+    done, bar = {}, tqdm(prompts, desc="encode", unit="prompt", leave=False)
+    for group in groups(bar, resolution, targets):
+        entries = encode(encoders, [prompt for _, prompt in group], resolution, empty, targets)
+        done |= {number: entry for (number, _), entry in zip(group, entries, strict=True)}
+    return Pool([done[number] for number in sorted(done)])
+
+
+def groups(prompts: Iterable[Prompt], resolution: int, targets: bool) -> Iterator[list[tuple[int, Prompt]]]:
+    """Numbered prompts whose pictures come to equal sizes, GROUP at a time; the smaller rests at the end."""
+    waiting = defaultdict(list)
+    for number, prompt in enumerate(prompts):
+        if targets and prompt.target is None:
+            raise ValueError(f"the flow objective learns pictures, and the prompt {prompt.prompt!r} has no target")
+        pictures = prompt.images or ([prompt.target] if targets else [])
+        group = waiting[len(prompt.images), *(fitted_size(picture, resolution) for picture in pictures)]
+        group.append((number, prompt))
+        if len(group) == GROUP:
+            yield group.copy()
+            group.clear()
+    yield from filter(None, waiting.values())
+
+
+def fitted_size(source: sample.Source, resolution: int) -> tuple[int, int]:
+    """The size that sample.fit will give a picture, from its file's header alone where that says it."""
+    if isinstance(source, Image.Image):
+        return sample.fitted(*source.size, resolution)
+    try:
+        with Image.open(source) as picture:
+            (width, height), turned = picture.size, picture.getexif().get(0x0112, 1) >= 5  # the camera lay on its side
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return sample.fit(source, resolution).size  # says what is wrong with it
+    return sample.fitted(*((height, width) if turned else (width, height)), resolution)
+
+
+@torch.no_grad()
+def encode(
+    encoders: "Encoders | sample.Pipeline", prompts: list[Prompt], resolution: int, empty: bool, targets: bool
+) -> list[Entry]:
+    """The entries of one group of prompts, whose sources (and targets) are of equal sizes."""
+
+    def states(words: list[str], images: list) -> tuple[list[Tensor], list]:
+        padded, mask, slots = encoders.encoder.encode(words, images)
+        lengths = mask.sum(1).tolist()
+        return [s[:n].to("cpu", torch.bfloat16).clone() for s, n in zip(padded, lengths, strict=True)], slots
+
+    def latents(pictures: Iterable[Image.Image]) -> list[Tensor]:
+        like = encoders.vae.quant_conv.weight
+        images = sample.to_tensor(list(pictures)).to(like.device, like.dtype)  # (B, 4, H, W)
+        return [z.clone() for z in encoders.vae.encode(images).to("cpu", torch.bfloat16)]  # B of (64, h, w)
+
+    images = [[sample.fit(image, resolution) for image in prompt.images] for prompt in prompts]
+    read, slots = states([prompt.prompt for prompt in prompts], images)
+    twins = [None] * len(prompts)
+    if empty and images[0]:
+        twins = states([""] * len(prompts), images)[0]
+    elif empty:  # without sources one twin serves all
+        twins = states([""], [[]])[0] * len(prompts)
+    sources = [latents(column) for column in zip(*images, strict=True)]  # sources x B of (64, h_i, w_i)
+    ends = [None] * len(prompts)
+    if targets:
+        goals = [sample.fit(prompt.target, resolution) for prompt in prompts]
+        for i, row in enumerate(images):  # an edit is drawn at the size of its last source
+            if row and goals[i].size != row[-1].size:
+                picture = sample.open_picture(prompts[i].target)
+                goals[i] = picture.resize(row[-1].size, Image.Resampling.LANCZOS)
+        ends = latents(goals)
+    entries = []
+    for i, prompt in enumerate(prompts):
+        own = [column[i] for column in sources]
+        # Text to image has the target's size, or else is a square.
+        h, w = own[-1].shape[1:] if own else ends[i].shape[1:] if targets else [resolution // 32 * 2] * 2
+        entries.append(Entry(prompt.task, prompt.category, read[i], twins[i], slots, own, ends[i], (h, w)))
+    return entries
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def cached_pool(
+    folder: Path,
+    prompts: list[Prompt],
+    checkpoint: Path,
+    dtype: torch.dtype,
+    device: str,
+    resolution: int,
+    empty: bool = True,
+    targets: bool = False,
+    share: tuple[int, int] = (0, 1),
+    together: Callable[[], AbstractContextManager] = nullcontext,
+) -> Pool:
+    """`encode_pool` through the shards in `folder`, whose tensors the pool then maps.
+
+    share: (this process's number, how many processes share the work). together: a context that all of them leave at the
+    same time. The encoders are opened, in dtype on the device, where something is left to encode, and gone when this
+    returns. Which prompts are encoded in one batch depends on what is missing and not on the number of processes: else
+    the last bits of the states would, too.
+    """
+    mine, processes = share
+    folder.mkdir(parents=True, exist_ok=True)
+    files = fingerprint(checkpoint)
+    keys = [content_key(prompt, files, resolution, empty, targets) for prompt in prompts]
+    with together():
+        for shard in shards(folder)[mine::processes]:
+            if read_shard(shard, check=True) is None:
+                print(f"{shard}: torn; its prompts are encoded again")
+                shard.unlink()
+    with together():  # nobody may add a shard while others still look
+        known = {key for shard in shards(folder) for key in read_shard(shard)}
+    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
+    with together():
+        work = list(groups(missing.values(), resolution, targets))
+        names, total = list(missing), sum(map(len, work[mine::processes]))
+        encoders = Encoders.from_pretrained(checkpoint, dtype, device) if total else None
+        with tqdm(total=total, desc="encode", unit="prompt", leave=False, disable=mine > 0 or not total) as bar:
+            for group in work[mine::processes]:
+                entries = encode(encoders, [prompt for _, prompt in group], resolution, empty, targets)
+                write_shard(folder, {names[number]: entry for (number, _), entry in zip(group, entries, strict=True)})
+                bar.update(len(group))
+        del encoders
+    found = {key: parts for shard in shards(folder) for key, parts in read_shard(shard).items()}
+    return Pool([Entry(prompt.task, prompt.category, **found[key]) for key, prompt in zip(keys, prompts, strict=True)])
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """A hash of every file that the entries depend on."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for name in ("processor", "text_encoder", "vae") for p in (checkpoint / name).rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def content_key(prompt: Prompt, encoders: str, resolution: int, empty: bool, targets: bool) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    pictures = [*prompt.images, prompt.target] if targets and prompt.target else prompt.images
+    digest.update(json.dumps([encoders, resolution, empty, targets, prompt.prompt, len(pictures)]).encode())
+    for picture in pictures:
+        if isinstance(picture, Image.Image):
+            content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
+        else:
+            content = Path(picture).read_bytes()
+        digest.update(hashlib.blake2b(content).digest())
+    return digest.hexdigest()
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def write_shard(folder: Path, entries: dict[str, Entry]) -> None:
+    """One file of entries by key, whole or not at all; its header holds what is no tensor, and a checksum of the rest."""
+    tensors, notes = {}, {}
+    for key, entry in entries.items():
+        tensors |= {f"{key}.states": entry.states} | {f"{key}.{i}": z for i, z in enumerate(entry.sources)}
+        tensors |= {f"{key}.{n}": t for n in ("empty", "target") if (t := getattr(entry, n)) is not None}
+        notes[key] = {"slots": entry.slots, "size": entry.size, "sources": len(entry.sources)}
+    tensors = {name: t.contiguous().clone() for name, t in tensors.items()}  # a file's tensors may not share memory
+    path = folder / f"{hashlib.blake2b(''.join(entries).encode(), digest_size=16).hexdigest()}.safetensors"
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        save_file(tensors, part, {"entries": json.dumps(notes), "checksum": checksum(tensors)})
+    except SafetensorError as error:  # a full disk, most likely
+        part.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error})") from None
+    os.replace(part, path)
+
+
+def read_shard(path: Path, check: bool = False) -> dict[str, dict] | None:
+    """The fields of a shard's entries, by key; tensors are mapped, so that reading costs nothing before they are used.
+
+    None: not whole. A header that fits the file's length is always asked for; `check` reads every byte.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        notes = json.loads(header["entries"])
+        if check and header["checksum"] != checksum(tensors):
+            return None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+        return None
+    found = {}
+    for key, note in notes.items():
+        found[key] = {
+            "states": tensors[f"{key}.states"],
+            "empty": tensors.get(f"{key}.empty"),
+            "slots": [tuple(slot) for slot in note["slots"]],
+            "sources": [tensors[f"{key}.{i}"] for i in range(note["sources"])],
+            "target": tensors.get(f"{key}.target"),
+            "size": tuple(note["size"]),
+        }
+    return found
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

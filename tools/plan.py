@@ -1,0 +1,152 @@
+"""What a run takes, by arithmetic from a checkpoint's config alone: memory, work and time (`train.py --plan`).
+
+Bytes are one process's, by part; FLOPs those of a whole update. `args` is train.Args, settled.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import recipe as recipes
+from model import MMDiT, MMDiTConfig
+
+TEXT = 200  # tokens of a long prompt with its template, for the plan; real ones differ little in work
+
+
+def parameters(config: MMDiTConfig) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in MMDiT(config).parameters())
+
+
+def peak_flops(args) -> float | None:
+    """Of one device, a second, dense: what its maker says, in bf16. None: not known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device.startswith("cuda") else "none"
+    known = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "4090": 165}
+    tflops = args.peak_tflops or next((tflops for part, tflops in known.items() if part in name), None)
+    return tflops and 1e12 * tflops
+
+
+def sample_flops(config: MMDiTConfig, purpose: str, prefix: int, target: int, k: int | None, scorers: int) -> float:
+    """One sample's part of one update: "flow", "fake" or "student"; `scorers`: forwards that make the real score.
+
+    A multiplication and an addition for each weight and token, and twice for each pair of tokens and channel that
+    attention compares. A backward pass is two forwards; what `recompute` computes again is work, but no progress.
+    """
+    width = config.num_attention_heads * config.attention_head_dim
+    weights = 2 * config.num_layers * (4 + 3 * config.mlp_ratio) * width**2  # a token's
+    pair = 4 * config.num_layers * width
+    text = prefix * (weights + pair * prefix)  # text and sources: once, where no gradient is wanted
+    step = target * (weights + pair * (prefix + target))
+    steps = 0 if purpose == "flow" else k + (purpose == "fake")  # of the rollout, without gradient
+    looks = scorers + 1 if purpose == "student" else 0  # of teachers and fake score, at x_t
+    return bool(steps) * text + steps * step + (3 + looks) * (text + step)
+
+
+def utilisation(args, config: MMDiTConfig, recipe: recipes.Recipe, losses: list[tuple], seconds: float) -> float | None:
+    """The share of the device's peak that a step's necessary work amounts to; None where the peak is not known. losses:
+    of watch.Log, which hold this process's batches."""
+    peak, work = peak_flops(args), 0.0
+    for name, batch, values in losses if peak else ():
+        purpose, scorers = {"fake_loss": "fake", "loss": "student" if batch.k is not None else "flow"}[name], 0
+        if purpose == "student":
+            teachers = recipe.weights(batch.k, args.student_steps, batch.task, batch.category)
+            scorers = len(teachers) * (1 if args.guidance == 1 else 2)
+        work += len(values) * sample_flops(config, purpose, *batch.tokens, batch.k, scorers)
+    return round(work / seconds / peak, 4) if peak else None  # of each rank, and they are alike
+
+
+@dataclass
+class Plan:
+    """One process's bytes by part, and an update's FLOPs over all processes."""
+
+    parameters: int
+    trained: int
+    bytes: dict[str, float]
+    waiting: float  # of the gradients: what is there already while the last micro-batch computes its own
+    update_flops: float
+
+    @property
+    def peak(self) -> float:
+        """The gradients grow while the activations go: one of the two is at its largest."""
+        computing = self.bytes["activations"] + self.bytes["prefix cache"]
+        rest = sum(self.bytes.values()) - computing - self.bytes["gradients"]
+        return rest + max(self.waiting + computing, self.bytes["gradients"])
+
+
+def make_plan(
+    args, config: MMDiTConfig, recipe: recipes.Recipe, gpus: int, frozen: int, layouts: dict[str, tuple[int, int]]
+) -> Plan:
+    """recipe: with rules for the teachers there are. frozen: networks. layouts: task -> tokens of one sample, those of text
+    and sources and those of the target."""
+    flows, e = args.objective == "flow", getattr(torch, args.dtype).itemsize
+    total, width = parameters(config), config.num_attention_heads * config.attention_head_dim
+    learners, sharded = 1 if flows else 2, gpus > 1 and not args.lora_rank
+    rows = gpus if sharded else 1
+    inside = config.num_layers * (4 + 3 * config.mlp_ratio) * width**2  # the blocks' part of the weights
+    trained = 8 * config.num_layers * width * args.lora_rank or total
+    copies = 0 if sharded or args.lora_rank or e == 4 else learners  # working weights beside the masters
+    muon = inside if args.muon_lr and not args.lora_rank else 0  # Muon has one moment where AdamW has two
+    waiting = 4 * trained / rows if len(args.sizes) > 1 else 0.0
+    gathered = 2 * inside / config.num_layers * (2 * e + 4) + (total - inside) * (e + 4) if sharded else 0.0
+
+    # Saved for the backward pass, by token and block, in units of the width: counted from the lines of model.Block and
+    # held against measurements by tests/test_plan.py. A frozen weight does not need its input, so a LoRA saves less.
+    inner = (17 if args.lora_rank else 25) * e + 4 * 4
+    guided = 1 if args.guidance == 1 else 2
+    activations, caches, flops = 0.0, 0.0, 0.0
+    for task, (prefix, target) in layouts.items():
+        # Beside the tokens': the target's attention has a copy of the prefix's keys and values.
+        block = ((prefix + target) * inner + 2 * prefix * e) * width
+        kept = (prefix + target) * e * width  # by a block that is computed again
+        saved = config.num_layers * kept + block if args.recompute else config.num_layers * block
+        saved += (4 * (prefix + target) + 10 * target) * e * width  # both ends of the network; gradients on their way
+        cache = 0 if flows else 2 * config.num_layers * prefix * e * width * (2 + frozen * guided)
+        if saved + cache > activations + caches:
+            activations, caches = saved, cache
+        for k in range(args.student_steps):
+            scorers = guided * len(recipe.weights(k, args.student_steps, task, None))
+            kinds = {"flow": 1} if flows else {"fake": args.fake_updates, "student": 1}
+            work = sum(n * sample_flops(config, kind, prefix, target, k, scorers) for kind, n in kinds.items())
+            share = recipe.ratio[recipes.TASKS.index(task)] / sum(recipe.ratio)
+            flops += args.batch * share * work / args.student_steps
+    parts = {
+        "frozen weights": frozen * total * e / rows,
+        "working weights": copies * total * e,
+        "masters": learners * trained * 4 / rows,
+        "average": trained * 4 / rows if args.ema else 0.0,
+        "optimiser": learners * (8 * trained - 4 * muon) / rows,
+        "gradients": 4 * trained / rows + (copies > 0 and waiting > 0) * total * e,
+        "gathered": gathered,
+        "activations": args.sizes[0] / gpus * activations,
+        "prefix cache": args.sizes[0] / gpus * caches,
+    }
+    return Plan(total, trained, parts, waiting, flops)
+
+
+def describe(args, gpus: int, teachers: dict[str, Path]) -> str:
+    """The plan as a table. A sample is a square of args.resolution with TEXT tokens; an edit has one source of that size."""
+    config = MMDiTConfig.from_json(Path(args.checkpoint) / "transformer" / "config.json")
+    recipe, tokens = recipes.find(args.recipe), (args.resolution // 16) ** 2
+    recipe = replace(recipe, specialists=tuple(s for s in recipe.specialists if s.teacher in teachers))
+    frozen = 1 + sum(teachers[name].is_dir() for name in recipe.teachers)
+    frozen = frozen if args.objective == "dmd" else int(args.lora_rank > 0)
+    tasks = [task for task, parts in zip(recipes.TASKS, recipe.ratio, strict=True) if parts]
+    layouts = {task: (TEXT + (tokens if task == "edit" else 0), tokens) for task in tasks}
+    plan = make_plan(args, config, recipe, gpus, frozen, layouts)
+    peak = args.peak_tflops or (peak_flops(args) or 989e12) / 1e12
+    seconds = plan.update_flops / (gpus * peak * 1e12 * args.utilisation)
+    way = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "all weights"
+    lines = [
+        f"{args.checkpoint}: {plan.parameters / 1e9:.3f} billion parameters, {plan.trained / 1e6:.1f} million trained",
+        f"{args.objective}, {way}, {args.dtype}, {gpus} process(es), {frozen} frozen network(s), batch {args.batch} in "
+        f"micro-batches of {args.micro_batch}, {args.resolution} x {args.resolution}, recompute {args.recompute}",
+        *(f"  {task}: {p:,} tokens of text and sources, {n:,} of the target" for task, (p, n) in layouts.items()),
+        "GB a process:",
+        *(f"  {name:16} {size / 1e9:9.3f}" for name, size in plan.bytes.items() if size),
+        f"  {'peak':16} {plan.peak / 1e9:9.3f}",
+        f"{plan.update_flops / 1e12:,.2f} TFLOP an update",
+        f"{seconds:,.2f} s an update, {seconds * args.steps / 3600:,.2f} h for {args.steps} steps, at "
+        f"{args.utilisation:.0%} of {peak:,.0f} TFLOP/s a process",
+    ]
+    return "\n".join(lines)
