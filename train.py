@@ -20,8 +20,8 @@ turn of the recipe, for all processes together: each takes an equal part of it, 
 
 Exit status: 0 finished; 2 bad input; 1 a value that is not finite; 130 and 143 after Ctrl-C and SIGTERM, which save
 first. `--resume` goes on from there, on any number of processes; on a CPU, with as many as before, the run ends with the
-bits of an uninterrupted one. With several other
-programs on the machine, OMP_WAIT_POLICY=passive in the environment keeps idle threads from taking their cores.
+bits of an uninterrupted one. With several other programs on the machine, OMP_WAIT_POLICY=passive in the environment
+keeps idle threads from taking their cores.
 
 Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and dmd.py.
 """
@@ -723,7 +723,7 @@ def save(out: Path, step: int, trainees: dict[str, Trainee]) -> None:
     def publish() -> None:
         shutil.rmtree(place, ignore_errors=True)
         os.replace(aside, place)
-        for old in checkpoints(out)[:-2]:
+        for old in whole_checkpoints(out)[:-2]:
             shutil.rmtree(old)
 
     try:
@@ -737,7 +737,7 @@ def save(out: Path, step: int, trainees: dict[str, Trainee]) -> None:
     except OSError as error:
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
-        kept = ", ".join(f.name for f in checkpoints(out)[-1:]) or "none yet"
+        kept = ", ".join(f.name for f in whole_checkpoints(out)[-1:]) or "none yet"
         raise OSError(f"no checkpoint of step {step} ({error}); the last whole one: {kept}") from None
 
 
@@ -750,14 +750,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         raise OSError(f"{path}: {error}") from None
 
 
-def checkpoints(out: Path) -> list[Path]:
+def whole_checkpoints(out: Path) -> list[Path]:
     """A run's whole checkpoints, oldest first."""
     return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit())
 
 
 def newest(out: Path) -> Path | None:
     """The newest checkpoint; None for a run that ended before its first. The metrics are cut back to its step."""
-    found = [None, *checkpoints(out)][-1]
+    found = [None, *whole_checkpoints(out)][-1]
     if (metrics := out / "metrics.jsonl").is_file():
         lines = metrics.read_text().splitlines(keepends=True)
         metrics.write_text("".join(lines[: int(found.name) if found else 0]))

@@ -142,13 +142,13 @@ def groups(prompts: Iterable[Prompt], resolution: int, targets: bool) -> Iterato
 def fitted_size(source: sample.Source, resolution: int) -> tuple[int, int]:
     """The size that sample.fit will give a picture, from its file's header alone where that says it."""
     if isinstance(source, Image.Image):
-        return sample.fitted(*source.size, resolution)
+        return sample.sides(*source.size, resolution)
     try:
         with Image.open(source) as picture:
             (width, height), turned = picture.size, picture.getexif().get(0x0112, 1) >= 5  # the camera lay on its side
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return sample.fit(source, resolution).size  # says what is wrong with it
-    return sample.fitted(*((height, width) if turned else (width, height)), resolution)
+    return sample.sides(*((height, width) if turned else (width, height)), resolution)
 
 
 @torch.no_grad()

@@ -268,11 +268,11 @@ def test_one_rank_stops_all(runs):
         assert end["ended"].startswith("FloatingPointError: step 2, task")
         assert end["ended"].endswith("not finite, and only here")
         assert [name for name, _ in end["updates"]].count("student") == 1  # the broken step took none
-    assert [f.name for f in train.checkpoints(runs / "two-wrong")] == ["00000001"]
+    assert [f.name for f in train.whole_checkpoints(runs / "two-wrong")] == ["00000001"]
     assert [end["ended"] for end in noted(runs, "two-stopped")] == [
         "SystemExit: 143"
     ] * 2  # rank 1 alone had the signal
-    assert [f.name for f in train.checkpoints(runs / "two-stopped")] == ["00000001"]
+    assert [f.name for f in train.whole_checkpoints(runs / "two-stopped")] == ["00000001"]
     for end in noted(runs, "two-uneven"):
         assert end["ended"].startswith("ValueError: micro-batches of 3 samples cannot be shared equally by 2")
 

@@ -28,6 +28,7 @@ from encoders import conditions
 from model import MMDiT
 from recipe import read_prompts
 from sample import Pipeline
+from tools import watch
 
 STEPS = 3
 
@@ -79,7 +80,7 @@ def make_args(checkpoint: Path, out: Path, objective: str = "dmd", **numbers) ->
 
 def newest(out: Path) -> tuple[int, dict]:
     """The newest checkpoint: its step, and {network: {tensor's name: tensor}}."""
-    folder = train.checkpoints(out)[-1]
+    folder = train.whole_checkpoints(out)[-1]
     return int(folder.name), {f.name.split("-")[0]: load_file(f) for f in folder.iterdir()}
 
 
@@ -156,7 +157,7 @@ def test_killed_at_any_moment_of_saving(tmp_path):
     moments, told = random.Random(0), tmp_path / "told"
     (tmp_path / "run").mkdir()
     for _ in range(20):
-        first = [0, *(int(f.name) for f in train.checkpoints(tmp_path / "run"))][-1] + 1
+        first = [0, *(int(f.name) for f in train.whole_checkpoints(tmp_path / "run"))][-1] + 1
 
         def write(first=first):
             for step in range(first, first + 10**6):
@@ -165,6 +166,7 @@ def test_killed_at_any_moment_of_saving(tmp_path):
                 train.save(tmp_path / "run", step, {"student": trainee, "fake": trainee})
                 told.write_text(f"{step:09d}")
 
+        told.unlink(missing_ok=True)
         pid = forked(write)
         while not told.exists():
             time.sleep(0.001)
@@ -174,8 +176,8 @@ def test_killed_at_any_moment_of_saving(tmp_path):
         step, networks = newest(tmp_path / "run")
         assert step >= int(told.read_text() or 0) and networks.keys() == {"student", "fake"}
         assert all((tensor == step).all() for tensors in networks.values() for tensor in tensors.values())
-        assert len(train.checkpoints(tmp_path / "run")) <= 3  # two, and one that was not removed any more
-    assert step > 20
+        assert len(train.whole_checkpoints(tmp_path / "run")) <= 3  # two, and one that it did not come to remove
+    assert step >= 20
 
 
 def test_killed_training_goes_on_as_if_nothing_had_been(checkpoint, pools, tmp_path):
@@ -407,6 +409,28 @@ def test_rare_lengths_meet_their_neighbours(pools):
         assert len({e.bucket for e in drawn}) == 1 and max(lengths) - min(lengths) <= conditions.ENOUGH
         seen.update(lengths)
     assert seen == {len(e.states) for e in words}  # each prompt is met
+
+
+def test_metrics_tell_times_and_tasks_apart(monkeypatch, tmp_path):
+    """Over the samples of two ranks; and TensorBoard has the numbers, where it is installed."""
+    log, other = watch.Log(), watch.Log()
+    for each, task, losses in ((log, "t2i", [1.0, 2.0]), (log, "edit", [3.0, 3.0]), (other, "t2i", [5.0, 0.0])):
+        batch = SimpleNamespace(task=task, category="text", k=2, t=torch.tensor([0.1, 0.95]))
+        each.add("loss", torch.tensor(losses), batch)
+    theirs = [("loss", b.task, losses.tolist(), b.t.tolist()) for _, b, losses in other.losses]
+    line = log.line(lambda mine: [mine, theirs], step=1)
+    assert line["loss"] == pytest.approx(14 / 6) and line["loss_by_task"] == {"edit": 3.0, "t2i": 2.0}
+    assert line["loss_by_t"] == [3.0, None, None, None, pytest.approx(5 / 3, abs=1e-4)]
+    assert line["categories"] == {"t2i text": 4, "edit text": 4}  # each rank has as many
+
+    board = []
+    writer = SimpleNamespace(SummaryWriter=lambda out: SimpleNamespace(add_scalar=lambda *point: board.append(point)))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
+    with open(tmp_path / "metrics.jsonl", "w") as metrics:
+        watch.record(line, metrics, watch.open_board(tmp_path))
+    assert ("loss", line["loss"], 1) in board and json.loads((tmp_path / "metrics.jsonl").read_text()) == line
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert watch.open_board(tmp_path) is None
 
 
 # ---- what stops a run ------------------------------------------------------------------------------------------------
