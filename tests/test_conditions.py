@@ -71,7 +71,7 @@ def test_cache(checkpoint, prompts, tmp_path, encoded, monkeypatch):
                 left = [None] * interrupted_after
                 patch.setattr(conditions, "write_shard", lambda *a: (left.pop(), write(*a)))
             listed = read_prompts([prompts])
-            pool = cached_pool(folder, listed, checkpoint, resolution, torch.float32, "cpu")
+            pool = cached_pool(folder, listed, checkpoint, torch.float32, "cpu", resolution)
         return pool.entries, sorted(encoded)
 
     with pytest.raises(IndexError):  # killed when two of four groups were kept

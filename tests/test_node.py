@@ -296,7 +296,7 @@ def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):
     def work():
         share = (train.rank(), train.ranks())
         arguments = dict(share=share, together=train.together)
-        pool = cached_pool(tmp_path / str(share[1]), prompts, checkpoint, 64, torch.float32, "cpu", False, **arguments)
+        pool = cached_pool(tmp_path / str(share[1]), prompts, checkpoint, torch.float32, "cpu", 64, False, **arguments)
         assert [int(entry.states[0, 0]) for entry in pool.entries] == list(range(9))
 
     groups = []
