@@ -5,7 +5,8 @@
     python tests/benchmark.py cpu --quick    the same with the toy's config alone
 
 Every comparison takes the two in turns within one process and reports the median of the pairs' ratios, ours / diffusers':
-below 1 is faster. On a shared machine single times mean little; such ratios do. Prints Markdown.
+below 1 is faster. On a shared machine single times mean little; such ratios do (with one thread: OMP_NUM_THREADS=1).
+Prints Markdown.
 """
 
 import argparse
@@ -100,12 +101,15 @@ class Theirs(torch.nn.Module):
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    if device != "cpu":
-        torch.cuda.synchronize()
+    """On a GPU from one stop of its queue to the next; on a CPU what this process spent, whoever else is on the machine."""
+    if device == "cpu":
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+    torch.cuda.synchronize()
     began = time.perf_counter()
     work()
-    if device != "cpu":
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -175,8 +179,8 @@ def picture(network, prefix: bool, z: Tensor, condition: Condition) -> None:
 
 def cpu(quick: bool) -> None:
     threads = torch.get_num_threads()
-    print(f"CPU, fp32, {threads} thread(s), torch {torch.__version__}; medians, and ours / diffusers' by pairs\n")
-    row("what", "ours, s", "diffusers', s", "ratio")
+    print(f"CPU seconds, fp32, {threads} thread(s), torch {torch.__version__}; medians, and the pairs' median ratio\n")
+    row("what", "ours", "diffusers'", "ours / diffusers'")
     row("---", "---", "---", "---")
     compare("toy", TOY, side=8, batch=4, times=7)
     if not quick:

@@ -121,4 +121,4 @@ def test_readme_commands(job, toy_checkpoint, tmp_path, monkeypatch):
         train.main([*words, *tiny[2:], "--student-steps", "1"])
     assert len(node) == 3 and (tmp_path / "runs" / "lora" / "lora.safetensors").is_file()
     (large,) = [line.split("train.py")[1].split() for line in README if line.strip().startswith("torchrun")]
-    assert train.parse(large).prompts == (Path("mine.jsonl"),)  # test_node.py runs the like of it
+    assert list(train.parse(large).prompts) == [Path("mine.jsonl")]  # test_node.py runs the like of it
