@@ -906,9 +906,9 @@ def train(args: Args, pool: Pool, state: Path | None) -> Path:
     with student.averaged() as network, together():
         alone = student.export()
         if rank() == 0:
-            if args.lora_rank:
-                lora = network.model.lora(network.role)
-                sample.write_lora(args.out / "lora.safetensors", lora, None if flows else sigmas[:-1])
+            if args.lora_rank:  # for the base checkpoint, here and elsewhere; for a teacher, what --teacher reads
+                lora, file = network.model.lora(network.role), args.out / "lora.safetensors"
+                sample.write_lora(file, lora) if flows else sample.export_lora(file, lora, sigmas[:-1])
             if flows:
                 alone.save_pretrained(folder)
             else:
