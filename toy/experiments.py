@@ -182,7 +182,7 @@ class Workshop:
             args = replace(STUDENT, checkpoint=self.checkpoint, recipe=recipe, out=out, seed=seed, steps=step)
             args = replace(args, student_steps=self.nfe, dtype=self.dtype, resume=(out / "args.json").exists())
             args, state = train.open_run(args)
-            if state and state["step"] > step:
+            if state and int(state.name) > step:
                 raise ValueError(f"{out}: is past step {step}, whose weights are gone; remove the folder")
             result = train.train(args, encoded(self.checkpoint, tasks), state)
             shutil.copytree(result / "transformer", folder.with_suffix(".part"), dirs_exist_ok=True)
