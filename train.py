@@ -95,7 +95,7 @@ class Args:
     guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: model_index.json's")
     resolution: int | None = option(None, "side of sources' and targets' area; default: model_index.json's")
     student_steps: int = option(4, "the student's number of steps, its NFE")
-    steps: int = option(80, "updates of the student")
+    steps: int = option(60, "updates of the student")
     batch: int = option(48, "samples per update, over all its micro-batches")
     micro_batch: int = option(16, "samples that run at once, over all processes, of one category and bucket")
     seed: int = option(0, "all random draws follow from it")
@@ -112,10 +112,10 @@ class Args:
     utilisation: float = option(0.4, "--plan: share of that peak which the time is stated for")
 
     # The optimisation. These are ours, from a prototype of the laptop's size, unless a source is named.
-    muon_lr: float = option(0.004, "Muon, for the blocks' matrices; 0: AdamW for those too")
-    lr: float = option(4e-4, "AdamW, for all other tensors")
-    fake_muon_lr: float = option(0.01, "the fake score's, higher because it has to keep up with the student")
-    fake_lr: float = option(1e-3, "the fake score's")
+    muon_lr: float = option(0.002, "Muon, for the blocks' matrices; 0: AdamW for those too")
+    lr: float = option(2e-4, "AdamW, for all other tensors")
+    fake_muon_lr: float = option(0.005, "the fake score's, higher because it has to keep up with the student")
+    fake_lr: float = option(5e-4, "the fake score's")
     fake_updates: int = option(2, "updates of the fake score before each of the student; DMD2 takes 5")
     warmup: int = option(10, "steps over which the learning rates rise from 0")
     decay: float = option(0.0, "share of the run, at its end, over which they fall to 0 again")

@@ -4,7 +4,6 @@ Stages, each with a progress bar, each done only once (a killed build goes on wh
 
     language    tokenizer trained on the captions; a random, frozen Qwen3-VL                              seconds
     vae         the autoencoder (toy/train_vae.py)                                                        an hour
-    decoder     a slimmer decoder for the same latents                                                    minutes
     pool        captions, sources and targets encoded once                                                minutes
     base        the base teacher, from random weights, with train.py's flow objective                     an hour
     text, edit  the specialised teachers, fine-tuned from the base on their own task alone                minutes each
@@ -48,7 +47,6 @@ SCHEDULER = Scheduler(shift_terminal=0.02)  # as published
 GUIDANCE = 2.0  # of the teachers; ours
 TIME_SHIFT = 1.65  # of the teachers' p(t): about what the schedule shifts 64 tokens by, e^0.5
 VAE_STEPS = 8250  # two cycles of train_vae.CYCLE, the second cut short for time, still gaining a little
-DECODER_STEPS = 9000  # two cycles
 POOL = {"t2i": 8000, "edit": 4000}  # prompts per category; the specialists draw from the same
 BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more, noisier steps reach further in the same time here
 GROWN_AFTER = (2, 5)  # blocks of the shallow teacher behind which one more is put
@@ -56,8 +54,8 @@ GROWN_AFTER = (2, 5)  # blocks of the shallow teacher behind which one more is p
 # A specialist sees its own task alone, from the base on.
 TEACHERS = {
     "shallow": ("flash", 3400, 1.0),
-    "base": ("mix-7-3", 6000, 1.0),
-    "text": ("e3-text", 200, 0.25),
+    "base": ("mix-7-3", 4900, 1.0),
+    "text": ("e3-text", 400, 0.5),
     "edit": ("mix-0-10", 200, 0.25),
 }
 
@@ -181,12 +179,7 @@ def main() -> None:
             write_json(log_file, log)
 
     stage("language", lambda: build_language(folder))
-    wide = args.out / "vae"  # the autoencoder with the wide decoder, which nothing else needs
-    stage("vae", lambda: train_vae(wide, args.out / "vae-state", VAE_STEPS, SEED, compile=args.compile))
-    stage(
-        "decoder",
-        lambda: train_vae(folder / "vae", args.out / "decoder-state", DECODER_STEPS, SEED, first=wide),
-    )
+    stage("vae", lambda: train_vae(folder / "vae", args.out / "vae-state", VAE_STEPS, SEED, compile=args.compile))
 
     def fresh() -> None:
         torch.manual_seed(SEED)

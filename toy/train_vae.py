@@ -7,10 +7,6 @@ a diffusion model, too little to see.
 
 Pictures 128 x 128 = 8 x 8 latent positions. The network is convolutional but for one attention in the middle, so most
 steps use crops of 4 x 4 latent positions, a quarter of the cost; the last fifth of each cycle uses whole pictures.
-
-It is trained twice. First encoder and decoder together, equally wide. Then a decoder of half the width takes the other's
-place, for the frozen encoder: it draws nearly as well in a third of the time, and decoding is most of what a picture from a
-few-step student costs.
 """
 
 import json
@@ -18,7 +14,6 @@ import math
 import os
 import random
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +28,6 @@ from toy import world
 # Ours. High resolutions get few channels: the pictures are constant over 4 x 4 pixels, so nothing is lost there, and
 # the width goes to the coarse levels, where it is cheap.
 CONFIG = dict(base_dim=4, decoder_base_dim=4, dim_mult=[1, 2, 8, 32, 32], num_res_blocks=1)
-SLIM = 2  # decoder_base_dim of the second decoder
 BETA = 2e-4
 L1 = 0.1  # weight of the absolute error beside the squared one: it keeps small things (eyes, a mouth) from fading
 MUON_LR = 0.02  # for the kernels, as matrices (outputs x everything else); RMS-matched scaling is off
@@ -97,11 +91,10 @@ def as_matrix(kernel: Tensor) -> Tensor:
 
 
 def split_parameters(vae: VAE) -> tuple[list, list, list]:
-    """Of what is trained: the kernels that Muon updates, the matrices that share their memory (it takes nothing else), and
-    all the rest."""
+    """The kernels that Muon updates, the matrices that share their memory (it takes nothing else), and all the rest."""
     outer = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
     kernels, rest = [], []
-    for name, p in ((name, p) for name, p in vae.named_parameters() if p.requires_grad):
+    for name, p in vae.named_parameters():
         (kernels if p.ndim == 4 and p[0].numel() > 1 and not any(o in name for o in outer) else rest).append(p)
     matrices = [nn.Parameter(as_matrix(kernel.detach())) for kernel in kernels]
     assert all(m.data_ptr() == k.data_ptr() for m, k in zip(matrices, kernels)), "kernels must be channels-last"
@@ -118,30 +111,10 @@ def psnr(vae: VAE, count: int = 96) -> float:
     return (-10 * error.log10()).mean().item()
 
 
-def train_vae(
-    out: Path,
-    state_dir: Path,
-    steps: int,
-    seed: int = 0,
-    batch: int = 16,
-    compile: bool = False,
-    first: Path | None = None,
-) -> dict:
-    """Trains and writes `out` (a vae/ folder). Resumes from state_dir. Returns the log.
-
-    first: None, and all of it is trained and the latents' statistics are measured; or a finished vae/ folder, whose
-    encoder and statistics are kept, and only the slim decoder is trained.
-    """
+def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int = 16, compile: bool = False) -> dict:
+    """Trains, measures the latent statistics, writes `out` (a vae/ folder). Resumes from state_dir. Returns the log."""
     torch.manual_seed(seed)
-    if first is None:
-        vae = VAE(VAEConfig(**CONFIG))
-    else:
-        wide = VAE.from_pretrained(first)
-        vae = VAE(replace(wide.config, decoder_base_dim=SLIM))
-        for name in ("encoder", "quant_conv"):
-            getattr(vae, name).load_state_dict(getattr(wide, name).state_dict())
-            getattr(vae, name).requires_grad_(False)
-    vae.to(memory_format=torch.channels_last)
+    vae = VAE(VAEConfig(**CONFIG)).to(memory_format=torch.channels_last)
     kernels, matrices, rest = split_parameters(vae)
     muon = torch.optim.Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.0)
     adam = torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.98), weight_decay=0.0)
@@ -186,8 +159,7 @@ def train_vae(
             torch.save(state | {"seconds": time.time() - began, "log": log}, state_dir / "vae.part")
             os.replace(state_dir / "vae.part", state_file)
     vae.bfloat16().float()  # what is saved is what is measured below
-    if first is None:
-        measure_statistics(vae)
+    measure_statistics(vae)
     vae.save_pretrained(out, dtype=torch.bfloat16)
     return {"steps": steps, "seconds": log[-1]["seconds"], "psnr": psnr(vae), "curve": log}
 
