@@ -305,14 +305,15 @@ def averaged(bench: str, some: list[dict]) -> dict:
 def table(bench: str, rows: dict[str, dict], paper: dict[str, str]) -> list[str]:
     """Markdown, a line for each of the averaged rows."""
     categories = list(benches.CATEGORIES[bench])
-    titles = [bench, "NFE", "seeds", *categories, "average", "compliance", "fidelity", "modes", "distance", "s/image"]
+    diverse = ["modes", "distance"] if bench == "t2i" else []
+    titles = [bench, "NFE", "seeds", *categories, "average", "compliance", "fidelity", *diverse, "s/image"]
     lines = [[*titles, "paper: Gemini / GPT"]]
     lines.append(["---"] * len(lines[0]))
     for name, row in rows.items():
         line = [name, str(row["nfe"]), str(row["seeds"]), *(f"{row[bench][c]:.3f}" for c in categories)]
         line.append(f"**{row[bench]['average']:.3f}** ± {row[f'{bench}_interval']:.3f}")
         line += [f"{row[f'{bench}_{part}']['average']:.3f}" for part in ("exact", "fidelity")]
-        line += [f"{row['diversity'][key]:.2f}" if "diversity" in row else "" for key in ("modes", "distance")]
+        line += [f"{row['diversity'][key]:.2f}" for key in diverse]
         lines.append([*line, f"{row['seconds_per_image']:.3f}", paper.get(name, "")])
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -335,13 +336,15 @@ def run(name: str, checkpoint: Path, out: Path, home: Path, seeds: int, steps: i
             rows[label, bench] = [shop.row(place, sampler, bench, benches.CASES[bench])]
     curve = {bench: {label: [(0, [on_curve(rows[START, bench][0], bench)])] for label in plan.rows} for bench in tasks}
     last = {}  # row's name -> the finished weights of its first seed
+    claimed = {row for parts in plan.claims.values() for part in parts for row in (part.row, part.other)}
     for label, recipe in plan.rows.items():
         students = [shop.student(recipe, seed, tasks) for seed in range(seeds)]
         stages = list(students[0])
         half, last[label] = stages[(len(stages) - 1) // 2], students[0][stages[-1]]
         for bench in tasks:
             for step in stages:
-                cases = benches.CASES[bench] if step in (half, stages[-1]) else few[bench]
+                whole = step == stages[-1] or (step == half and label + HALFWAY in claimed)
+                cases = benches.CASES[bench] if whole else few[bench]
                 sampler = Sampler(f"{label}, step {step}", shop.sigmas)
                 some = [shop.row(places[step], sampler, bench, cases, places[step]) for places in students]
                 curve[bench][label].append((step, [on_curve(row, bench) for row in some]))
@@ -368,7 +371,7 @@ def run(name: str, checkpoint: Path, out: Path, home: Path, seeds: int, steps: i
         f"# {name}",
         "",
         f"{seeds} seeds a row, {steps} updates of {STUDENT.batch} samples, students of {nfe} NFE. Cases in a category: "
-        f"{', '.join(f'{bench} {benches.CASES[bench]}' for bench in tasks)}. ± is a 95% interval over seeds and cases; "
+        f"{', '.join(f'{bench} {benches.CASES[bench]}' for bench in tasks)}. ± is a 95% interval over {'seeds and cases' if seeds > 1 else 'cases alone'}; "
         "s/image is without the encoding of prompts and sources.",
     ]
     for bench in tasks:
