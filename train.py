@@ -173,8 +173,9 @@ class LargeArgs(Args):
 
 @dataclass
 class LargeLoraArgs(LargeArgs):
-    """With --lora-rank: LightX2V's, which distilled Qwen-Image at rank 32."""
+    """With --lora-rank: LightX2V's, which distilled Qwen-Image at rank 32; micro-batches for one GPU."""
 
+    micro_batch: int = 2
     lr: float = 1e-4
     fake_lr: float = 2e-5
     fake_updates: int = 2
