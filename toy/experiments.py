@@ -141,7 +141,7 @@ class Workshop:
     """What the tables share: a folder of students and scores, where nothing is made twice.
 
     settings.json                       what all of it was made with; another checkpoint needs another folder
-    RECIPE-4nfe-80steps-seed0/          a run of train.py's
+    RECIPE-4nfe-60steps-seed0/          a run of train.py's
         stages/000020                   the student's weights after so many steps
         stages/000020-t2i.json          its row on one bench
     """
