@@ -667,6 +667,8 @@ def main(arguments: list[str] | None = None) -> None:
         loras=[split_scale(given) for given in args.lora],
         sigmas=args.sigmas,
     )
+    if args.rank < 1:
+        raise ValueError(f"--rank {args.rank}: at least 1 is needed")
     if args.export:
         export_student(pipeline, args)
         return

@@ -340,7 +340,9 @@ def test_a_killed_run_goes_on(serve, bench, signal_number):
     lines = [json.dumps({"task": c.task, "category": c.category, "prompt": c.prompt, "images": [str(i) for i in c.images]})
              for c in cases.values()]  # fmt: skip
     (folder / "cases.jsonl").write_text("\n".join(line.replace(', "images": []', "") for line in lines))
+    # A shell starts background jobs with Ctrl-C ignored, and children inherit that: it is asked for here.
     code = """
+import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys; from pathlib import Path; from encoders import judge; from encoders.chat import Chat; from recipe import read_prompts
 folder = Path(sys.argv[2])
 cases = judge.name_cases(read_prompts([folder / "cases.jsonl"]))
