@@ -22,7 +22,7 @@ A call goes through the networks in turn, and only the one at work needs to be i
 and looks at the sources and is freed, the MMDiT walks from noise to latents, the VAE makes pixels of them.
 
     python sample.py --prompt "a red house under a small moon" --out house.png
-    python sample.py --checkpoint runs/flash/student --prompt "make it night" --image house.png --out night.png
+    python sample.py --checkpoint runs/dmd-flash/student --prompt "make it night" --image house.png --out night.png
     python sample.py --checkpoint base --lora student.safetensors:0.8 --prompt "a red house"    draws with a LoRA
     python sample.py --checkpoint base --lora student.safetensors --export student              makes it a folder
     python sample.py --checkpoint student --base base --export student.safetensors              makes a folder a LoRA

@@ -47,3 +47,11 @@ def test_autoencoder_training_resumes(tiny, tmp_path):
     train_vae.train_vae(tmp_path / "half", tmp_path / "b", 1, batch=4)
     train_vae.train_vae(tmp_path / "resumed", tmp_path / "b", 2, batch=4)
     assert files(tmp_path / "resumed") == files(tmp_path / "straight") != files(tmp_path / "half")
+
+
+def test_scores_of_the_autoencoder(toy_checkpoint, monkeypatch):
+    """The right answers through it and back: judged without a picture that the judge could not read."""
+    monkeypatch.setattr(build.benches, "CATEGORIES", {"t2i": ("text",), "edit": ("style",)})
+    monkeypatch.setattr(build.benches, "CASES", {"t2i": 2, "edit": 2})
+    row = build.score_autoencoder(toy_checkpoint)
+    assert row["t2i_fidelity"]["text"] == row["edit_fidelity"]["style"] == 0  # an untrained one draws nothing

@@ -1,11 +1,12 @@
-"""Makes toy/checkpoint again, from a seed: `python -m toy.build --out runs/toy` (about three hours on two cores).
+"""Makes toy/checkpoint again, from a seed: `python -m toy.build --out runs/toy` (about four hours on two cores).
 
 Stages, each with a progress bar, each done only once (a killed build goes on where it was):
 
     language    tokenizer trained on the captions; a random, frozen Qwen3-VL                              seconds
     vae         the autoencoder (toy/train_vae.py)                                                        an hour
     pool        captions, sources and targets encoded once                                                minutes
-    base        the base teacher, from random weights, with train.py's flow objective                     an hour
+    shallow     the base teacher with six blocks, from random weights, with train.py's flow objective     35 minutes
+    grow, base  two blocks more, and on                                                                   70 minutes
     text, edit  the specialised teachers, fine-tuned from the base on their own task alone                minutes each
     scores      what the judge makes of the autoencoder, of every teacher at 80 NFE, and of the base
                 teacher in 4 and 2 steps                                                                 minutes
@@ -35,6 +36,7 @@ from eval import Sampler
 from model import MMDiT, MMDiTConfig, write_json
 from sample import Pipeline, Scheduler
 from toy import judge, language, world
+from toy.figures import answer
 from toy.train_vae import train_vae
 
 SEED = 0
@@ -80,7 +82,7 @@ def build_language(folder: Path) -> None:
 
 
 def build_pool(folder: Path, cache: Path) -> train.Pool:
-    """Every prompt that the teachers learn from, encoded: 24,000 of them, about 1 GB in memory."""
+    """Every prompt that the teachers learn from, encoded: 48,000 of them, about 1.5 GB in memory."""
     if cache.exists():
         return train.Pool(torch.load(cache, weights_only=False))
     pipeline = Pipeline.from_pretrained(folder)
@@ -136,12 +138,12 @@ def train_teacher(
 
 def score_autoencoder(folder: Path) -> dict:
     """The bench's right answers through the autoencoder and back: what no teacher can exceed, as the judge reads it."""
-    pipeline, row = Pipeline.from_pretrained(folder), {}
+    pipeline, row = benches.open_checkpoint(folder), {}
     for bench, categories in benches.CATEGORIES.items():
         verdicts = {}
         for category in categories:
             cases = world.bench(bench, category, benches.CASES[bench])
-            flat = np.stack([np.asarray(benches.answer(case).convert("RGB"), np.float32) / 255 for case in cases])
+            flat = np.stack([np.asarray(answer(case).convert("RGB"), np.float32) / 255 for case in cases])
             again = (benches.reconstruct(pipeline, flat) * 255).round().astype(np.uint8)
             pictures = [Image.fromarray(picture) for picture in again]
             verdicts[category] = judge.judge(pictures, cases, partial(benches.reconstruct, pipeline))
@@ -151,8 +153,7 @@ def score_autoencoder(folder: Path) -> dict:
 
 def score(folder: Path, name: str, *samplers: Sampler) -> dict:
     """A teacher on both benches; one sampler gives one row, several give a row each, by name."""
-    pipeline = Pipeline.from_pretrained(folder)
-    pipeline.progress = False
+    pipeline = benches.open_checkpoint(folder)
     if name != "base":
         pipeline.mmdit = MMDiT.from_pretrained(folder / "teachers" / name).eval()
     rows = [benches.evaluate(pipeline, sampler, ["t2i", "edit"])[0] for sampler in samplers]

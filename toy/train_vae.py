@@ -1,8 +1,8 @@
 """Trains the toy's autoencoder: the published class with smaller numbers, on pictures of the toy world.
 
 The loss is a plain VAE's: squared (and a little absolute) error of the picture plus beta times the KL divergence of the
-posterior from N(0, I). No adversary and no perceptual network: the world has no texture that they would be needed for. beta decides how much
-noise the latents carry while training (about beta / 2 of squared error): enough that the decoder forgives the small errors of
+posterior from N(0, I). No adversary and no perceptual network: the world has no texture that they
+would be needed for. beta decides how much noise the latents carry while training (about beta / 2 of squared error): enough that the decoder forgives the small errors of
 a diffusion model, too little to see.
 
 Pictures 128 x 128 = 8 x 8 latent positions. The network is convolutional but for one attention in the middle, so most
