@@ -99,10 +99,11 @@ def build_pool(folder: Path, cache: Path) -> train.Pool:
     return pool
 
 
-def grow(folder: Path) -> dict:
-    """folder/transformer with more blocks: each new one is a copy of the one before it, with the two matrices that write
-    to the stream set to zero. It draws what it drew, and has more to learn with (as in LLaMA Pro, arXiv 2401.02415)."""
-    model, blocks = MMDiT.from_pretrained(folder / "transformer"), []
+def grow(shallow: Path, folder: Path) -> dict:
+    """The transformer in the folder `shallow` with more blocks, as folder/transformer: each new one is a copy of the one
+    before it, with the two matrices that write to the stream set to zero. It draws what it drew, and has more to learn
+    with (as in LLaMA Pro, arXiv 2401.02415)."""
+    model, blocks = MMDiT.from_pretrained(shallow), []
     for i, block in enumerate(model.transformer_blocks):
         blocks.append(block)
         if i in GROWN_AFTER:
@@ -191,7 +192,7 @@ def main() -> None:
         pool = build_pool(folder, args.out / "pool.pt")
         for name, numbers in TEACHERS.items():
             if name == "base":
-                stage("grow", partial(grow, folder))
+                stage("grow", partial(grow, args.out / "shallow" / "transformer", folder))
             stage(name, partial(train_teacher, name, folder, args.out / name, pool, args.compile, *numbers))
     stage("score autoencoder", lambda: score_autoencoder(folder))
     tokens = (RESOLUTION // 16) ** 2
