@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline
 from PIL import Image
 from reference import open_pipeline, picture, write_checkpoint, write_model_index, write_scheduler, write_transformer
 
@@ -293,6 +293,30 @@ def test_exported_student(base, tmp_path, shifted):
     z, t = torch.randn(1, 64, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9])
     assert torch.equal(reopened.mmdit(z, t, condition), student(z, t, condition))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "student"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_exported_student_has_the_whole_processor(toy_checkpoint, tmp_path, link):
+    export(toy_checkpoint, MMDiT.from_pretrained(toy_checkpoint / "transformer"), [1.0], tmp_path / "s", link=link)
+    files, expected = (
+        {path.name: path.read_bytes() for path in (folder / "processor").iterdir()}
+        for folder in (tmp_path / "s", toy_checkpoint)
+    )
+    assert files == expected and "video_preprocessor_config.json" in files
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_the_library_opens_folders_by_itself(toy_checkpoint, tmp_path, link):
+    """The committed checkpoint, and a student of one like it, without the processor that tests/reference.py assembles."""
+    pytest.importorskip("torchvision", reason="the library's own processor wants torchvision, which is not installed")
+    student = tmp_path / "student"
+    export(toy_checkpoint, MMDiT.from_pretrained(toy_checkpoint / "transformer"), [1.0, 0.5], student, link=link)
+    for folder in (student, TOY) if TOY.is_dir() else (student,):
+        both = Both(folder)
+        both.theirs = QwenImage21Pipeline.from_pretrained(folder, dtype=torch.float32)
+        steps = None if folder == student else 4
+        result, expected = both.draw("a red house on a hill", images=[picture(100, 70)], steps=steps)
+        assert difference(result[0], expected[0]) <= 2 and changed(result[0], expected[0]) < 0.02
 
 
 def test_export_overwrites_nothing_else(base, tmp_path):

@@ -1,9 +1,13 @@
 """The toy's tokenizer and random text encoder: written by us, opened by the libraries, and of some use as a condition."""
 
+import json
+from pathlib import Path
+
 import pytest
 import reference
 import torch
 
+import toy
 from encoders.qwen3vl import SYSTEM_TURN, Qwen3VL
 from toy.language import build_text_encoder, build_tokenizer
 
@@ -46,6 +50,20 @@ def test_the_library_opens_it_and_reads_the_same(checkpoint, encoder):
         reference.assert_close(states, expected_states)
         assert torch.equal(mask, expected_mask)
         assert slots == expected_slots
+
+
+def test_settings_are_the_committed_ones(checkpoint):
+    """All of processor/ but the tokenizer, which follows the captions. Videos have the settings of pictures, and a class."""
+    committed, written = Path(toy.__path__[0]) / "checkpoint" / "processor", checkpoint / "processor"
+    names = {path.name for path in written.iterdir()}
+    assert names == {path.name for path in committed.iterdir()} and len(names) == 5
+    for name in names - {"tokenizer.json"}:
+        assert (committed / name).read_bytes() == (written / name).read_bytes(), name
+    pictures, videos = (
+        json.loads((written / f"{kind}preprocessor_config.json").read_text()) for kind in ("", "video_")
+    )
+    del pictures["image_processor_type"]
+    assert videos == pictures | {"video_processor_type": "Qwen3VLVideoProcessor"}
 
 
 def test_words_of_capitals_are_spelled(encoder):

@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(captions: Iterable[str], directory: str | Path) -> None:
-    """Write `directory`/processor: a byte-level BPE for `captions`, the chat template, the image settings.
+    """Write `directory`/processor: a byte-level BPE for `captions`, the chat template, the settings for pixels.
 
     Any text can be written with it, byte by byte where the captions do not help. Capitals never merge with each
     other: a poster's word must reach the MMDiT letter by letter, or words that no caption had could not be spelled.
@@ -80,19 +80,20 @@ def build_tokenizer(captions: Iterable[str], directory: str | Path) -> None:
         },
     )
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    write_json(
-        directory / "preprocessor_config.json",
-        {
-            "processor_class": "Qwen3VLProcessor",
-            "image_processor_type": "Qwen2VLImageProcessorFast",
-            "size": {"shortest_edge": 32 * 32, "longest_edge": 16777216},  # from one slot up: sources are 128 x 128
-            "patch_size": 16,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
-        },
-    )
+    pixels = {
+        "size": {"shortest_edge": 32 * 32, "longest_edge": 16777216},  # from one slot up: sources are 128 x 128
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    # Nobody shows this model a video, but the library opens no processor of the family without its part for them.
+    for file, key, kind in (
+        ("preprocessor_config.json", "image_processor_type", "Qwen2VLImageProcessorFast"),
+        ("video_preprocessor_config.json", "video_processor_type", "Qwen3VLVideoProcessor"),
+    ):
+        write_json(directory / file, {"processor_class": "Qwen3VLProcessor", key: kind} | pixels)
 
 
 @torch.no_grad()
