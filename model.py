@@ -636,6 +636,19 @@ def open_weights(path: Path):
         raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from None
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, `notes` in its header, with the permissions of any other new file: the library's own
+    are the owner's alone, whatever the umask. OSError names the file."""
+    try:
+        path.unlink(missing_ok=True)
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, {"format": "pt", **(notes or {})})
+        path.chmod(mode)
+    except SafetensorError as error:  # a full disk, most likely
+        raise OSError(f"{path}: cannot be written ({error})") from None
+
+
 def save_weights(
     state: dict[str, Tensor], directory: str | Path, stem: str, dtype: torch.dtype, shard_bytes: int = 5 * 10**9
 ) -> None:
@@ -656,7 +669,7 @@ def save_weights(
     for file, names in shards.items():
         # Written beside and renamed, so that no reader ever sees half a file.
         tensors = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
-        save_file(tensors, directory / f"{file}.part", {"format": "pt"})
+        write_tensors(directory / f"{file}.part", tensors)
         os.replace(directory / f"{file}.part", directory / file)
     index = f"{stem}.safetensors.index.json"
     if len(shards) > 1:

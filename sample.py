@@ -47,14 +47,23 @@ import torch
 from einops import rearrange
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import flow
 from encoders.qwen3vl import Qwen3VL
 from encoders.vae import VAE
-from model import Condition, LoRA, MMDiT, RoleLinear, config_from_json, open_weights, read_json, write_json
+from model import (
+    Condition,
+    LoRA,
+    MMDiT,
+    RoleLinear,
+    config_from_json,
+    open_weights,
+    read_json,
+    write_json,
+    write_tensors,
+)
 from recipe import read_prompts
 
 Source = str | Path | Image.Image  # a picture, or the file it is in
@@ -489,7 +498,7 @@ def export(
         if link:
             (part / name).symlink_to(base / name)
         else:
-            shutil.copytree(base / name, part / name)
+            shutil.copytree(base / name, part / name, copy_function=shutil.copyfile)  # with a new file's permissions
     model.save_pretrained(part / "transformer", dtype)
     scheduler = read_json(base / "scheduler" / "scheduler_config.json")
     scheduler |= {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
@@ -533,7 +542,7 @@ def write_lora(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    save_file(tensors, part, {"format": "pt", **notes})
+    write_tensors(part, tensors, notes)
     os.replace(part, path)
 
 

@@ -50,8 +50,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -60,7 +58,7 @@ import flow
 import recipe as recipes
 import sample
 from encoders.conditions import Entry, Pool, cached_pool, encode_pool
-from model import Condition, MMDiT, MMDiTConfig, new_lora, open_weights, read_json, write_json
+from model import Condition, MMDiT, MMDiTConfig, new_lora, open_weights, read_json, write_json, write_tensors
 from recipe import Prompt
 from tools import plan, watch
 
@@ -733,22 +731,16 @@ def save(out: Path, step: int, trainees: dict[str, Trainee]) -> None:
             for name, trainee in trainees.items():
                 if trainee.sharded or rank() == 0:
                     mine, all = (rank(), ranks()) if trainee.sharded else (0, 1)
-                    write_tensors(aside / f"{name}-{mine:04d}-of-{all:04d}.safetensors", trainee.state())
+                    path = aside / f"{name}-{mine:04d}-of-{all:04d}.safetensors"
+                    write_tensors(path, trainee.state())
+                    with open(path, "rb+") as file:
+                        os.fsync(file.fileno())
         by_first(publish)
     except OSError as error:
         if rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         kept = ", ".join(f.name for f in whole_checkpoints(out)[-1:]) or "none yet"
         raise OSError(f"no checkpoint of step {step} ({error}); the last whole one: {kept}") from None
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file(tensors, path)
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from None
 
 
 def whole_checkpoints(out: Path) -> list[Path]:

@@ -23,13 +23,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 import sample
 from encoders.qwen3vl import Qwen3VL
 from encoders.vae import VAE
+from model import write_tensors
 from recipe import Prompt
 
 GROUP = 32  # prompts that are encoded at once, and that share a shard
@@ -278,10 +278,10 @@ def write_shard(folder: Path, entries: dict[str, Entry]) -> None:
     path = folder / f"{hashlib.blake2b(''.join(entries).encode(), digest_size=16).hexdigest()}.safetensors"
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
-        save_file(tensors, part, {"entries": json.dumps(notes), "checksum": checksum(tensors)})
-    except SafetensorError as error:  # a full disk, most likely
+        write_tensors(part, tensors, {"entries": json.dumps(notes), "checksum": checksum(tensors)})
+    except OSError:  # a full disk, most likely
         part.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error})") from None
+        raise
     os.replace(part, path)
 
 

@@ -5,6 +5,7 @@ order or time anywhere shows. The small matrix runs always, the large one with `
 """
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -23,7 +24,7 @@ from reference import open_pipeline, picture, write_checkpoint, write_model_inde
 import sample
 from encoders.qwen3vl import Qwen3VL
 from model import MMDiT, new_lora, read_json
-from sample import Pipeline, export, open_picture, write_lora
+from sample import Pipeline, export, export_lora, open_picture, write_lora
 
 PROMPT = "A capybara wearing a wizard hat"
 TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
@@ -317,6 +318,20 @@ def test_the_library_opens_folders_by_itself(toy_checkpoint, tmp_path, link):
         steps = None if folder == student else 4
         result, expected = both.draw("a red house on a hill", images=[picture(100, 70)], steps=steps)
         assert difference(result[0], expected[0]) <= 2 and changed(result[0], expected[0]) < 0.02
+
+
+def test_exports_have_the_permissions_of_new_files(base, tmp_path):
+    """Those that the umask leaves, whatever the base's are; safetensors' own would be private."""
+    student = MMDiT.from_pretrained(base / "transformer")
+    (base / "vae" / "diffusion_pytorch_model.safetensors").chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        export(base, student, [1.0, 0.5], tmp_path / "student")
+        export_lora(tmp_path / "lora.safetensors", new_lora(student, 2), [1.0, 0.5])
+    finally:
+        os.umask(before)
+    modes = {str(path): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) > 10 and set(modes.values()) == {oct(0o640)}, modes
 
 
 def test_export_overwrites_nothing_else(base, tmp_path):
