@@ -49,6 +49,8 @@ def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
     """
     prompts = []
     for file in map(Path, files):
+        if file.is_dir() or not file.exists():
+            raise FileNotFoundError(f"{file}: no such file; prompts are expected in it, one JSON object a line")
         before = len(prompts)
         # Lines are split as BYTES: str.splitlines also splits at U+2028 and others, which may stand inside a prompt.
         for number, line in enumerate(file.read_bytes().splitlines(), start=1):

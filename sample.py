@@ -67,6 +67,7 @@ from model import (
 from recipe import read_prompts
 
 Source = str | Path | Image.Image  # a picture, or the file it is in
+MOST_SOURCES = 10  # of one edit
 MULTIPLE = 32  # sides are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -235,6 +236,9 @@ class Pipeline:
         Qwen3VL.from_pretrained(directory, dtype, "meta")
         VAE.from_pretrained(directory / "vae", dtype, "meta")
         mmdit = MMDiT.from_pretrained(directory / "transformer", dtype, "meta")
+        for path, scale in loras or []:
+            if not math.isfinite(scale):
+                raise ValueError(f"{path}: the LoRA's scale is {scale}; a finite number is expected")
         opened = [(*read_lora(path, mmdit), scale) for path, scale in loras or []]
         if sigmas is None:
             students = [own for _, own, _ in opened if own is not None]
@@ -302,12 +306,16 @@ class Pipeline:
     ) -> Condition:
         """Encode B prompts, each with its own list of sources, into the MMDiT's condition.
 
-        Sources are fitted to `resolution` (None: the checkpoint's). A batch has one layout: all its prompts have
-        equally many sources, which come to the same sizes; otherwise ValueError. `latents`: the sources', if they have
-        been encoded before.
+        Sources, ten at most for a prompt, are fitted to `resolution` (None: the checkpoint's). A batch has one layout:
+        all its prompts have equally many sources, which come to the same sizes; otherwise ValueError. `latents`: the
+        sources', if they have been encoded before.
         """
         images = [[] for _ in prompts] if images is None else images
+        if (most := max(map(len, images), default=0)) > MOST_SOURCES:
+            raise ValueError(f"{most} source pictures for one prompt: at most {MOST_SOURCES} are read")
         resolution = self.resolution if resolution is None else resolution
+        if resolution < MULTIPLE:
+            raise ValueError(f"resolution {resolution}: at least {MULTIPLE} pixels are needed")
         fitted = {id(image): fit(image, resolution) for row in images for image in row}  # a shared one is read once
         sources = [[fitted[id(image)] for image in row] for row in images]
         with self.at_work(self.encoder) as encoder:
@@ -340,7 +348,10 @@ class Pipeline:
         if steps is not None and steps < 1:
             raise ValueError(f"steps {steps}: at least 1 is needed")
         if own is not None and steps not in (None, len(own)):
-            raise ValueError(f"{steps} steps: this checkpoint draws in {len(own)}, at its own sigmas {own}")
+            raise ValueError(
+                f"{steps} steps: the checkpoint, a LoRA file or given sigmas fix them to {len(own)}, at {own}; leave "
+                f"the number out"
+            )
         return self.scheduler.sigmas(own or steps or 40, tokens)
 
     @torch.no_grad()
@@ -365,7 +376,7 @@ class Pipeline:
                             resolution^2, without sources resolution x resolution
         resolution          sources are resized to this side's area; None: the checkpoint's
         steps               None: the checkpoint's sample_sigmas, whose number is the only one it takes, else 40
-        guidance            above 1 a negative branch runs too, with negative_prompt (None: an empty one)
+        guidance            1 is off; above, a negative branch runs too, with negative_prompt (None: an empty one)
         seed                of the noise, which is drawn on the CPU: the same on every machine, and the reference's
         noise               (B, h w, 64) to start from instead, tokens in row-major order
         """
@@ -388,6 +399,12 @@ class Pipeline:
         """The first half of a call: what to draw and, for guidance, what to stay away from. Kept on the CPU."""
         if not prompts:
             raise ValueError("no prompt is given")
+        if not 1 <= guidance < math.inf:  # below 1 the reference draws without it, and does not say so
+            raise ValueError(f"guidance {guidance}: a number from 1 (off) on is expected")
+        if guidance == 1 and negative_prompt:
+            raise ValueError(
+                f"negative prompt {negative_prompt!r}: guidance is 1, which is off; ask for more, or leave it out"
+            )
         conditions = [self.condition(prompts, images, resolution)]
         if guidance > 1:  # the same sources with other words: guidance is about the words alone
             words = negative_prompt or ""
@@ -550,7 +567,7 @@ def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | N
     """Read a LoRA file for `model`, in any spelling of the family's: (the LoRA, in fp32; its sample_sigmas or None).
 
     Without an alpha the changes are B A. ValueError or FileNotFoundError name the file and the layer: one that is not in
-    `model` or has another shape, half a pair, a tensor that belongs to no LoRA, a file that is torn.
+    `model` or has another shape, half a pair, a tensor that is empty or belongs to no LoRA, a file that is torn.
     """
     path, layers = Path(path), dict(model.named_modules())
     if not path.is_file():
@@ -562,7 +579,14 @@ def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | N
             match = LORA_KEY.fullmatch(key)
             if not match:
                 raise ValueError(f"{path}: {key} is no tensor of a LoRA (A, B and alpha for linear layers)")
-            found.setdefault(match["layer"], {})[match.lastgroup] = file.get_tensor(key).float()
+            tensor = file.get_tensor(key).float()
+            if match["alpha"] and tensor.numel() != 1:
+                raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}; one number is expected")
+            if not tensor.numel() or not tensor.isfinite().all():
+                raise ValueError(
+                    f"{path}: {key} of shape {list(tensor.shape)} is empty or holds a value that is not finite"
+                )
+            found.setdefault(match["layer"], {})[match.lastgroup] = tensor
     try:
         said = json.loads(header.get("lora_adapter_metadata", "{}"))  # where diffusers and peft keep alpha
         sigmas = json.loads(header.get("sample_sigmas", "null"))
@@ -663,10 +687,18 @@ def main(arguments: list[str] | None = None) -> None:
     add("--offload", action="store_true", help="keep on the device only the network at work")
     args = parser.parse_args(arguments)
 
-    if args.export and (args.prompt is not None or args.prompt_file):
-        raise ValueError("--export draws nothing; leave out --prompt and --prompt-file")
-    if not args.export and (args.base or args.link):
-        raise ValueError("--base and --link are for --export")
+    factors = bool(args.export) and Path(args.export).suffix == ".safetensors"
+    drawing = (
+        "prompt image prompt_file negative_prompt guidance steps height width aspect resolution seed num_images out"
+    )
+    for names, fits, use in (  # what would be passed over without a word
+        (drawing.split(), not args.export, "drawing, and --export draws nothing"),
+        (["link"], args.export and not factors, "--export of a folder"),
+        (["base", "rank"], factors, "--export OUT.safetensors, a LoRA"),
+    ):
+        for name in names:
+            if not fits and vars(args)[name] != parser.get_default(name):
+                raise ValueError(f"--{name.replace('_', '-')} is for {use}")
     jobs = [] if args.export else read_jobs(args)
     pipeline = Pipeline.from_pretrained(
         args.checkpoint,
@@ -687,7 +719,9 @@ def main(arguments: list[str] | None = None) -> None:
         match = re.fullmatch(r"(\d*\.?\d+):(\d*\.?\d+)", args.aspect)
         if not match or 0 in map(float, match.groups()) or height or width:
             raise ValueError(f"--aspect {args.aspect}: W:H is expected, such as 16:9, and no --height or --width")
-        width, height = sides(*map(float, match.groups()), args.resolution or pipeline.resolution)
+        width, height = sides(
+            *map(float, match.groups()), pipeline.resolution if args.resolution is None else args.resolution
+        )
     settings = {
         "steps": len(pipeline.sigmas(args.steps, tokens=1)) - 1,
         "guidance": pipeline.guidance if args.guidance is None else args.guidance,
@@ -719,6 +753,8 @@ def read_jobs(args: argparse.Namespace) -> list[tuple[str, list]]:
         raise FileNotFoundError(f"--out {out}: {out.parent} is no folder that can be written to")
     if (args.prompt is None) == (args.prompt_file is None) or (args.prompt_file and args.image):
         raise ValueError("give either --prompt (with --image FILE ... for an edit) or --prompt-file")
+    if args.resolution is not None and args.resolution < MULTIPLE:
+        raise ValueError(f"--resolution {args.resolution}: at least {MULTIPLE} pixels are needed")
     if args.num_images < 1:
         raise ValueError(f"--num-images {args.num_images}: at least 1 is needed")
     if args.prompt_file:

@@ -4,8 +4,9 @@ The MMDiT's condition is what the language model holds after its LAST layer and 
 system turn cut off the front. Why before: that norm belongs to the guess of the next word. It scales every channel by
 what the vocabulary's matrix (`lm_head`, never applied here either) wants to see, while the MMDiT begins with a norm of
 its own, `txt_in.text_norm`, whose scales were learned for pictures. The trap: libraries call both "the last hidden
-state", and with the normed one nothing fails, pictures only get worse. Parameter names are the tensor names of the published text_encoder/, so that loading is
-strict and needs no mapping.
+state", and with the normed one nothing fails, pictures only get worse.
+
+Parameter names are the tensor names of the published text_encoder/, so that loading is strict and needs no mapping.
 
 Two towers:
   vision    cuts a picture into 16 x 16 patches, reads them with a bidirectional transformer, and merges every 2 x 2

@@ -245,6 +245,12 @@ def test_faulty_files_are_one_error(model, tmp_path):
         ({f"{layer}.lora_B.weight": None}, f"{layer} has only a, alpha"),
         ({f"{layer}.lora_B.weight": torch.ones(64, 5)}, rf"{layer} has A \[4, 64\] and B \[64, 5\]"),
         ({f"{layer}.lora_A.weight": torch.ones(4, 63)}, rf"{layer} has A \[4, 63\]"),
+        (
+            {f"{layer}.lora_A.weight": torch.ones(0, 64), f"{layer}.lora_B.weight": torch.ones(64, 0)},
+            f"{layer}.lora_A.* empty",
+        ),
+        ({f"{layer}.lora_B.weight": torch.full((64, 4), torch.nan)}, f"{layer}.lora_B.* not finite"),
+        ({f"{layer}.alpha": torch.ones(2)}, rf"{layer}.alpha has shape \[2\]; one number"),
         ({f"{layer}.dora_scale": torch.ones(64)}, f"{layer}.dora_scale is no tensor of a LoRA"),
         ({"some.lora_A.weight": torch.ones(2, 2), "some.lora_B.weight": torch.ones(2, 2)}, "some is no linear layer"),
         (dict.fromkeys(whole), "holds no LoRA"),

@@ -248,5 +248,5 @@ def test_an_empty_or_missing_file(folder):
     (folder / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"empty\.jsonl: no prompts"):
         recipe.read_prompts([folder / "empty.jsonl"])
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file"):
         recipe.read_prompts([folder / "none.jsonl"])

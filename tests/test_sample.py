@@ -143,7 +143,7 @@ def test_fixed_sigmas(base, tmp_path, sigmas):
     write_model_index(directory, sample_sigmas=sigmas, resolution=64)
     both = Both(directory)
     both.agree()
-    with pytest.raises(ValueError, match=f"5 steps: this checkpoint draws in {len(sigmas)}"):
+    with pytest.raises(ValueError, match=rf"5 steps: .* fix them to {len(sigmas)}, at \[1.0"):
         both.ours(PROMPT, steps=5)
 
 
@@ -308,7 +308,7 @@ def test_exported_student_has_the_whole_processor(toy_checkpoint, tmp_path, link
 
 @pytest.mark.parametrize("link", [False, True])
 def test_the_library_opens_folders_by_itself(toy_checkpoint, tmp_path, link):
-    """The committed checkpoint, and a student of one like it, without the processor that tests/reference.py assembles."""
+    """The committed checkpoint, and a student of one like it, without the processor that tests/reference.py makes."""
     pytest.importorskip("torchvision", reason="the library's own processor wants torchvision, which is not installed")
     student = tmp_path / "student"
     export(toy_checkpoint, MMDiT.from_pretrained(toy_checkpoint / "transformer"), [1.0, 0.5], student, link=link)
@@ -387,7 +387,14 @@ def test_bad_checkpoints(base, tmp_path):
         ({"seed": -1}, "seed -1"),
         ({"height": 31}, "96 x 31 pixels"),
         ({"width": 0}, "0 x 96 pixels"),
-        ({"resolution": 16}, "16 x 16 pixels"),
+        ({"resolution": 16}, "resolution 16: at least 32"),
+        ({"resolution": 0, "images": WIDE}, "resolution 0"),
+        ({"resolution": -64, "images": WIDE}, "resolution -64"),
+        ({"images": [WIDE] * 11}, "11 source pictures for one prompt: at most 10"),
+        ({"guidance": 0.99}, "guidance 0.99: a number from 1"),
+        ({"guidance": float("nan")}, "guidance nan"),
+        ({"guidance": float("inf")}, "guidance inf"),
+        ({"negative_prompt": "a dog"}, "negative prompt 'a dog': guidance is 1"),
         ({"prompt": []}, "no prompt"),
         ({"negative_prompt": ["a", "b"], "guidance": 2.0}, "2 prompts and 1 lists"),
         ({"prompt": "a", "images": [[WIDE], [WIDE]]}, "1 prompts and 2 lists"),
@@ -493,6 +500,8 @@ def test_command_line_errors(base, tmp_path):
     run = subprocess.run([*command, "--checkpoint", str(tmp_path / "none")], capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.count("\n") == 1 and str(tmp_path / "none") in run.stderr and not list(tmp_path.iterdir())
+    lora = tmp_path.with_suffix(".safetensors")  # beside the folder that must stay empty
+    write_lora(lora, new_lora(MMDiT.from_pretrained(base / "transformer"), 2), [1.0, 0.5])
     for arguments, message in (
         (["--out", "out.jpg"], "out.jpg"),
         (["--out", str(tmp_path / "none" / "out.png")], "no folder"),
@@ -505,8 +514,16 @@ def test_command_line_errors(base, tmp_path):
         (["--aspect", "1:0"], "--aspect 1:0"),
         (["--aspect", "1:1", "--width", "64"], "no --height or --width"),
         (["--sigmas", "0.5", "1"], "sigmas"),
-        (["--link"], "for --export"),
-        (["--export", str(tmp_path / "student")], "leave out --prompt"),
+        (["--guidance", "nan"], "guidance nan"),
+        (["--negative-prompt", "a dog"], "negative prompt 'a dog'"),
+        (["--resolution", "0", "--aspect", "1:1"], "--resolution 0"),
+        (["--resolution=-64", "--height", "64", "--width", "64"], "--resolution -64"),
+        (["--image", *[str(tmp_path.with_suffix(".png"))] * 11], "11 source pictures"),
+        (["--lora", f"{lora}:nan"], f"{lora}: the LoRA's scale is nan"),
+        (["--lora", str(lora), "--steps", "40"], r"40 steps: .* a LoRA file .* fix them to 2, at \[1.0, 0.5\]"),
+        (["--link"], "--link is for --export of a folder"),
+        (["--rank", "2"], "--rank is for --export OUT.safetensors"),
+        (["--export", str(tmp_path / "student")], "--prompt is for drawing"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             sample.main(["--checkpoint", str(base), "--prompt", PROMPT, *arguments])
@@ -514,8 +531,13 @@ def test_command_line_errors(base, tmp_path):
         (["--export", str(tmp_path / "student")], "no few-step student"),
         (["--export", str(tmp_path / "s.safetensors"), "--sigmas", "1", "0.5"], "--base"),
         (["--export", str(base), "--sigmas", "1", "0.5"], "would be lost"),
+        (["--export", str(tmp_path / "student"), "--base", str(base)], "--base is for --export OUT.safetensors"),
+        (["--export", str(tmp_path / "s.safetensors"), "--base", str(base), "--link"], "--link is for"),
+        (["--export", str(tmp_path / "student"), "--image", "a.png"], "--image is for drawing, and --export draws"),
+        (["--export", str(tmp_path / "student"), "--num-images", "2"], "--num-images is for drawing"),
+        (["--prompt-file", str(tmp_path / "none.jsonl")], "none.jsonl: no such file; prompts are expected"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, OSError), match=message):
             sample.main(["--checkpoint", str(base), *arguments])
     assert not list(tmp_path.iterdir())
 
