@@ -12,7 +12,7 @@ Two towers:
   vision    cuts a picture into 16 x 16 patches, reads them with a bidirectional transformer, and merges every 2 x 2
             group of patches into one token of the language model
   language  a causal transformer over the prompt's tokens, in which each `<|image_pad|>` slot holds one merged token.
-            States from further down the vision tower ("deepstack") are added to the slots after the first layers
+            States from earlier blocks of the vision tower ("deepstack") are added to the slots after the first layers
 
 Shapes in the comments:
   B prompts   L tokens of the longest prompt   C width of the language model   H query heads   K key heads
@@ -411,8 +411,8 @@ class Qwen3VL(nn.Module):
 
         images: one list per prompt; None for text to image. All prompts of a batch have equally many, of the same
         sizes in the same order: a batch has one layout.
-        Returns states (B, L, C), zero-padded on the right; mask (B, L), True at real tokens; and for each picture
-        [start, stop) of its slots along L, row-major, one slot for 32 x 32 pixels.
+        Returns states (B, L, C), zero-padded on the right, L without the system turn; mask (B, L), True at real tokens;
+        and for each picture [start, stop) of its slots along L, row-major, one slot for 32 x 32 pixels.
         ValueError: an unequal layout, a size the vision tower cannot take, a prompt that writes a slot token itself.
         """
         images = [[] for _ in prompts] if images is None else images
