@@ -59,6 +59,7 @@ import recipe as recipes
 import sample
 from encoders.conditions import Entry, Pool, cached_pool, encode_pool
 from model import Condition, MMDiT, MMDiTConfig, new_lora, open_weights, read_json, write_json, write_tensors
+from muon import Muon
 from recipe import Prompt
 from tools import plan, watch
 
@@ -554,7 +555,7 @@ class Trainee:
             (muon if matrices and m.ndim == 2 and n.startswith("transformer_blocks.") else rest).append(m)
         self.optimizers = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, fused=True)]
         if muon:
-            self.optimizers.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=0.0))
+            self.optimizers.append(Muon(muon, lr=muon_lr))
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
         self.seen: list[tuple[str, int | None, list[float]]] = []  # task, k and t of what is in the gradient
 

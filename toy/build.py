@@ -57,6 +57,7 @@ GROWN_AFTER = (2, 5)  # blocks of the shallow teacher behind which one more is p
 TEACHERS = {
     "shallow": ("flash", 3400, 1.0),
     "base": ("mix-7-3", 4900, 1.0),
+    "spelling": ("spelling", 1500, 0.5),
     "text": ("e3-text", 400, 0.5),
     "edit": ("mix-0-10", 200, 0.25),
 }
@@ -129,7 +130,7 @@ def train_teacher(
     args.muon_lr, args.lr, args.resume = scale * args.muon_lr, scale * args.lr, (out / "args.json").exists()
     args, state = train.open_run(args)
     result = train.train(args, pool, state)
-    place = folder / "transformer" if name in ("shallow", "base") else folder / "teachers" / name
+    place = folder / "teachers" / name if name in ("text", "edit") else folder / "transformer"
     shutil.copytree(result, place, dirs_exist_ok=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     every = max(1, len(lines) // 20)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from encoders.vae import VAE, VAEConfig
+from muon import Muon
 from toy import world
 
 # Ours. High resolutions get few channels: the pictures are constant over 4 x 4 pixels, so nothing is lost there, and
@@ -116,7 +117,7 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
     torch.manual_seed(seed)
     vae = VAE(VAEConfig(**CONFIG)).to(memory_format=torch.channels_last)
     kernels, matrices, rest = split_parameters(vae)
-    muon = torch.optim.Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.0)
+    muon = Muon(matrices, lr=MUON_LR)
     adam = torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.98), weight_decay=0.0)
     state_dir.mkdir(parents=True, exist_ok=True)
     state_file, start, spent, log = state_dir / "vae.pt", 0, 0.0, []

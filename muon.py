@@ -1,0 +1,46 @@
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the step is the matrix of gradients made orthogonal.
+
+AdamW scales every number by its own history; Muon asks that a matrix change as much in every direction, so that the rare
+directions of a gradient are learnt as fast as the common ones. The toy's networks learn with it in a fraction of AdamW's steps.
+
+`torch.optim.Muon` does the same (tests/test_train.py holds the two together), but orthogonalises in bfloat16, and a processor
+without bfloat16 units takes 5.3 seconds for that where fp32 takes 0.2: more than everything else in a step of the toy.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: steep at zero, so that small singular values grow fast
+ITERATIONS = 5
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices (rows, columns); W <- W - lr sqrt(max(1, rows / columns)) orthogonal(momentum), without weight decay."""
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float):
+        super().__init__(matrices, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for w in group["params"]:
+                momentum = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))  # (rows, columns)
+                momentum.lerp_(w.grad, 1 - MOMENTUM)
+                direction = orthogonal(w.grad.lerp(momentum, MOMENTUM))  # Nesterov's: where the momentum will be
+                w.sub_(direction, alpha=group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
+
+
+def orthogonal(g: Tensor) -> Tensor:
+    """(rows, columns) -> nearly U V^T of its singular value decomposition U S V^T: the singular values come near 1 (0.7 to
+    1.2), by Newton-Schulz iterations, which need products of matrices alone."""
+    a, b, c = COEFFICIENTS
+    tall = g.shape[0] > g.shape[1]
+    x = g.float().T if tall else g.float()  # the smaller side first: a smaller x x^T
+    x = x / x.norm().clamp(min=1e-7)  # singular values <= 1, where the iteration converges
+    for _ in range(ITERATIONS):
+        gram = x @ x.T  # (n, n)
+        x = a * x + (b * gram + c * gram @ gram) @ x  # S <- a S + b S^3 + c S^5
+    return x.T if tall else x
