@@ -590,8 +590,10 @@ def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | N
     try:
         said = json.loads(header.get("lora_adapter_metadata", "{}"))  # where diffusers and peft keep alpha
         sigmas = json.loads(header.get("sample_sigmas", "null"))
+        if not isinstance(said, dict) or not isinstance(said.get("transformer.lora_alpha", 0), (int, float)):
+            raise ValueError("lora_adapter_metadata has no number as transformer.lora_alpha")
     except ValueError as error:
-        raise ValueError(f"{path}: the header is not JSON ({error})") from None
+        raise ValueError(f"{path}: its header does not hold what a LoRA's does: {error}") from None
     if said.get("transformer.alpha_pattern") or said.get("transformer.use_rslora") or said.get("transformer.use_dora"):
         raise ValueError(f"{path}: its header asks for per-layer alphas, rsLoRA or DoRA, which are not read here")
     lora = {}

@@ -467,7 +467,8 @@ def load(args: Args, folder: Path, dtype: torch.dtype) -> MMDiT:
         model = MMDiT.from_pretrained(folder, dtype, args.device)
     model.gradient_checkpointing = args.recompute
     for block in model.transformer_blocks if args.compile else ():
-        block.forward = torch.compile(block.forward)  # not the block: what FSDP does around it stays outside
+        torch._dynamo.config.recompile_limit = 64  # forms of one block: gradient or none, prefix or whole, each role
+        block.forward = torch.compile(block.forward, dynamic=True)  # not the block: FSDP's part stays outside
     return model
 
 

@@ -263,6 +263,8 @@ def test_faulty_files_are_one_error(model, tmp_path):
         ({"sample_sigmas": "[0.5, 1.0]"}, "sample_sigmas"),
         ({"sample_sigmas": "[0.5,"}, "header"),
         ({"lora_adapter_metadata": '{"transformer.use_dora": true}'}, "DoRA"),
+        ({"lora_adapter_metadata": '{"transformer.lora_alpha": "rank"}'}, "no number as transformer.lora_alpha"),
+        ({"lora_adapter_metadata": "[]"}, "no number as transformer.lora_alpha"),
     ):
         save_file(whole, file, header)
         with pytest.raises(ValueError, match=message):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -298,6 +299,24 @@ def test_dmd_round_is_the_method(checkpoint, pools, tmp_path):
             # Adam's first step is the gradient's sign: where that is noise, the two may go opposite ways.
             agree = ((a - b).abs() < 1e-5).float().mean()
             assert agree > 0.97 and (b - c).abs().max() > 5e-4
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_compiled_blocks_train_the_same(checkpoint, pools, tmp_path, monkeypatch, rank):
+    """In all the forms in which a run meets them, none left to run uncompiled. Dynamo's part alone: no C++ is written."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    networks = []
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        for compiled in (False, True):
+            numbers = dict(steps=2, fake_updates=1, lora_rank=rank, muon_lr=0.0, fake_muon_lr=0.0, compile=compiled)
+            args, state = train.open_run(make_args(checkpoint, tmp_path / str(compiled), **numbers))
+            train.train(args, pools["dmd"], state)
+            networks.append(newest(args.out)[1])
+    torch._dynamo.reset()
+    plain, compiled = networks
+    assert len(plain) > 1 and plain.keys() == compiled.keys()
+    for name, tensors in plain.items():
+        assert all(torch.allclose(tensors[key], compiled[name][key], atol=1e-5) for key in tensors)
 
 
 def test_flow_objective_overfits_two_pictures(checkpoint, pools, tmp_path):
