@@ -301,14 +301,15 @@ def test_dmd_round_is_the_method(checkpoint, pools, tmp_path):
             assert agree > 0.97 and (b - c).abs().max() > 5e-4
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_compiled_blocks_train_the_same(checkpoint, pools, tmp_path, monkeypatch, rank):
+@pytest.mark.parametrize("rank, recipe", [(0, "flash"), (2, "mix-0-10")])
+def test_compiled_blocks_train_the_same(checkpoint, pools, tmp_path, monkeypatch, rank, recipe):
     """In all the forms in which a run meets them, none left to run uncompiled. Dynamo's part alone: no C++ is written."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     networks = []
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
         for compiled in (False, True):
-            numbers = dict(steps=2, fake_updates=1, lora_rank=rank, muon_lr=0.0, fake_muon_lr=0.0, compile=compiled)
+            numbers = dict(steps=2, fake_updates=1, muon_lr=0.0, fake_muon_lr=0.0, lora_rank=rank, recipe=recipe)
+            numbers["compile"] = compiled
             args, state = train.open_run(make_args(checkpoint, tmp_path / str(compiled), **numbers))
             train.train(args, pools["dmd"], state)
             networks.append(newest(args.out)[1])

@@ -1,4 +1,4 @@
-"""Makes toy/checkpoint again, from a seed: `python -m toy.build --out runs/toy` (about four hours on two cores).
+"""Makes toy/checkpoint again, from a seed: `python -m toy.build --out runs/toy` (about five hours on two cores).
 
 Stages, each with a progress bar, each done only once (a killed build goes on where it was):
 
@@ -7,6 +7,7 @@ Stages, each with a progress bar, each done only once (a killed build goes on wh
     pool        captions, sources and targets encoded once                                                minutes
     shallow     the base teacher with six blocks, from random weights, with train.py's flow objective     35 minutes
     grow, base  two blocks more, and on                                                                   70 minutes
+    spelling    and on, with more of what it was still bad at: words                                      an hour
     text, edit  the specialised teachers, fine-tuned from the base on their own task alone                minutes each
     scores      what the judge makes of the autoencoder, of every teacher at 80 NFE, and of the base
                 teacher in 4 and 2 steps                                                                 minutes
