@@ -103,7 +103,7 @@ class Args:
     panel_every: int = option(20, "steps from one panel and grid to the next")
     device: str | None = option(None, "default: cuda if there is one")
     dtype: str | None = option(None, "of the working weights, bfloat16 or float32; default: the faster one")
-    compile: bool = option(False, "torch.compile every block: the first step takes minutes; on a CPU it wins 5%")
+    compile: bool = option(False, "torch.compile every block: the first step takes minutes; a CPU wins little")
     recompute: bool = option(False, "compute blocks again in the backward pass: far less memory, a third more work")
     plan: bool = option(False, "print memory, work and time of such a run, and do nothing else")
     gpus: int | None = option(None, "--plan: for so many processes; default: as many as there are")

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -493,6 +493,15 @@ def test_non_finite_stops_before_the_update(checkpoint, pools, tmp_path, monkeyp
         train.train(args, pools[objective], state)
     assert ("k = None" in str(error.value)) == (objective == "flow")
     assert newest(args.out)[0] == 1 and not (args.out / "student").exists()
+
+
+@pytest.mark.parametrize("objective", ["dmd", "flow"])
+def test_help_has_every_flag(objective, capsys):
+    """argparse formats a help text only when it is asked for: a lone percent sign fails there, and only there."""
+    with pytest.raises(SystemExit) as end:
+        train.parse(["--objective", objective, "--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and all(f"--{f.name.replace('_', '-')}" in text for f in fields(train.Args))
 
 
 def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, command):
