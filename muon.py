@@ -38,9 +38,9 @@ def orthogonal(g: Tensor) -> Tensor:
     1.2), by Newton-Schulz iterations, which need products of matrices alone."""
     a, b, c = COEFFICIENTS
     tall = g.shape[0] > g.shape[1]
-    x = g.float().T if tall else g.float()  # the smaller side first: a smaller x x^T
-    x = x / x.norm().clamp(min=1e-7)  # singular values <= 1, where the iteration converges
+    x = g.float().T if tall else g.float()  # (n, m), n <= m: the smaller side first makes the gram matrix small
+    x = x / x.norm().clamp(min=1e-7)  # (n, m), singular values <= 1, where the iteration converges
     for _ in range(ITERATIONS):
         gram = x @ x.T  # (n, n)
-        x = a * x + (b * gram + c * gram @ gram) @ x  # S <- a S + b S^3 + c S^5
-    return x.T if tall else x
+        x = a * x + (b * gram + c * gram @ gram) @ x  # (n, m); S <- a S + b S^3 + c S^5
+    return x.T if tall else x  # (rows, columns)

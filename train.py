@@ -466,9 +466,10 @@ def load(args: Args, folder: Path, dtype: torch.dtype) -> MMDiT:
     with together():
         model = MMDiT.from_pretrained(folder, dtype, args.device)
     model.gradient_checkpointing = args.recompute
-    for block in model.transformer_blocks if args.compile else ():
+    if args.compile:
         torch._dynamo.config.recompile_limit = 64  # forms of one block: gradient or none, prefix or whole, each role
-        block.forward = torch.compile(block.forward, dynamic=True)  # not the block: FSDP's part stays outside
+        for block in model.transformer_blocks:
+            block.forward = torch.compile(block.forward, dynamic=True)  # not the block: FSDP's part stays outside
     return model
 
 
