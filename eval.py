@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="write table and contact sheet there; with --prompts pictures and row.json",
     )
-    add("--steps", type=int, help="default: the checkpoint's own sigmas, else 40. --experiment: updates [60]")
+    add("--steps", type=int, help="default: the checkpoint's own sigmas, else 40. --experiment: updates [40]")
     add("--guidance", type=float, help="default: the checkpoint's own")
     add("--bench", choices=["t2i", "edit", "all"], default="all", help="of the toy world")
     add("--cases", type=int, help=f"of the toy world, per category (default: {CASES})")
@@ -477,7 +477,7 @@ def main(argv: list[str] | None = None) -> None:
 
         suffix = "" if args.nfe == 4 else f"-{args.nfe}nfe"
         out = args.out or Path("results") / f"{args.experiment}{suffix}"
-        steps = 60 if args.steps is None else args.steps
+        steps = experiments.STUDENT.steps if args.steps is None else args.steps
         experiments.run(args.experiment, args.checkpoint, out, args.runs, args.seeds, steps, args.nfe)
     elif args.prompts:
         score_files(args)
