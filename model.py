@@ -3,7 +3,7 @@
 One sequence holds the prompt's states, the source pictures' latents where the prompt names them, and at the end the
 target's noisy latents. Attention is block-causal: text sees what stands before it, a picture also itself, the target
 everything. So nothing in the PREFIX (text and sources) depends on the target, nor with `causal_condition` on the time:
-the two are carried as two tensors, and a prefix can be computed once and kept.
+its keys and values can be computed once and kept, and then only the target is carried through the blocks.
 
 Conventions: z_t = (1 - t) x + t eps, so t = 1 is noise; v = eps - x. Latents are grids (B, 64, h, w) outside, tokens in
 row-major order inside. Parameter names are those of the published files.
@@ -11,7 +11,7 @@ row-major order inside. Parameter names are those of the published files.
     B  samples in the batch              D  width, H * d
     L  language-model states             H  attention heads
     P  prefix tokens (text, sources)     d  channels of one head
-    N  target tokens, h * w              n  tokens of the part at hand, P or N
+    N  target tokens, h * w              n  tokens that are carried: S, or P or N alone
     S  all tokens, P + N                 m  keys that a segment's queries may see
 """
 
@@ -155,10 +155,11 @@ def prefix_segments(layout: tuple, dtype: torch.dtype, device: torch.device) -> 
 
 @dataclass
 class Part:
-    """What every block needs of the prefix, or of the target, beside its tokens. The modulation is shared by all blocks.
-    Not a tuple, on purpose: FSDP's mixed precision casts the tensors it finds in tuples, and would ruin the angles."""
+    """What every block needs beside its tokens: the whole sequence, or the prefix alone, or the target alone. The
+    modulation is shared by all blocks. Not a tuple, on purpose: FSDP's mixed precision casts the tensors it finds in
+    tuples, and would ruin the angles."""
 
-    scale1: Tensor  # (B, 1, D), or (1, 1, D) at t = 0; the 1 of (1 + scale) is in it
+    scale1: Tensor  # (B, n or 1, D), or (1, 1, D) at t = 0; the 1 of (1 + scale) is in it
     gate1: Tensor  # the same; the tanh is in it
     scale2: Tensor
     gate2: Tensor
@@ -291,22 +292,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.img_mlp = MLP(width, config.mlp_ratio * width)
 
-    def forward(
-        self,
-        prefix: Tensor | None,
-        target: Tensor | None,
-        parts: tuple[Part | None, Part | None],
-        past: KeysValues | None,
-    ) -> tuple[Tensor | None, Tensor | None, KeysValues]:
-        """The tokens of both parts, (B, P, D) and (B, N, D), and the prefix's keys and values; `past` gives these in the
-        prefix's stead. Both parts in one call, so that sharded weights are gathered once."""
-        if past is None:
-            prefix, past = self.step(prefix, parts[0], None)  # (B, P, D), 2 x (B, H, P, d)
-        if target is not None:
-            target, _ = self.step(target, parts[1], past)  # (B, N, D)
-        return prefix, target, past
-
-    def step(self, x: Tensor, part: Part, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+    def forward(self, x: Tensor, part: Part, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
+        """The tokens x (B, n, D), and their keys and values; `past` is what those of a kept prefix are."""
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * part.scale1  # (B, n, D)
         h, keys_values = self.attn(h, part, past)  # (B, n, D)
         x = torch.addcmul(x, part.gate1, h)  # (B, n, D)
@@ -385,16 +372,22 @@ class MMDiT(nn.Module):
         """v (B, out_channels, h, w), in the weights' dtype, of latents z (B, in_channels, h, w) at times t (B,) in [0, 1].
         `prefix`, from `self.prefix(condition)`, spares computing text and sources again."""
         h, w = z.shape[-2:]
-        places = self.places(condition, (h, w))
         *modulation, scale_out = self.modulate(t)  # 4 x (B, 1, D), (B, 1, D)
-        # With causal_condition, text and sources live at t = 0 whatever the step.
-        still = self.modulate(t.new_zeros(1))[:4] if self.config.causal_condition else modulation  # 4 x (1 or B, 1, D)
-        parts = Part(*still, *places[0]), Part(*modulation, *places[1])
-        x_prefix = self.tokens(condition) if prefix is None else None  # (B, P, D)
+        turns, segments = self.places(condition, (h, w))  # (S, 1, d/2)
         x = self.embed(z)  # (B, N, D)
+        if prefix is None:
+            tokens = self.tokens(condition)  # (B, P, D)
+            if self.config.causal_condition:  # text and sources live at t = 0 whatever the step
+                still = self.modulate(t.new_zeros(1))[:4]  # 4 x (1, 1, D)
+                pairs = zip(still, modulation, strict=True)
+                modulation = [torch.cat([a.expand_as(tokens), b.expand_as(x)], 1) for a, b in pairs]  # 4 x (B, S, D)
+            x = torch.cat([tokens, x], 1)  # (B, S, D)
+        else:
+            turns, segments = turns[-h * w :], segments[-1:]  # (N, 1, d/2)
+        part = Part(*modulation, turns, segments)
         for i, block in enumerate(self.transformer_blocks):
-            past = None if prefix is None else prefix[i]  # 2 x (B, H, P, d)
-            x_prefix, x, _ = self.run(block, x_prefix, x, parts, past)  # (B, P, D), (B, N, D)
+            x, _ = self.run(block, x, part, None if prefix is None else prefix[i])  # (B, S or N, D)
+        x = x[:, -h * w :]  # (B, N, D)
         x = F.layer_norm(x, x.shape[-1:], eps=self.config.eps) * scale_out  # (B, N, D)
         return rearrange(self.proj_out(x), "b (h w) c -> b c h w", h=h, w=w)  # (B, out_channels, h, w)
 
@@ -405,9 +398,10 @@ class MMDiT(nn.Module):
             raise ValueError("without causal_condition a prefix holds for one time only, and cannot be kept")
         x, prefix = self.tokens(condition), []  # (B, P, D)
         still = self.modulate(torch.zeros(1, device=x.device))[:4]  # 4 x (1, 1, D)
-        parts = Part(*still, *self.places(condition, (0, 0))[0]), None
+        turns, segments = self.places(condition, (0, 0))  # (P, 1, d/2)
+        part = Part(*still, turns, segments[:-1])
         for block in self.transformer_blocks:
-            x, _, keys_values = self.run(block, x, None, parts, None)  # (B, P, D), 2 x (B, H, P, d)
+            x, keys_values = self.run(block, x, part, None)  # (B, P, D), 2 x (B, H, P, d)
             prefix.append(keys_values)
         return prefix
 
@@ -477,8 +471,8 @@ class MMDiT(nn.Module):
     def embed(self, grid: Tensor) -> Tensor:
         return self.img_in(rearrange(grid, "b c h w -> b (h w) c").to(self.img_in.weight.dtype))  # (B, h w, D)
 
-    def places(self, condition: Condition, grid: tuple[int, int]) -> list[tuple[Tensor, list[Segment]]]:
-        """Rotations and segments of the prefix, and of a target of `grid` (h, w) tokens."""
+    def places(self, condition: Condition, grid: tuple[int, int]) -> tuple[Tensor, list[Segment]]:
+        """Rotations (S, 1, d/2) and segments of the prefix and, last, of a target of `grid` (h, w) tokens."""
         weight, tokens = self.img_in.weight, grid[0] * grid[1]
         layout = tuple(size or stop - start for start, stop, size in condition.pieces)
         turns = rotations((*layout, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2)
@@ -487,8 +481,7 @@ class MMDiT(nn.Module):
         if padding.shape[-1] > 0:  # the target sees the whole prefix but that
             bias = weight.new_zeros(len(padding), 1, 1, len(turns))  # (B, 1, 1, S)
             bias[..., length - padding.shape[-1] : length].masked_fill_(padding, -torch.inf)
-        segments = prefix_segments(layout, weight.dtype, weight.device), [(tokens, len(turns), bias)]
-        return list(zip(turns.split([length, tokens]), segments, strict=True))
+        return turns, [*prefix_segments(layout, weight.dtype, weight.device), (tokens, len(turns), bias)]
 
     @classmethod
     def from_pretrained(
