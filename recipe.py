@@ -68,7 +68,7 @@ def _prompt(line: bytes, folder: Path) -> Prompt:
     try:
         row = json.loads(line)
     except ValueError as error:  # bad JSON and bad UTF-8 alike
-        raise ValueError(f"not valid JSON: {error}") from None
+        raise ValueError(f"not valid JSON: {error}".replace("line 1 ", "")) from None
     if type(row) is not dict:
         raise ValueError("a line must be a JSON object")
     if unknown := row.keys() - {"task", "category", "prompt", "images", "target"}:

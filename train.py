@@ -38,6 +38,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -160,6 +161,7 @@ class LargeArgs(Args):
     batch: int = 32
     micro_batch: int = 8
     save_every: int = 50
+    dtype: str | None = "bfloat16"  # a GPU's, also where a CPU only plans
     recompute: bool = True
     muon_lr: float = 0.0
     lr: float = 1e-5
@@ -215,7 +217,8 @@ def settle(args: Args) -> Args:
     if args.dtype not in (None, "bfloat16", "float32"):
         raise ValueError(f"--dtype {args.dtype}: bfloat16 or float32 is expected")
     if uneven := [size for size in args.sizes if size % ranks()]:
-        raise ValueError(f"micro-batches of {uneven[0]} samples cannot be shared equally by {ranks()} processes")
+        parts = f"--batch {args.batch} in --micro-batch {args.micro_batch} makes parts of {uneven[0]}"
+        raise ValueError(f"{parts} samples, not to be shared equally by {ranks()} processes; take multiples of these")
     recipes.find(args.recipe), find_teachers(args)  # their errors, before anything takes time
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     guidance = float(index["guidance"] if args.guidance is None else args.guidance)
@@ -696,11 +699,17 @@ def open_run(args: Args) -> tuple[Args, Path | None]:
 
 
 def _open_run(args: Args) -> tuple[Args, Path | None]:
-    out, before = args.home, read_json(args.home / "args.json")["arguments"] if args.resume else None
+    out, before = args.home, None
+    if args.resume:
+        if not (out / "args.json").is_file():
+            raise ValueError(f"{out}: no run to go on with; start one without --resume, or name its folder with --out")
+        before = read_json(out / "args.json")["arguments"]
     if not before and out.is_dir() and {f.name for f in out.iterdir()} - {"args.json", "conditions"}:  # a failed start
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
     args = settle(replace(args, dtype=args.dtype or before["dtype"]) if before else args)  # not measured a second time
     now = json.loads(json.dumps(asdict(args), default=str))
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in args.prompts if path.is_file()]
+    now["prompts"] = [f"{path} ({content[:8]})" for path, content in zip(now["prompts"], contents, strict=False)]
     free = {"resume", "out", "steps", "save_every", "panel_every", "device", "compile", "recompute", "cache"}
     for name in now.keys() - free - {"plan", "gpus", "peak_tflops", "utilisation"}:
         if before and now[name] != before.get(name):
@@ -922,6 +931,8 @@ def run(args: Args) -> None:
         raise ValueError(f"--resolution {args.resolution}: the toy world's own prompts have 128; give --prompts FILE")
     prompts = recipes.read_prompts(args.prompts) if args.prompts else toy_prompts(args)
     recipes.find(args.recipe).resolve(recipes.categories(prompts), ())  # what is missing, before the encoding
+    counts = Counter(f"{prompt.task} {prompt.category}" for prompt in prompts)
+    say("prompts: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
     cache, dtype = args.cache or args.out / "conditions", torch.bfloat16 if cuda else torch.float32
     kinds = {"resolution": args.resolution, "empty": flows or args.guidance != 1, "targets": flows}
     ours = {"share": (rank(), ranks()), "together": together}

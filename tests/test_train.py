@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -515,8 +516,14 @@ def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, comm
     with pytest.raises(ValueError, match=r"--seed is 1, but the run in .* was started with 0"):
         train.open_run(make_args(checkpoint, out, seed=1, resume=True))
     assert (out / "args.json").read_bytes() == note
-    with pytest.raises(FileNotFoundError, match="args.json"):
+    with pytest.raises(ValueError, match="other: no run to go on with"):
         train.open_run(make_args(checkpoint, tmp_path / "other", resume=True))
+    mine = shutil.copy(prompts, tmp_path / "mine.jsonl")
+    train.open_run(make_args(checkpoint, tmp_path / "fourth", prompts=(mine,)))
+    train.open_run(make_args(checkpoint, tmp_path / "fourth", prompts=(mine,), resume=True))
+    mine.write_bytes(mine.read_bytes().replace(b" ", b"  ", 1))
+    with pytest.raises(ValueError, match=r"--prompts is .*mine.jsonl \(.* was started with .*mine.jsonl \("):
+        train.open_run(make_args(checkpoint, tmp_path / "fourth", prompts=(mine,), resume=True))
     with pytest.raises(OSError):
         train.open_run(make_args(checkpoint, prompts / "run"))  # a folder inside a file cannot be made
     with pytest.raises(ValueError, match="flash-2"):

@@ -96,11 +96,10 @@ def make_plan(
     guided = 1 if args.guidance == 1 else 2
     activations, caches, flops = 0.0, 0.0, 0.0
     for task, (prefix, target) in layouts.items():
-        # Beside the tokens': the target's attention has a copy of the prefix's keys and values.
-        block = ((prefix + target) * inner + 2 * prefix * e) * width
+        block = (prefix + target) * inner * width
         kept = (prefix + target) * e * width  # by a block that is computed again
         saved = config.num_layers * kept + block if args.recompute else config.num_layers * block
-        saved += (4 * (prefix + target) + 10 * target) * e * width  # both ends of the network; gradients on their way
+        saved += (8 * (prefix + target) + 10 * target) * e * width  # ends, modulation; gradients on their way
         cache = 0 if flows else 2 * config.num_layers * prefix * e * width * (2 + frozen * guided)
         if saved + cache > activations + caches:
             activations, caches = saved, cache
@@ -134,8 +133,9 @@ def describe(args, gpus: int, teachers: dict[str, Path]) -> str:
     tasks = [task for task, parts in zip(recipes.TASKS, recipe.ratio, strict=True) if parts]
     layouts = {task: (TEXT + (tokens if task == "edit" else 0), tokens) for task in tasks}
     plan = make_plan(args, config, recipe, gpus, frozen, layouts)
-    peak = args.peak_tflops or (peak_flops(args) or 989e12) / 1e12
-    seconds = plan.update_flops / (gpus * peak * 1e12 * args.utilisation)
+    known = peak_flops(args)
+    peak = known or 989e12
+    seconds = plan.update_flops / (gpus * peak * args.utilisation)
     way = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "all weights"
     lines = [
         f"{args.checkpoint}: {plan.parameters / 1e9:.3f} billion parameters, {plan.trained / 1e6:.1f} million trained",
@@ -147,6 +147,7 @@ def describe(args, gpus: int, teachers: dict[str, Path]) -> str:
         f"  {'peak':16} {plan.peak / 1e9:9.3f}",
         f"{plan.update_flops / 1e12:,.2f} TFLOP an update",
         f"{seconds:,.2f} s an update, {seconds * args.steps / 3600:,.2f} h for {args.steps} steps, at "
-        f"{args.utilisation:.0%} of {peak:,.0f} TFLOP/s a process",
+        f"{args.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s a process"
+        + ("" if known else " (an H100's in bf16; --peak-tflops says another)"),
     ]
     return "\n".join(lines)
