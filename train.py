@@ -708,8 +708,8 @@ def _open_run(args: Args) -> tuple[Args, Path | None]:
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
     args = settle(replace(args, dtype=args.dtype or before["dtype"]) if before else args)  # not measured a second time
     now = json.loads(json.dumps(asdict(args), default=str))
-    contents = [hashlib.sha256(path.read_bytes()).hexdigest() for path in args.prompts if path.is_file()]
-    now["prompts"] = [f"{path} ({content[:8]})" for path, content in zip(now["prompts"], contents, strict=False)]
+    contents = {p: hashlib.sha256(p.read_bytes()).hexdigest()[:8] if p.is_file() else "missing" for p in args.prompts}
+    now["prompts"] = [f"{path} ({content})" for path, content in contents.items()]
     free = {"resume", "out", "steps", "save_every", "panel_every", "device", "compile", "recompute", "cache"}
     for name in now.keys() - free - {"plan", "gpus", "peak_tflops", "utilisation"}:
         if before and now[name] != before.get(name):
