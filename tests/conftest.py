@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ import torch
 from encoders.vae import VAE, VAEConfig
 from model import MMDiT, MMDiTConfig
 from toy import build
+
+# Two workers share the tests (pyproject.toml): one thread for each of them, and for the programs that they start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
