@@ -293,7 +293,7 @@ class Block(nn.Module):
         self.img_mlp = MLP(width, config.mlp_ratio * width)
 
     def forward(self, x: Tensor, part: Part, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
-        """The tokens x (B, n, D), and their keys and values; `past` is what those of a kept prefix are."""
+        """The tokens x (B, n, D) after this block, and the keys and values that they saw; `past`: those of a kept prefix."""
         h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * part.scale1  # (B, n, D)
         h, keys_values = self.attn(h, part, past)  # (B, n, D)
         x = torch.addcmul(x, part.gate1, h)  # (B, n, D)

@@ -68,6 +68,7 @@ def _prompt(line: bytes, folder: Path) -> Prompt:
     try:
         row = json.loads(line)
     except ValueError as error:  # bad JSON and bad UTF-8 alike
+        # Of its own lines JSON has one, while the caller names the file's.
         raise ValueError(f"not valid JSON: {error}".replace("line 1 ", "")) from None
     if type(row) is not dict:
         raise ValueError("a line must be a JSON object")

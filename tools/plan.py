@@ -99,7 +99,7 @@ def make_plan(
         block = (prefix + target) * inner * width
         kept = (prefix + target) * e * width  # by a block that is computed again
         saved = config.num_layers * kept + block if args.recompute else config.num_layers * block
-        saved += (8 * (prefix + target) + 10 * target) * e * width  # ends, modulation; gradients on their way
+        saved += (8 * (prefix + target) + 10 * target) * e * width  # ends, tokens' modulation; gradients on their way
         cache = 0 if flows else 2 * config.num_layers * prefix * e * width * (2 + frozen * guided)
         if saved + cache > activations + caches:
             activations, caches = saved, cache
