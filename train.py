@@ -794,21 +794,23 @@ def located(where: Callable[[], str]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def draw(args: Args, pool: Pool, network: Network, panel: list[Tensor], step: int) -> None:
-    """panels/STEP.png; and grid.png: two prompts of every category, edits below their (last) source. All ranks draw, as
-    the weights may be spread over them, and the first one paints."""
+def draw(args: Args, pool: Pool, network: Network, panel: dict[str, Tensor], batch: Batch, step: int) -> None:
+    """panels/STEP.png, of a micro-batch; and grid.png: two prompts of every category, edits below their (last) source.
+    All ranks draw, as the weights may be spread over them, and the first one paints."""
     grid = {"t2i": [], "source": [], "edit": []}
     chosen = [entry for place in pool.places.values() for entry in place[:2]]
     for number, entry in enumerate(chosen):
-        batch = make_batch(args, [entry], [generator(args.seed, 0, number, "grid")])
-        v, sigmas = velocity(network, batch.condition), flow.student_sigmas(args.student_steps)
+        one = make_batch(args, [entry], [generator(args.seed, 0, number, "grid")])
+        v, sigmas = velocity(network, one.condition), flow.student_sigmas(args.student_steps)
         if args.objective == "flow":
-            v, sigmas = guided(args, network, batch.condition, batch.empty), flow.student_sigmas(20)
-        grid["source"] += [source[0] for source in batch.condition.sources[-1:]]  # (64, h, w)
-        grid[entry.task].append(flow.euler(v, batch.noise, sigmas)[0])  # (64, h, w)
-    rows = {args.out / "panels" / f"{step:06d}.png": [row[:8] for row in panel], args.out / "grid.png": grid.values()}
+            v, sigmas = guided(args, network, one.condition, one.empty), flow.student_sigmas(20)
+        grid["source"] += [source[0] for source in one.condition.sources[-1:]]  # (64, h, w)
+        grid[entry.task].append(flow.euler(v, one.noise, sigmas)[0])  # (64, h, w)
+    stop = "" if args.objective == "flow" else f"k {batch.k}, "
+    heads, rows = [f"{stop}t {t:.2f}" for t in batch.t.tolist()[:8]], {what: z[:8] for what, z in panel.items()}
+    pictures = {args.out / "panels" / f"{step:06d}.png": (rows, heads), args.out / "grid.png": (grid, [])}
     vae = args.checkpoint / "vae"
-    by_first(lambda: [watch.paint(vae, args.device, latents, path) for path, latents in rows.items()] and None)
+    by_first(lambda: [watch.paint(vae, args.device, *what, path) for path, what in pictures.items()] and None)
 
 
 def train(args: Args, pool: Pool, state: Path | None) -> Path:
@@ -894,11 +896,11 @@ def train(args: Args, pool: Pool, state: Path | None) -> Path:
                     z = flow.path(batch.target, batch.noise, batch.t)
                     with torch.no_grad():
                         x0 = flow.x0_from_velocity(z, v(z, batch.t), batch.t)
-                    panel = [batch.target, z, x0]  # (B, 64, h, w) each
+                    panel = {"clean": batch.target, "noised": z, "x0": x0}  # (B, 64, h, w) each
                 else:
-                    panel = [x_theta.detach(), x0_real, x0_fake]
+                    panel = {"x_theta": x_theta.detach(), "x0_real": x0_real, "x0_fake": x0_fake}
                 with student.averaged() as network:
-                    draw(args, pool, network, panel, done)
+                    draw(args, pool, network, panel, batch, done)
             stop = max(everyone(signals[0] if signals else 0))
             if done % args.save_every == 0 or done == args.steps or stop:
                 save(args.out, done, trainees)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import sample
@@ -94,15 +94,27 @@ def open_board(out: Path):
 
 
 @torch.no_grad()
-def paint(vae: Path, device: str, rows: Iterable[Iterable[Tensor]], path: Path) -> None:
-    """One picture of rows of latents, (64, h, w) each, row below row. The VAE is not kept between two: memory."""
+def paint(vae: Path, device: str, rows: dict[str, Iterable[Tensor]], heads: list[str], path: Path) -> None:
+    """One picture of rows of latents, (64, h, w) each, row below row, each with its name before it and `heads` above the
+    columns (an empty list: nothing). Rows without latents are left out. The VAE is not kept between two: memory."""
     decoder = VAE.from_pretrained(vae, device=device)
-    pictures = [[sample.to_pictures(decoder.decode(z[None].float()))[0] for z in row] for row in rows if len(row)]
-    heights = [max(picture.height for picture in row) for row in pictures]
-    width = max(sum(picture.width for picture in row) for row in pictures)
-    canvas = Image.new("RGBA", (width, sum(heights)), "white")
-    for i, row in enumerate(pictures):
+    decoded = {
+        name: [sample.to_pictures(decoder.decode(z[None].float()))[0] for z in row] for name, row in rows.items()
+    }
+    shown = {name: row for name, row in decoded.items() if row}
+    heights = [max(picture.height for picture in row) for row in shown.values()]
+    font = ImageFont.load_default(max(heights) // 8)
+    left, top = int(max(font.getlength(name) for name in shown)) + 8, font.size + 8 if heads else 0
+    width = left + max(sum(picture.width for picture in row) for row in shown.values())
+    canvas = Image.new("RGBA", (width, top + sum(heights)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (name, row) in enumerate(shown.items()):
+        y = top + sum(heights[:i])
+        pen.text((4, y + heights[i] // 2), name, fill="black", font=font, anchor="lm")
         for j, picture in enumerate(row):
-            canvas.alpha_composite(picture, (sum(p.width for p in row[:j]), sum(heights[:i])))
+            x = left + sum(p.width for p in row[:j])
+            canvas.alpha_composite(picture, (x, y))
+            if i == 0 and heads:
+                pen.text((x + picture.width // 2, top // 2), heads[j], fill="black", font=font, anchor="mm")
     path.parent.mkdir(exist_ok=True)
     canvas.convert("RGB").save(path)
