@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -122,6 +124,35 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     shutil.copy(tiny / "teachers" / "text" / "diffusion_pytorch_model.safetensors", tiny / "transformer")
     with pytest.raises(ValueError, match="made with other weights; name another --runs"):
         run(tiny, "composition")
+
+
+def test_two_commands_share_a_folder(tiny, monkeypatch):
+    """They begin at the same moment and want the same students and scores: each is made once, and both tables are the same."""
+    made, real_train, real_evaluate = [], train.train, benches.evaluate
+
+    def trained(args, pool, state):
+        made.append((args.out.name, args.steps))
+        return real_train(args, pool, state)
+
+    def evaluated(pipeline, sampler, *rest, **options):
+        made.append((sampler.name, *rest[0]))
+        return real_evaluate(pipeline, sampler, *rest, **options)
+
+    monkeypatch.setattr(train, "train", trained)
+    monkeypatch.setattr(train, "noted_signals", nullcontext)  # which the main thread alone can note
+    monkeypatch.setattr(benches, "evaluate", evaluated)
+
+    def command(_) -> list[tuple[Path, dict]]:
+        shop = experiments.Workshop(tiny.parent / "runs", tiny, steps=2, nfe=2)
+        places = shop.student("e1-landscape", 0, ("t2i",))
+        sampler = benches.Sampler("E1", shop.sigmas)
+        return [(places[step], shop.row(places[step], sampler, "t2i", 2, places[step])) for step in places]
+
+    with ThreadPoolExecutor(2) as two:
+        first, second = two.map(command, range(2))
+    assert first == second
+    student = "e1-landscape-2nfe-2steps-seed0"
+    assert sorted(made) == [("E1", "t2i"), ("E1", "t2i"), (student, 1), (student, 2)]
 
 
 def check(tiny: Path, name: str, result: dict, table: str, seeds: int) -> None:

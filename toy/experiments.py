@@ -10,10 +10,13 @@ our words, each as comparisons of rows; they were written down before any table 
 agree, disagree, or cannot tell. Everything on the way is kept (class Workshop), so a killed run goes on where it was.
 """
 
+import fcntl
 import hashlib
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -138,8 +141,18 @@ def encoded(checkpoint: Path, tasks: tuple[str, ...]) -> train.Pool:
     return train.encode_pool(benches.open_checkpoint(checkpoint), prompts, benches.RESOLUTION)
 
 
+@contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """What one process makes at `place`, another waits for, and then finds. A process that dies gives way, too."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place.with_name(f"{place.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Workshop:
-    """What the tables share: a folder of students and scores, where nothing is made twice.
+    """What the tables share: a folder of students and scores, where nothing is made twice, by several commands at once
+    either.
 
     settings.json                       what all of it was made with; another checkpoint needs another folder
     RECIPE-4nfe-40steps-seed0/          a run of train.py's
@@ -164,11 +177,13 @@ class Workshop:
             "world": digest.hexdigest(),
         }
         file = home / "settings.json"
-        # Which dtype is faster is measured, and must not come out otherwise when half of the students are there.
-        then = read_json(file) if file.exists() else now | {"dtype": train.faster_dtype(str(self.pipeline.device))}
+        with alone(file):
+            # Which dtype is faster is measured, and must not come out otherwise when half of the students are there.
+            if not file.exists():
+                write_json(file, now | {"dtype": train.faster_dtype(str(self.pipeline.device))})
+            then = read_json(file)
         if changed := [key for key in now if now[key] != then[key]]:
             raise ValueError(f"{home}: its students were made with other {', '.join(changed)}; name another --runs")
-        write_json(file, then)
         self.dtype = then["dtype"]
 
     def student(self, recipe: str, seed: int, tasks: tuple[str, ...]) -> dict[int, Path]:
@@ -176,20 +191,21 @@ class Workshop:
         out = self.home / f"{recipe}-{self.nfe}nfe-{self.steps}steps-seed{seed}"
         stages = {math.ceil(self.steps * i / STAGES): out / "stages" for i in range(1, STAGES + 1)}
         stages = {step: folder / f"{step:06d}" for step, folder in stages.items()}
-        for step, folder in stages.items():
-            if folder.exists():
-                continue
-            print(f"{out.name}: to step {step} of {self.steps}", flush=True)
-            args = replace(STUDENT, checkpoint=self.checkpoint, recipe=recipe, out=out, seed=seed, steps=step)
-            args = replace(args, student_steps=self.nfe, dtype=self.dtype, resume=(out / "args.json").exists())
-            args, state = train.open_run(args)
-            if state and int(state.name) > step:
-                raise ValueError(f"{out}: is past step {step}, whose weights are gone; remove the folder")
-            result = train.train(args, encoded(self.checkpoint, tasks), state)
-            shutil.copytree(result / "transformer", folder.with_suffix(".part"), dirs_exist_ok=True)
-            os.replace(folder.with_suffix(".part"), folder)
-        for old in train.whole_checkpoints(out)[:-1]:  # 70 MB each
-            shutil.rmtree(old)
+        with alone(out):
+            for step, folder in stages.items():
+                if folder.exists():
+                    continue
+                print(f"{out.name}: to step {step} of {self.steps}", flush=True)
+                args = replace(STUDENT, checkpoint=self.checkpoint, recipe=recipe, out=out, seed=seed, steps=step)
+                args = replace(args, student_steps=self.nfe, dtype=self.dtype, resume=(out / "args.json").exists())
+                args, state = train.open_run(args)
+                if state and int(state.name) > step:
+                    raise ValueError(f"{out}: is past step {step}, whose weights are gone; remove the folder")
+                result = train.train(args, encoded(self.checkpoint, tasks), state)
+                shutil.copytree(result / "transformer", folder.with_suffix(".part"), dirs_exist_ok=True)
+                os.replace(folder.with_suffix(".part"), folder)
+            for old in train.whole_checkpoints(out)[:-1]:  # 70 MB each
+                shutil.rmtree(old)
         return stages
 
     def judge_version(self) -> str:
@@ -198,14 +214,15 @@ class Workshop:
     def row(self, place: Path, sampler: Sampler, bench: str, cases: int, weights: Path | None = None) -> dict:
         """The row of some weights (None: the checkpoint's own), from place-BENCH.json if it is there."""
         file = place.with_name(f"{place.name}-{bench}.json")
-        row = read_json(file) if file.exists() else {}
-        if (row.get("judge"), row.get("cases")) != (self.judge_version(), {bench: cases}):
-            for category in benches.CATEGORIES[bench]:  # not on the clock, or the first row alone would pay for it
-                some = world.bench(bench, category, cases)
-                self.condition([case.prompt for case in some], [case.images for case in some])
-            row, _ = benches.evaluate(self.opened(weights), sampler, [bench], {bench: cases}, each=True)
-            row["judge"] = self.judge_version()
-            write_json(file, row)
+        with alone(file):
+            row = read_json(file) if file.exists() else {}
+            if (row.get("judge"), row.get("cases")) != (self.judge_version(), {bench: cases}):
+                for category in benches.CATEGORIES[bench]:  # not on the clock, or the first row alone would pay for it
+                    some = world.bench(bench, category, cases)
+                    self.condition([case.prompt for case in some], [case.images for case in some])
+                row, _ = benches.evaluate(self.opened(weights), sampler, [bench], {bench: cases}, each=True)
+                row["judge"] = self.judge_version()
+                write_json(file, row)
         return row
 
     def opened(self, weights: Path | None) -> Pipeline:
