@@ -40,7 +40,7 @@ def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: int, pa
                 for j, (case, picture) in enumerate(zip(cases[category], pictures)):
                     canvas.paste(picture, (x + j * tile, y), picture)
                     if i == 0 and case.edit:
-                        words = textwrap.fill(case.prompt, 22)
+                        words = textwrap.fill(case.prompt, 20)
                         pen.multiline_text(
                             (x + j * tile, y - 3), words, fill="black", font=small, anchor="ld", spacing=1
                         )
@@ -80,7 +80,7 @@ def chart(panels: dict[str, dict[str, list[tuple[float, list[float]]]]], path: P
         for i in range(5):
             y = low + (high - low) * i / 4
             pen.line([(x0, place(0, y)[1]), (x1, place(0, y)[1])], fill="#dddddd")
-            pen.text((x0 - 6, place(0, y)[1]), f"{y:.2f}", fill="black", font=font, anchor="rm")
+            pen.text((x0 - 6, place(0, y)[1]), f"{y:.3f}", fill="black", font=font, anchor="rm")
         for x in sorted(set(steps)):
             pen.text((place(x, low)[0], y1 + 6), f"{x:g}", fill="black", font=font, anchor="ma")
         pen.text(((x0 + x1) / 2, height - 18), "updates of the student", fill="black", font=font, anchor="ma")
