@@ -806,8 +806,8 @@ def draw(args: Args, pool: Pool, network: Network, panel: dict[str, Tensor], bat
             v, sigmas = guided(args, network, one.condition, one.empty), flow.student_sigmas(20)
         grid["source"] += [source[0] for source in one.condition.sources[-1:]]  # (64, h, w)
         grid[entry.task].append(flow.euler(v, one.noise, sigmas)[0])  # (64, h, w)
-    stop = "" if args.objective == "flow" else f"k {batch.k}, "
-    heads, rows = [f"{stop}t {t:.2f}" for t in batch.t.tolist()[:8]], {what: z[:8] for what, z in panel.items()}
+    turn = "" if args.objective == "flow" else f"k {batch.k}, "  # the student's step
+    heads, rows = [f"{turn}t {t:.2f}" for t in batch.t.tolist()[:8]], {what: z[:8] for what, z in panel.items()}
     pictures = {args.out / "panels" / f"{step:06d}.png": (rows, heads), args.out / "grid.png": (grid, [])}
     vae = args.checkpoint / "vae"
     by_first(lambda: [watch.paint(vae, args.device, *what, path) for path, what in pictures.items()] and None)

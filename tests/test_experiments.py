@@ -127,7 +127,7 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
 
 
 def test_two_commands_share_a_folder(tiny, monkeypatch):
-    """They begin at the same moment and want the same students and scores: each is made once, and both tables are the same."""
+    """They begin at the same moment and want the same students and scores: each is made once, and both get the same."""
     made, real_train, real_evaluate = [], train.train, benches.evaluate
 
     def trained(args, pool, state):
