@@ -273,13 +273,6 @@ RECIPES = {
         # The default: what the paper ends with. Ratio 5:5 (section 5) and step-wise routing (section 4). Its composition
         # is not published; ours: every category, equally, since a teacher for text has a say only where there is text.
         Recipe("flash", (5, 5), specialists=STEP_WISE),
-        # Ours, for the toy's base teacher alone (toy/build.py): more of what it was still bad at, words above all.
-        Recipe(
-            "spelling",
-            (7, 3),
-            t2i={"landscape": 1, "portrait": 1, "text": 5},
-            edit={"scene": 2, "enhance": 2, "object": 2, "text": 3, "identity": 1, "style": 1},
-        ),
     ]
 }
 

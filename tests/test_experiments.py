@@ -203,7 +203,7 @@ def test_students_in_two_tables_have_one_recipe():
         a, b = (recipe.find(name).resolve(data, ["text", "edit"]) for name in (a, b))
         assert a == replace(b, name=a.name)
     used = {name for plan in EXPERIMENTS.values() for name in plan.rows.values()}
-    assert used | {name for name, _ in same} | {"flash", "spelling"} == recipe.RECIPES.keys()
+    assert used | {name for name, _ in same} | {"flash"} == recipe.RECIPES.keys()
 
 
 def test_no_benched_prompt_is_trained_on():
