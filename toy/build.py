@@ -36,7 +36,6 @@ import recipe as recipes
 import train
 from eval import Sampler
 from model import MMDiT, MMDiTConfig, write_json
-from recipe import Recipe
 from sample import Pipeline, Scheduler
 from toy import judge, language, world
 from toy.figures import answer
@@ -55,21 +54,19 @@ VAE_STEPS = 8250  # two cycles of train_vae.CYCLE, the second cut short for time
 POOL = {"t2i": 8000, "edit": 4000}  # prompts per category; the specialists draw from the same
 BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more, noisier steps reach further in the same time here
 GROWN_AFTER = (2, 5)  # blocks of the shallow teacher behind which one more is put
-# The base teacher's last recipe, after more equal shares: more of what it was still bad at, words above all.
-OWN_RECIPES = {
-    "spelling": Recipe(
-        "spelling",
-        (7, 3),
-        t2i={"landscape": 1, "portrait": 1, "text": 5},
-        edit={"scene": 2, "enhance": 2, "object": 2, "text": 3, "identity": 1, "style": 1},
-    ),
-}
+# The base teacher's last recipe, after an equal share of everything: more of what it was still bad at, words above all.
+SPELLING = recipes.Recipe(
+    "spelling",
+    (7, 3),
+    t2i={"landscape": 1, "portrait": 1, "text": 5},
+    edit={"scene": 2, "enhance": 2, "object": 2, "text": 3, "identity": 1, "style": 1},
+)
 # name -> (recipe, steps, scale of the learning rates). The base begins shallow, which is cheaper, and grows once.
 # A specialist sees its own task alone, from the base on.
 TEACHERS = {
     "shallow": ("flash", 3400, 1.0),
     "base": ("mix-7-3", 4900, 1.0),
-    "spelling": ("spelling", 1500, 0.5),
+    "spelling": (SPELLING.name, 1500, 0.5),
     "text": ("e3-text", 400, 0.5),
     "edit": ("mix-0-10", 200, 0.25),
 }
@@ -137,7 +134,7 @@ def train_teacher(
     The result replaces folder/transformer (the base) or becomes folder/teachers/NAME. Its times are shifted as the
     teacher's own steps are: most of them lie where a picture's parts find their places.
     """
-    recipes.RECIPES.update(OWN_RECIPES)
+    recipes.RECIPES[SPELLING.name] = SPELLING  # not on import: for everyone else the table stays the paper's
     args = train.FlowArgs(checkpoint=folder, out=out, recipe=recipe, steps=steps, seed=SEED, compile=compile)
     args.batch, args.micro_batch, args.guidance, args.time_shift = BATCH, MICRO_BATCH, GUIDANCE, TIME_SHIFT
     args.muon_lr, args.lr, args.resume = scale * args.muon_lr, scale * args.lr, (out / "args.json").exists()
