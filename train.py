@@ -95,13 +95,13 @@ class Args:
     guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: model_index.json's")
     resolution: int | None = option(None, "side of sources' and targets' area; default: model_index.json's")
     student_steps: int = option(4, "the student's number of steps, its NFE")
-    steps: int = option(60, "updates of the student")
-    batch: int = option(48, "samples per update, over all its micro-batches")
-    micro_batch: int = option(16, "samples that run at once, over all processes, of one category and bucket")
+    steps: int = option(300, "updates of the student")
+    batch: int = option(12, "samples per update, over all its micro-batches")
+    micro_batch: int = option(6, "samples that run at once, over all processes, of one category and bucket")
     seed: int = option(0, "all random draws follow from it")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
-    save_every: int = option(40, "steps from one checkpoint to the next")
-    panel_every: int = option(20, "steps from one panel and grid to the next")
+    save_every: int = option(50, "steps from one checkpoint to the next")
+    panel_every: int = option(50, "steps from one panel and grid to the next")
     device: str | None = option(None, "default: cuda if there is one")
     dtype: str | None = option(None, "of the working weights, bfloat16 or float32; default: the faster one")
     compile: bool = option(False, "torch.compile every block: the first step takes minutes; a CPU wins little")
@@ -118,7 +118,7 @@ class Args:
     fake_lr: float = option(5e-4, "the fake score's")
     fake_updates: int = option(2, "updates of the fake score before each of the student; DMD2 takes 5")
     warmup: int = option(10, "steps over which the learning rates rise from 0")
-    decay: float = option(0.0, "share of the run, at its end, over which they fall to 0 again")
+    decay: float = option(0.4, "share of the run, at its end, over which they fall to 0 again")
     clip: float = option(1.0, "largest norm of a gradient (2.0 report, section 4)")
     ema: float = option(0.97, "decay per step of the averaged weights, which are what a run exports")
     time_shift: float = option(3.0, "shift of p(t) towards noise; dmd: of the times at which x_theta is noised again")
@@ -141,6 +141,7 @@ class FlowArgs(Args):
     objective: str = "flow"
     steps: int = 2000
     batch: int = 96
+    micro_batch: int = 16
     save_every: int = 500
     panel_every: int = 500
     muon_lr: float = 0.02
@@ -160,7 +161,7 @@ class LargeArgs(Args):
     steps: int = 1000
     batch: int = 32
     micro_batch: int = 8
-    save_every: int = 50
+    panel_every: int = 20
     dtype: str | None = "bfloat16"  # a GPU's, also where a CPU only plans
     recompute: bool = True
     muon_lr: float = 0.0
@@ -169,6 +170,7 @@ class LargeArgs(Args):
     fake_lr: float = 1e-5
     fake_updates: int = 5
     warmup: int = 20
+    decay: float = 0.0
     ema: float = 0.98
 
 
