@@ -11,7 +11,7 @@ A STEP is one update of the student (dmd) or teacher (flow); the fake score has 
 numbered over the whole update, whatever the number of micro-batches and processes that share it. A MICRO-BATCH is one
 turn of the recipe, for all processes together: each takes an equal part of it, so nothing depends on their number.
 
-    python train.py                                                the laptop run, 10 to 15 minutes on two cores
+    python train.py                                                the laptop run, half an hour on two cores
     python train.py --prompts mine.jsonl --out runs/mine           the same on prompts and pictures of one's own
     python train.py --objective flow --prompts pairs.jsonl --out runs/teacher            every line needs a "target"
     python train.py --plan --gpus 8 --checkpoint DIR                  what it would take; nothing is loaded or written
