@@ -11,7 +11,7 @@ A STEP is one update of the student (dmd) or teacher (flow); the fake score has 
 numbered over the whole update, whatever the number of micro-batches and processes that share it. A MICRO-BATCH is one
 turn of the recipe, for all processes together: each takes an equal part of it, so nothing depends on their number.
 
-    python train.py                                                the laptop run, half an hour on two cores
+    python train.py                                                the laptop run, a quarter of an hour or more
     python train.py --prompts mine.jsonl --out runs/mine           the same on prompts and pictures of one's own
     python train.py --objective flow --prompts pairs.jsonl --out runs/teacher            every line needs a "target"
     python train.py --plan --gpus 8 --checkpoint DIR                  what it would take; nothing is loaded or written
@@ -95,7 +95,7 @@ class Args:
     guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: model_index.json's")
     resolution: int | None = option(None, "side of sources' and targets' area; default: model_index.json's")
     student_steps: int = option(4, "the student's number of steps, its NFE")
-    steps: int = option(300, "updates of the student")
+    steps: int = option(500, "updates of the student")
     batch: int = option(12, "samples per update, over all its micro-batches")
     micro_batch: int = option(6, "samples that run at once, over all processes, of one category and bucket")
     seed: int = option(0, "all random draws follow from it")
@@ -121,7 +121,7 @@ class Args:
     decay: float = option(0.4, "share of the run, at its end, over which they fall to 0 again")
     clip: float = option(1.0, "largest norm of a gradient (2.0 report, section 4)")
     ema: float = option(0.97, "decay per step of the averaged weights, which are what a run exports")
-    time_shift: float = option(3.0, "shift of p(t) towards noise; dmd: of the times at which x_theta is noised again")
+    time_shift: float = option(1.5, "shift of p(t) towards noise; dmd: of the times at which x_theta is noised again")
     text_dropout: float = option(0.1, "flow: share of samples that see an empty prompt (2.0 report, section 4)")
 
     @property
@@ -172,6 +172,7 @@ class LargeArgs(Args):
     warmup: int = 20
     decay: float = 0.0
     ema: float = 0.98
+    time_shift: float = 3.0
 
 
 @dataclass
