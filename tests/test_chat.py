@@ -355,11 +355,14 @@ judge.judge(Chat(sys.argv[1], "judge-1"), cases, folder / "pictures", folder / "
     process.send_signal(signal_number)
     assert process.wait(20) != 0
     slow.set()
-    kept, before = len((folder / "cache.jsonl").read_text().splitlines()), len(server.asked)
-    answers, _ = score(server, bench)
-    assert len(answers) == len(cases) and len(server.asked) - before == len(cases) - kept
+    kept = len((folder / "cache.jsonl").read_text().splitlines())
+    again = serve(
+        lambda question, n: well(question)
+    )  # another server: what the killed process sent last may reach the first one only now
+    answers, _ = score(again, bench)
+    assert len(answers) == len(cases) and len(again.asked) == len(cases) - kept
     if signal_number == signal.SIGINT:  # what was under way has been kept, too
-        assert kept == before
+        assert kept == len(server.asked)
 
 
 def test_a_question_shows_all_that_counts(serve, bench, tmp_path):
