@@ -409,7 +409,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="DIR",
         help="write table and contact sheet there; with --prompts pictures and row.json",
     )
-    add("--steps", type=int, help="default: the checkpoint's own sigmas, else 40. --experiment: updates [80]")
+    add("--steps", type=int, help="default: the checkpoint's own sigmas, else 40. --experiment: a student's updates")
     add("--guidance", type=float, help="default: the checkpoint's own")
     add("--bench", choices=["t2i", "edit", "all"], default="all", help="of the toy world")
     add("--cases", type=int, help=f"of the toy world, per category (default: {CASES})")

@@ -356,9 +356,8 @@ judge.judge(Chat(sys.argv[1], "judge-1"), cases, folder / "pictures", folder / "
     assert process.wait(20) != 0
     slow.set()
     kept = len((folder / "cache.jsonl").read_text().splitlines())
-    again = serve(
-        lambda question, n: well(question)
-    )  # another server: what the killed process sent last may reach the first one only now
+    # Another server, since what the killed process sent last may reach the first one only now.
+    again = serve(lambda question, n: well(question))
     answers, _ = score(again, bench)
     assert len(answers) == len(cases) and len(again.asked) == len(cases) - kept
     if signal_number == signal.SIGINT:  # what was under way has been kept, too
