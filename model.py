@@ -15,23 +15,18 @@ row-major order inside. Parameter names are those of the published files.
     S  all tokens, P + N                 m  keys that a segment's queries may see
 """
 
-import json
 import math
-import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from support.attention import attend
+from support.files import config_from_json, load_weights, save_config, save_weights
 
 KeysValues = tuple[Tensor, Tensor]  # 2 x (B, H, n, d)
 Prefix = list[KeysValues]  # of every block, for text and sources
@@ -168,69 +163,7 @@ class Part:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Roles: teacher, student and fake score on one copy of the weights (LoRA, arXiv 2106.09685)
-
-LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer: A (r, in), B (out, r), alpha; they change its W by alpha/r B A
-ATTENTION = r"transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)"  # the layers that the family's LoRA files change
-
-
-@dataclass
-class Stage:
-    """Which role is on. One object for the whole network, so that its layers cannot disagree."""
-
-    roles: set[str] = field(default_factory=set)
-    role: str | None = None
-
-
-class Adapter(nn.Module):
-    def __init__(self, a: Tensor, b: Tensor, alpha: float):
-        super().__init__()
-        self.A, self.B, self.alpha = nn.Parameter(a), nn.Parameter(b), alpha
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Factors in fp32 may sit on weights in bf16: they learn, and need no second copy to learn in.
-        x = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))  # (B, n, out)
-        return self.alpha / len(self.A) * x  # (B, n, out)
-
-
-class RoleLinear(nn.Module):
-    """A linear layer, and what each role that changes it adds; the weight keeps its name in the state dict."""
-
-    def __init__(self, linear: nn.Linear, stage: Stage):
-        super().__init__()
-        self.weight, self.stage, self.adapters = linear.weight, stage, nn.ModuleDict()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight)  # (B, n, out)
-        role = self.stage.role
-        return y + self.adapters[role](x) if role in self.adapters else y  # (B, n, out)
-
-
-def new_lora(
-    model: nn.Module, rank: int, alpha: float | None = None, layers: str = ATTENTION, rng: torch.Generator | None = None
-) -> LoRA:
-    """A LoRA that changes nothing yet: A is random, B zero. alpha None: the rank. `layers`: a regular expression."""
-    lora = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, RoleLinear)) and re.fullmatch(layers, name):
-            out, width = module.weight.shape
-            a = torch.randn(rank, width, generator=rng) * width**-0.5  # (r, in), on the CPU: the same on every device
-            lora[name] = a, torch.zeros(out, rank), float(rank if alpha is None else alpha)
-    return lora
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The network
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Softmax attention of q (B, H, n, d) over k and v (B, H, m, d); a bias of -inf hides a key."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        # The fused form's bf16 backward takes several times as long on a CPU as these plain products.
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, n, m)
-        scores = scores if bias is None else scores + bias  # (B, H, n, m)
-        return scores.softmax(-1) @ v  # (B, H, n, d)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # (B, H, n, d)
 
 
 class HeadNorm(nn.Module):
@@ -342,15 +275,12 @@ class TextIn(nn.Module):
 
 
 class MMDiT(nn.Module):
-    """The velocity v = eps - x of noisy latents under a Condition. `gradient_checkpointing = True` saves memory: every
-    block's inside is computed once more in the backward pass."""
+    """The velocity v = eps - x of noisy latents under a Condition."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
         width = config.num_attention_heads * config.attention_head_dim
         self.config = config
-        self.stage = Stage()
-        self.gradient_checkpointing = False
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": TimeEmbedding(width)})
         self.txt_in = TextIn(config.context_in_dim, width, config.eps)
         self.img_in = nn.Linear(config.in_channels, width, bias=False)
@@ -386,7 +316,7 @@ class MMDiT(nn.Module):
             turns, segments = turns[-h * w :], segments[-1:]  # (N, 1, d/2)
         part = Part(*modulation, turns, segments)
         for i, block in enumerate(self.transformer_blocks):
-            x, _ = self.run(block, x, part, None if prefix is None else prefix[i])  # (B, S or N, D)
+            x, _ = block(x, part, None if prefix is None else prefix[i])  # (B, S or N, D)
         x = x[:, -h * w :]  # (B, N, D)
         x = F.layer_norm(x, x.shape[-1:], eps=self.config.eps) * scale_out  # (B, N, D)
         return rearrange(self.proj_out(x), "b (h w) c -> b c h w", h=h, w=w)  # (B, out_channels, h, w)
@@ -401,57 +331,9 @@ class MMDiT(nn.Module):
         turns, segments = self.places(condition, (0, 0))  # (P, 1, d/2)
         part = Part(*still, turns, segments[:-1])
         for block in self.transformer_blocks:
-            x, keys_values = self.run(block, x, part, None)  # (B, P, D), 2 x (B, H, P, d)
+            x, keys_values = block(x, part, None)  # (B, P, D), 2 x (B, H, P, d)
             prefix.append(keys_values)
         return prefix
-
-    def run(self, block: Block, *arguments) -> tuple:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            # The backward pass computes the block again, at a time when another role may be on.
-            block = partial(self.as_role, self.stage.role, block)
-            return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-        return block(*arguments)
-
-    def as_role(self, role: str | None, block: Block, *arguments) -> tuple:
-        with self.playing(role):
-            return block(*arguments)
-
-    @contextmanager
-    def playing(self, role: str | None) -> Iterator["MMDiT"]:
-        """Within, the network is that role; None, as always without this, the shared weights alone."""
-        if role is not None and role not in self.stage.roles:
-            raise ValueError(f"role {role!r} is not among {sorted(self.stage.roles)}; add_role makes it known")
-        before, self.stage.role = self.stage.role, role
-        try:
-            yield self
-        finally:
-            self.stage.role = before
-
-    def add_role(self, role: str, lora: LoRA) -> None:
-        """Another role on the same weights: they, changed by `lora`, whose tensors are its parameters from now on."""
-        if role in self.stage.roles or "." in role or hasattr(nn.ModuleDict, role):
-            raise ValueError(f"role {role!r}: there is one already, or the word is one of torch's own")
-        for name, (a, b, alpha) in lora.items():
-            layer = self.get_submodule(name)
-            if not isinstance(layer, RoleLinear):
-                layer = RoleLinear(layer, self.stage)
-                self.set_submodule(name, layer)
-            layer.adapters[role] = Adapter(a.to(layer.weight.device), b.to(layer.weight.device), alpha)
-        self.stage.roles.add(role)
-
-    def lora(self, role: str) -> LoRA:
-        """A role's own parameters, by layer: what an optimiser trains and a file keeps."""
-        layers = {name: layer.adapters for name, layer in self.named_modules() if isinstance(layer, RoleLinear)}
-        own = {name: adapters[role] for name, adapters in layers.items() if role in adapters}
-        return {name: (adapter.A, adapter.B, adapter.alpha) for name, adapter in own.items()}
-
-    @torch.no_grad()
-    def merge(self, lora: LoRA, scale: float = 1.0) -> None:
-        """Change the weights themselves, by `scale` times `lora`; in fp32, rounded once."""
-        for name, (a, b, alpha) in lora.items():
-            weight = self.get_submodule(name).weight
-            change = b.to(weight.device).float() @ a.to(weight.device).float()  # (out, in)
-            weight.copy_(weight.float() + scale * alpha / len(a) * change)
 
     def modulate(self, t: Tensor) -> tuple[Tensor, ...]:
         """scale1, gate1, scale2, gate2 of all blocks and the scale of the output, each (B, 1, D)."""
@@ -496,179 +378,5 @@ class MMDiT(nn.Module):
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write a transformer/ folder of the published layout, which diffusers reads too."""
-        if self.stage.roles:
-            raise ValueError(
-                f"the roles {sorted(self.stage.roles)} are not in such a folder; write a LoRA file, or merge one"
-            )
         save_weights(self.state_dict(), directory, "diffusion_pytorch_model", dtype)
         save_config(self.config, Path(directory) / "config.json", "QwenImage21Transformer2DModel")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files, for this network and the encoders: strict both ways, and an error names the file and the key or tensor
-
-
-def read_json(path: str | Path) -> dict:
-    """Read a file that holds one JSON object; FileNotFoundError or ValueError otherwise."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a checkpoint in the published layout has it")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is expected, found {type(content).__name__}")  # noqa: TRY004
-    return content
-
-
-def write_json(path: str | Path, content: dict) -> None:
-    """Write one JSON object, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
-
-
-def config_from_json(cls: type, path: str | Path):
-    """Build the dataclass `cls` from a JSON file with exactly its fields as keys, else ValueError. Keys that begin with
-    "_" are notes of the library that wrote it; lists become tuples; a value has the type of the field's default."""
-    content = {key: _tuples(value) for key, value in read_json(path).items() if not key.startswith("_")}
-    defaults = {field.name: field.default for field in fields(cls)}
-    for key in content:
-        if key not in defaults:
-            raise ValueError(f"{path}: unknown key {key!r}; {cls.__name__} has {', '.join(defaults)}")
-    for key, default in defaults.items():
-        if key not in content:
-            raise ValueError(f"{path}: key {key!r} is missing")
-        kinds = (int, float) if type(default) is float else (type(default),)
-        if default is not MISSING and default is not None and type(content[key]) not in kinds:
-            raise ValueError(f"{path}: {key} is {content[key]!r}, {kinds[-1].__name__} is expected")
-    try:
-        return cls(**content)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _tuples(value):
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def save_config(config, path: str | Path, class_name: str) -> None:
-    """Write a config dataclass as config.json of the published layout, for the diffusers class `class_name`."""
-    write_json(path, {"_class_name": class_name, **asdict(config)})
-
-
-def load_weights(
-    module: nn.Module,
-    directory: str | Path,
-    stem: str,
-    dtype: torch.dtype,
-    device: str | torch.device,
-    skip: tuple[str, ...] = (),
-) -> None:
-    """Fill `module`, built on the meta device, from `{stem}.safetensors` or the shards in `{stem}.safetensors.index.json`.
-
-    The files must hold exactly the module's tensors in its shapes, but for those whose whole name matches a regular
-    expression in `skip`. Tensors are mapped from disk and placed one by one: at its peak, memory holds the module and one
-    tensor.
-    """
-    directory = Path(directory)
-    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
-    if single.is_file() == index.is_file():
-        raise FileNotFoundError(f"{directory}: one of {single.name} and {index.name} is expected, not both or neither")
-    listed = {}  # {tensor: file name}, from the index
-    if index.is_file():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise ValueError(f"{index}: weight_map is missing or empty")
-    for name, file in listed.items():
-        # As text, without resolving links: download caches keep shards as links that lead elsewhere.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: puts {name} into {file!r}, which is no .safetensors file of its folder")
-        if not (directory / file).is_file():
-            raise FileNotFoundError(f"{directory / file}: no such file, but {index.name} puts {name} into it")
-
-    wanted, places = module.state_dict(), {}  # {tensor: path}
-    for path in [directory / file for file in sorted(set(listed.values()))] or [single]:
-        with open_weights(path) as file:
-            for name in list(file.keys()):
-                if listed and listed.get(name) != path.name:
-                    raise ValueError(f"{path}: holds {name}, which {index.name} does not put there")
-                if any(re.fullmatch(pattern, name) for pattern in skip):
-                    continue
-                if name not in wanted:
-                    raise ValueError(f"{path}: tensor {name} is unknown to {type(module).__name__}")
-                shape, expected = list(file.get_slice(name).get_shape()), list(wanted[name].shape)
-                if shape != expected:
-                    raise ValueError(f"{path}: {name} has shape {shape}, but by the config {expected}")
-                places[name] = path
-    if missing := wanted.keys() - places.keys():
-        where = directory / listed.get(min(missing), index.name if listed else single.name)
-        raise ValueError(f"{where}: tensor {min(missing)} is missing ({len(missing)} in all)")
-
-    for name, path in places.items():
-        with open_weights(
-            path
-        ) as file:  # anew for each tensor: what was read of a mapped file counts as ours until it closes
-            tensor = file.get_tensor(name)
-            dtype_here = dtype if tensor.is_floating_point() else tensor.dtype
-            tensor = tensor.to(device=device, dtype=dtype_here, copy=True)  # off the file, which may be written over
-        owner, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner)
-        is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
-        setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
-
-
-def open_weights(path: Path):
-    """A safetensors file, mapped; ValueError where it is none or not whole."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from None
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, `notes` in its header, with the permissions of any other new file: the library's own
-    are the owner's alone, whatever the umask. OSError names the file."""
-    try:
-        path.unlink(missing_ok=True)
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(tensors, path, {"format": "pt", **(notes or {})})
-        path.chmod(mode)
-    except SafetensorError as error:  # a full disk, most likely
-        raise OSError(f"{path}: cannot be written ({error})") from None
-
-
-def save_weights(
-    state: dict[str, Tensor], directory: str | Path, stem: str, dtype: torch.dtype, shard_bytes: int = 5 * 10**9
-) -> None:
-    """Write {name: tensor} as `{stem}.safetensors`, or in shards with an index where it is larger than `shard_bytes`."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    shards, size, total = [[]], 0, 0
-    for name, tensor in state.items():
-        length = tensor.numel() * dtype.itemsize
-        if shards[-1] and size + length > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, total = size + length, total + length
-    shards = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
-    if len(shards) == 1:
-        shards = {f"{stem}.safetensors": list(state)}
-    for file, names in shards.items():
-        # Written beside and renamed, so that no reader ever sees half a file.
-        tensors = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
-        write_tensors(directory / f"{file}.part", tensors)
-        os.replace(directory / f"{file}.part", directory / file)
-    index = f"{stem}.safetensors.index.json"
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        write_json(directory / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for old in directory.glob(f"{stem}*"):  # an earlier save, in another number of files
-        stale = old.name not in shards and (old.name != index or len(shards) == 1)
-        if stale and re.fullmatch(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name):
-            old.unlink()

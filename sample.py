@@ -29,159 +29,33 @@ and looks at the sources and is freed, the MMDiT walks from noise to latents, th
 """
 
 import argparse
-import json
 import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import flow
 from encoders.qwen3vl import Qwen3VL
 from encoders.vae import VAE
-from model import (
-    Condition,
-    LoRA,
-    MMDiT,
-    RoleLinear,
-    config_from_json,
-    open_weights,
-    read_json,
-    write_json,
-    write_tensors,
-)
+from model import Condition, MMDiT
 from recipe import read_prompts
-
-Source = str | Path | Image.Image  # a picture, or the file it is in
-MOST_SOURCES = 10  # of one edit
-MULTIPLE = 32  # sides are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def open_picture(source: Source) -> Image.Image:
-    """Read a picture of any mode, upright, as RGBA.
-
-    The reference leaves both traps to the caller: a camera's rotation mark is not applied, and 16-bit grey is cut off
-    at 255, which turns it white. OSError or ValueError name the file.
-    """
-    name = "the picture" if isinstance(source, Image.Image) else str(source)
-    try:
-        picture = source if isinstance(source, Image.Image) else Image.open(source)
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):  # I;16 and its byte orders; I is what older files of 16 bits open as
-            grey = np.asarray(picture).astype(np.float64) / 257  # 65535 -> 255
-            picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-        if picture.mode in ("F", "LAB"):  # floats without a known range; a mode that Pillow converts to wrong colours
-            raise ValueError(f"mode {picture.mode} has no sure colours; save it as RGB")
-        return picture.convert("RGBA")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{name}: no such picture") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what Pillow raises on bad files
-        raise ValueError(f"{name}: cannot be read as a picture ({error})") from None
-
-
-def fit(source: Source, resolution: int) -> Image.Image:
-    """Open a source and resize it to about resolution^2 pixels: its own aspect ratio, sides rounded to multiples of 32.
-
-    One resize serves language model and VAE alike. It is done in RGBA, where Pillow weighs colours by their alpha.
-    """
-    picture = open_picture(source)
-    return picture.resize(sides(picture.width, picture.height, resolution), Image.Resampling.LANCZOS)
-
-
-def sides(width: float, height: float, resolution: int) -> tuple[int, int]:
-    """The sides of this aspect ratio at an area of about resolution^2, rounded to multiples of 32."""
-    ratio = width / height
-    exact = math.sqrt(resolution * resolution * ratio)
-    size = round(exact / MULTIPLE) * MULTIPLE, round(exact / ratio / MULTIPLE) * MULTIPLE
-    if min(size) == 0:
-        raise ValueError(f"{width} x {height} is too thin for the area {resolution}^2")
-    return size
-
-
-def to_tensor(pictures: list[Image.Image]) -> Tensor:
-    """B RGBA pictures of one size -> (B, 4, H, W) in [-1, 1], fp32."""
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))  # (B, H, W, 4) in 0 .. 255
-    return rearrange(pixels.float() / 255 * 2 - 1, "b h w c -> b c h w")
-
-
-def to_pictures(images: Tensor) -> list[Image.Image]:
-    """(B, 4, H, W), clamped to [-1, 1] -> B RGBA pictures."""
-    pixels = (images.float().clamp(-1, 1) / 2 + 0.5) * 255
-    pixels = rearrange(pixels.round().to(torch.uint8), "b c h w -> b h w c").cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The checkpoint's schedule
-
-
-@dataclass
-class Scheduler:
-    """scheduler/scheduler_config.json: how a list of sigmas is bent before it is used.
-
-    The published values bend it towards noise; a few-step student's file is the identity.
-    """
-
-    use_dynamic_shifting: bool = True  # the more target tokens, the longer the steps stay near noise
-    shift: float = 1.0  # where dynamic shifting is off
-    base_shift: float = 0.5
-    max_shift: float = 0.9
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 8192
-    shift_terminal: float | None = None  # the last sigma before 0; published: 0.02
-    # The class has more keys. No checkpoint of this family uses them.
-    num_train_timesteps: int = 1000
-    time_shift_type: str = "exponential"
-    invert_sigmas: bool = False
-    stochastic_sampling: bool = False
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
-    use_beta_sigmas: bool = False
-
-    def __post_init__(self):
-        for key in fields(self)[7:]:
-            if vars(self)[key.name] != key.default:
-                raise ValueError(f"{key.name} is {vars(self)[key.name]!r}; only {key.default!r} is implemented")
-
-    def sigmas(self, steps: int | list[float], tokens: int) -> list[float]:
-        """For a target of `tokens` tokens, from a number of steps or from given sigmas; the final 0 is included."""
-        return flow.teacher_sigmas(
-            steps,
-            tokens,
-            use_dynamic_shifting=self.use_dynamic_shifting,
-            shift=self.shift,
-            base_shift=self.base_shift,
-            max_shift=self.max_shift,
-            base_image_seq_len=self.base_image_seq_len,
-            max_image_seq_len=self.max_image_seq_len,
-            shift_terminal=self.shift_terminal,
-        )
-
-
-def check_sigmas(sigmas: list[float], name: str) -> list[float]:
-    """The sigmas as they are, or a ValueError that names their origin."""
-    numbers = isinstance(sigmas, (list, tuple)) and sigmas and all(type(s) in (int, float) for s in sigmas)
-    if not numbers or not all(a > b for a, b in pairwise([*sigmas, 0.0])) or sigmas[0] > 1:
-        raise ValueError(f"{name}: {sigmas!r} is no schedule; it must fall within (0, 1], without the final 0")
-    return [float(s) for s in sigmas]
-
+from support.checkpoint import Scheduler, check_sigmas, read_index
+from support.export import export_student
+from support.files import config_from_json
+from support.lora import LoRA, merge
+from support.lora_files import read_lora
+from support.pictures import MOST_SOURCES, MULTIPLE, Source, fit, save, sides, to_pictures, to_tensor
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The pipeline
@@ -278,7 +152,7 @@ class Pipeline:
     def mmdit(self) -> MMDiT:
         mmdit = MMDiT.from_pretrained(self.directory / "transformer", self.dtype, self.home)
         for lora, scale in self.loras:
-            mmdit.merge(lora, scale)
+            merge(mmdit, lora, scale)
         return mmdit
 
     def free_encoder(self) -> None:
@@ -463,188 +337,6 @@ class Pipeline:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Opening and writing the folder
-
-
-def read_index(directory: str | Path) -> dict:
-    """model_index.json, checked; the three optional keys are filled in with what their absence means."""
-    path = Path(directory) / "model_index.json"
-    index = {"sample_sigmas": None, "resolution": 1024, "guidance": 1.0} | read_json(path)
-    if index.get("_class_name") != "QwenImage21Pipeline":
-        raise ValueError(f"{path}: _class_name is {index.get('_class_name')!r}, QwenImage21Pipeline is expected")
-    known = {"scheduler", "vae", "text_encoder", "processor", "transformer", "sample_sigmas", "resolution", "guidance"}
-    unknown = [key for key in index if key not in known and not key.startswith("_")]
-    if unknown:
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}")
-    if index["sample_sigmas"] is not None:
-        index["sample_sigmas"] = check_sigmas(index["sample_sigmas"], f"{path}: sample_sigmas")
-    if type(index["resolution"]) is not int or index["resolution"] < MULTIPLE:
-        raise ValueError(f"{path}: resolution is {index['resolution']!r}, not a whole number from {MULTIPLE} on")
-    if type(index["guidance"]) not in (int, float) or not 1 <= index["guidance"] < math.inf:
-        raise ValueError(f"{path}: guidance is {index['guidance']!r}, not a number from 1 on")
-    return index
-
-
-def export(
-    base_directory: str | Path,
-    model: MMDiT,
-    sigmas: list[float],
-    out_directory: str | Path,
-    dtype: torch.dtype = torch.bfloat16,
-    link: bool = False,
-) -> None:
-    """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), an identity
-    scheduler; encoder, VAE and processor are copied from the base checkpoint, or linked to it: 18 GB less for the
-    published ones, and the folder is whole only as long as the base stays where it is.
-
-    Written beside `out_directory` and renamed, so that whatever stands there is whole. An older checkpoint is replaced;
-    anything else is left alone, with a ValueError.
-    """
-    base, out = Path(base_directory).resolve(), Path(out_directory).resolve()
-    index = read_index(base)
-    sigmas = check_sigmas(sigmas, "sigmas")
-    if out.exists() and not (out.is_dir() and (not any(out.iterdir()) or (out / "model_index.json").is_file())):
-        raise ValueError(f"{out}: exists and is no checkpoint; it is not overwritten")
-    if base.is_relative_to(out):
-        raise ValueError(f"{out}: holds the base checkpoint, which would be lost; name another folder")
-    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")  # ours: left by a killed run
-    for leftover in part, old:
-        shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name in "vae", "text_encoder", "processor":
-        if link:
-            (part / name).symlink_to(base / name)
-        else:
-            shutil.copytree(base / name, part / name, copy_function=shutil.copyfile)  # with a new file's permissions
-    model.save_pretrained(part / "transformer", dtype)
-    scheduler = read_json(base / "scheduler" / "scheduler_config.json")
-    scheduler |= {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
-    write_json(part / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(part / "model_index.json", index | {"sample_sigmas": sigmas, "guidance": 1.0})
-    if out.exists():
-        os.replace(out, old)
-    os.replace(part, out)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# LoRA files: a student of some megabytes, which others load onto the same base
-
-# In both spellings a layer has its own name, without a prefix: diffusers reads alpha there (behind `transformer.` it
-# would refuse it), and ComfyUI, which fuses two of the MLP's layers, finds their halves there (behind `diffusion_model.`
-# it would drop them). The first is diffusers' own, and ComfyUI knows it too; the second is what ComfyUI's users write.
-SPELLINGS = {"diffusers": ("lora_A", "lora_B"), "comfyui": ("lora_down", "lora_up")}
-LORA_KEY = re.compile(
-    r"(?:base_model\.model\.|transformer\.|diffusion_model\.)?(?P<layer>.+)\."
-    r"(?:(?P<a>lora_A|lora_down)|(?P<b>lora_B|lora_up)|(?P<alpha>alpha))(?:\.default)?(?:\.weight)?"
-)
-
-
-def write_lora(
-    path: str | Path,
-    lora: LoRA,
-    sigmas: list[float] | None = None,
-    spelling: str = "diffusers",
-    dtype: torch.dtype = torch.bfloat16,
-) -> None:
-    """Write one safetensors file: for every layer A (r, in), B (out, r) and alpha; `sigmas`, where a few-step student
-    has its own, as text in the header (`sample_sigmas`), which other programs pass over."""
-    down, up = SPELLINGS[spelling]
-    tensors = {}
-    for name, (a, b, alpha) in lora.items():
-        tensors[f"{name}.{down}.weight"] = a.detach().to("cpu", dtype).contiguous()
-        tensors[f"{name}.{up}.weight"] = b.detach().to("cpu", dtype).contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
-    notes = {} if sigmas is None else {"sample_sigmas": json.dumps(check_sigmas(sigmas, "sigmas"))}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    write_tensors(part, tensors, notes)
-    os.replace(part, path)
-
-
-def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | None]:
-    """Read a LoRA file for `model`, in any spelling of the family's: (the LoRA, in fp32; its sample_sigmas or None).
-
-    Without an alpha the changes are B A. ValueError or FileNotFoundError name the file and the layer: one that is not in
-    `model` or has another shape, half a pair, a tensor that is empty or belongs to no LoRA, a file that is torn.
-    """
-    path, layers = Path(path), dict(model.named_modules())
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such LoRA file")
-    found: dict[str, dict[str, Tensor]] = {}
-    with open_weights(path) as file:
-        header = file.metadata() or {}
-        for key in file.keys():
-            match = LORA_KEY.fullmatch(key)
-            if not match:
-                raise ValueError(f"{path}: {key} is no tensor of a LoRA (A, B and alpha for linear layers)")
-            tensor = file.get_tensor(key).float()
-            if match["alpha"] and tensor.numel() != 1:
-                raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}; one number is expected")
-            if not tensor.numel() or not tensor.isfinite().all():
-                raise ValueError(
-                    f"{path}: {key} of shape {list(tensor.shape)} is empty or holds a value that is not finite"
-                )
-            found.setdefault(match["layer"], {})[match.lastgroup] = tensor
-    try:
-        said = json.loads(header.get("lora_adapter_metadata", "{}"))  # where diffusers and peft keep alpha
-        sigmas = json.loads(header.get("sample_sigmas", "null"))
-        if not isinstance(said, dict) or not isinstance(said.get("transformer.lora_alpha", 0), (int, float)):
-            raise ValueError("lora_adapter_metadata has no number as transformer.lora_alpha")
-    except ValueError as error:
-        raise ValueError(f"{path}: its header does not hold what a LoRA's does: {error}") from None
-    if said.get("transformer.alpha_pattern") or said.get("transformer.use_rslora") or said.get("transformer.use_dora"):
-        raise ValueError(f"{path}: its header asks for per-layer alphas, rsLoRA or DoRA, which are not read here")
-    lora = {}
-    for name, parts in found.items():
-        if not parts.keys() >= {"a", "b"}:
-            raise ValueError(f"{path}: {name} has only {', '.join(sorted(parts))} of a LoRA's a, b")
-        a, b = parts["a"], parts["b"]
-        if not isinstance(layers.get(name), (nn.Linear, RoleLinear)):
-            raise ValueError(f"{path}: {name} is no linear layer of the checkpoint's transformer")
-        shape = list(layers[name].weight.shape)
-        if [*b.shape[:1], *a.shape[1:]] != shape or b.shape[1:] != a.shape[:1]:
-            raise ValueError(f"{path}: {name} has A {list(a.shape)} and B {list(b.shape)}, but its weight is {shape}")
-        lora[name] = a, b, float(parts.get("alpha", said.get("transformer.lora_alpha", len(a))))
-    if not lora:
-        raise ValueError(f"{path}: holds no LoRA")
-    return lora, None if sigmas is None else check_sigmas(sigmas, f"{path}: sample_sigmas")
-
-
-def export_lora(path: str | Path, lora: LoRA, sigmas: list[float], dtype: torch.dtype = torch.bfloat16) -> list[Path]:
-    """A LoRA student in both spellings: `path`, and beside it NAME-comfyui.safetensors. Returns the two paths."""
-    path = Path(path)
-    files = {"diffusers": path, "comfyui": path.with_stem(f"{path.stem}-comfyui")}
-    for spelling, file in files.items():
-        write_lora(file, lora, sigmas, spelling, dtype)
-    return list(files.values())
-
-
-@torch.no_grad()
-def factorise(base: MMDiT, student: MMDiT, rank: int) -> tuple[LoRA, float]:
-    """What a full student changed in its base, as the nearest LoRA of `rank`: (the LoRA, the share of the change's
-    squared norm that it keeps). What is no matrix of a linear layer, norms' gains, has no place in a LoRA and is lost."""
-    lora, kept, total = {}, 0.0, 0.0
-    trained = student.state_dict()
-    for name, weight in base.state_dict().items():
-        change = trained[name].float() - weight.float()
-        total += change.square().sum().item()
-        if change.ndim < 2 or not change.any():
-            continue
-        # The best approximation of a rank is that of the largest singular values. The randomised method finds them
-        # without computing the others; its own generator keeps the result the same from call to call.
-        r = min(rank, *change.shape)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(change, q=min(2 * r + 8, *change.shape), niter=4)  # (out, q), (q,), (in, q)
-        root = s[:r].sqrt()  # shared between both, so that neither is tiny
-        lora[name.removesuffix(".weight")] = (root * v[:, :r]).T, u[:, :r] * root, float(r)
-        kept += s[:r].square().sum().item()
-    return lora, kept / total if total else 1.0
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # The command line
 
 
@@ -771,35 +463,6 @@ def split_scale(given: str) -> tuple[str, float]:
         return (file, float(scale)) if colon else (given, 1.0)
     except ValueError:
         return given, 1.0
-
-
-def export_student(pipeline: Pipeline, args: argparse.Namespace) -> None:
-    """--export: the checkpoint's student, with what --lora makes of it, as a folder; or what it changed in --base."""
-    if pipeline.sample_sigmas is None:
-        raise ValueError(
-            f"{args.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
-        )
-    if Path(args.export).suffix != ".safetensors":
-        export(args.checkpoint, pipeline.mmdit, pipeline.sample_sigmas, args.export, link=args.link)
-        print(f"{args.export}: {len(pipeline.sample_sigmas)} steps at {pipeline.sample_sigmas}")
-        return
-    if not args.base:
-        raise ValueError(f"--export {args.export}: a LoRA changes a base; name its folder with --base")
-    base = MMDiT.from_pretrained(Path(args.base) / "transformer", pipeline.dtype, pipeline.device)
-    if base.config != pipeline.mmdit.config:
-        raise ValueError(f"--base {args.base}: its transformer has another size than that of {args.checkpoint}")
-    lora, kept = factorise(base, pipeline.mmdit, args.rank)
-    for file in export_lora(args.export, lora, pipeline.sample_sigmas):
-        print(f"{file}: rank {args.rank}, {kept:.1%} of what the student changed, {file.stat().st_size / 1e6:.1f} MB")
-
-
-def save(picture: Image.Image, path: Path, settings: dict) -> None:
-    """Write a PNG, whole or not at all, with the settings as JSON under the text key `parameters`."""
-    info = PngInfo()
-    info.add_itxt("parameters", json.dumps(settings, ensure_ascii=False))
-    part = path.with_name(path.name + ".part")
-    picture.save(part, "PNG", pnginfo=info)
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

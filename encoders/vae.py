@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from model import config_from_json, load_weights, save_config, save_weights
+from support.files import config_from_json, load_weights, save_config, save_weights
 
 STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
 TILE = 64  # latent pixels: pictures of up to 1024 x 1024 are decoded whole, larger ones in parts of that size

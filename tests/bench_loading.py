@@ -18,7 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from encoders.vae import VAE, VAEConfig
-from model import MMDiT, MMDiTConfig, save_config, save_weights
+from model import MMDiT, MMDiTConfig
+from support.files import save_config, save_weights
 
 CONFIG = MMDiTConfig(num_layers=5)  # the published width
 

@@ -24,8 +24,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dmd  # noqa: E402
 import flow  # noqa: E402
-from model import Condition, MMDiT, MMDiTConfig, new_lora  # noqa: E402
-from tools import plan  # noqa: E402
+from model import Condition, MMDiT, MMDiTConfig  # noqa: E402
+from support import plan  # noqa: E402
+from support.lora import add_role, new_lora, role_lora  # noqa: E402
+from support.trainee import Network, recompute  # noqa: E402
 
 TOY = MMDiTConfig(
     num_layers=8, num_attention_heads=3, attention_head_dim=64, context_in_dim=128, axes_dims_rope=(16, 24, 24)
@@ -151,10 +153,9 @@ def plain(network, condition: Condition) -> Callable:
 
 
 def cached(network: MMDiT, condition: Condition, role: str | None = None) -> Callable:
-    """The same as train.velocity, which is what a training run calls."""
-    import train
+    """The same as Network.velocity, which is what a training run calls."""
 
-    return lambda: train.velocity(train.Network(network, role), condition)
+    return lambda: Network(network, role).velocity(condition)
 
 
 @torch.no_grad()
@@ -251,11 +252,11 @@ def gpu(config: MMDiTConfig, side: int) -> None:
         timed(f"diffusers' class: {task}, 4 NFE", partial(look4, theirs, noise, condition), FLOOR[task] / PEAK)
     del theirs
 
-    model.gradient_checkpointing = True
+    recompute(model)
     optimizers = []
     for role in ("student", "fake"):
-        model.add_role(role, new_lora(model, 32))
-        factors = [p for a, b, _ in model.lora(role).values() for p in (a, b)]
+        add_role(model, role, new_lora(model, 32))
+        factors = [p for a, b, _ in role_lora(model, role).values() for p in (a, b)]
         optimizers.append(torch.optim.AdamW(factors, lr=1e-5, fused=True))
     for task, condition in conditions.items():
         parts = [cached(model, condition, role) for role in ("student", "fake", None)]

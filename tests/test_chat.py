@@ -19,9 +19,9 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-import eval as benches
-from encoders import chat, judge
-from encoders.chat import Chat, Unanswered
+import eval as evaluation
+from judges import chat, rubrics
+from judges.chat import Chat, Unanswered
 from recipe import Prompt, read_prompts
 from sample import Pipeline
 from toy import world
@@ -98,7 +98,7 @@ def quick(server: Server, **settings) -> Chat:
 
 def ask(client: Chat, case: Prompt | None = None) -> dict:
     case = case or Prompt("t2i", "portrait", "a man")
-    return client.ask("grade", [chat.text_part("a man")], lambda answer: judge.check_verdict(case, answer))
+    return client.ask("grade", [chat.text_part("a man")], lambda answer: rubrics.check_verdict(case, answer))
 
 
 def text(**changes) -> str:
@@ -241,8 +241,8 @@ def bench(tmp_path) -> tuple[dict[str, Prompt], Path]:
     """Four T2I cases and one edit of each category, with their pictures."""
     Image.new("RGBA", (8, 8), (0, 0, 255, 255)).save(tmp_path / "source.png")
     cases = [Prompt("t2i", category, f"{category} {i}") for category in ("portrait", "text") for i in range(2)]
-    cases += [Prompt("edit", category, "do it", [tmp_path / "source.png"]) for category in judge.EDIT_RUBRICS]
-    named = judge.name_cases(cases)
+    cases += [Prompt("edit", category, "do it", [tmp_path / "source.png"]) for category in rubrics.EDIT_RUBRICS]
+    named = rubrics.name_cases(cases)
     (tmp_path / "pictures").mkdir()
     for i, name in enumerate(named):
         Image.new("RGBA", (4, 4), (20 * i, 0, 0, 255)).save(tmp_path / "pictures" / name)
@@ -253,7 +253,7 @@ def about(question: dict) -> str:
     """The case of a question: its words, and the category's title."""
     system, user = (message["content"] for message in question["messages"])
     words = next(part["text"] for part in user if part.get("text", "").startswith(("Prompt: ", "Instruction: ")))
-    titles = [rubric[0] for rubric in judge.EDIT_RUBRICS.values() if rubric[0] in system]
+    titles = [rubric[0] for rubric in rubrics.EDIT_RUBRICS.values() if rubric[0] in system]
     return " ".join([words, *titles])
 
 
@@ -265,7 +265,7 @@ def well(question: dict) -> str:
 
 def score(server: Server, bench: tuple, cache: str = "cache.jsonl", parallel: int = 3) -> tuple[dict, dict]:
     cases, folder = bench
-    return judge.judge(quick(server), cases, folder / "pictures", folder / cache, parallel)
+    return rubrics.judge(quick(server), cases, folder / "pictures", folder / cache, parallel)
 
 
 def test_nothing_is_scored_twice_and_nothing_lost(serve, bench):
@@ -343,10 +343,10 @@ def test_a_killed_run_goes_on(serve, bench, signal_number):
     # A shell starts background jobs with Ctrl-C ignored, and children inherit that: it is asked for here.
     code = """
 import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
-import sys; from pathlib import Path; from encoders import judge; from encoders.chat import Chat; from recipe import read_prompts
+import sys; from pathlib import Path; from judges import rubrics; from judges.chat import Chat; from recipe import read_prompts
 folder = Path(sys.argv[2])
-cases = judge.name_cases(read_prompts([folder / "cases.jsonl"]))
-judge.judge(Chat(sys.argv[1], "judge-1"), cases, folder / "pictures", folder / "cache.jsonl", 2)
+cases = rubrics.name_cases(read_prompts([folder / "cases.jsonl"]))
+rubrics.judge(Chat(sys.argv[1], "judge-1"), cases, folder / "pictures", folder / "cache.jsonl", 2)
 """
     process = subprocess.Popen([sys.executable, "-c", code, server.url, str(folder)], cwd=Path(__file__).parents[1])
     while len(server.asked) < 5:
@@ -375,8 +375,8 @@ def test_a_question_shows_all_that_counts(serve, bench, tmp_path):
     question = next(q for q in map(json.loads, server.asked) if "same person" in q["messages"][0]["content"])
     system, user = (message["content"] for message in question["messages"])
     for words in (
-        *judge.EDIT_RUBRICS["identity"][:3],
-        *judge.EDIT_RUBRICS["identity"][3].split(),
+        *rubrics.EDIT_RUBRICS["identity"][:3],
+        *rubrics.EDIT_RUBRICS["identity"][3].split(),
         "from 1 to 5",
         "JSON",
     ):
@@ -391,7 +391,7 @@ def test_a_question_shows_all_that_counts(serve, bench, tmp_path):
     assert (source.mode, source.getpixel((0, 0))) == ("RGB", (0, 0, 255))
     assert result.size == (2048, 683) and result.getpixel((9, 9)) == (255, 0, 0)
     assert result.getpixel((2000, 9)) == (255, 255, 255)
-    assert len({judge.system_text(case) for case in cases.values()}) == 7  # T2I and six families
+    assert len({rubrics.system_text(case) for case in cases.values()}) == 7  # T2I and six families
 
 
 def test_edits_are_graded_by_their_own_sub_scores(bench):
@@ -399,8 +399,8 @@ def test_edits_are_graded_by_their_own_sub_scores(bench):
     forms = {}
     for case in cases.values():
         if case.task == "edit":
-            form = forms[case.category] = json.loads(judge.system_text(case).rsplit("in this form: ", 1)[1])
-            judge.check_verdict(case, form)
+            form = forms[case.category] = json.loads(rubrics.system_text(case).rsplit("in this form: ", 1)[1])
+            rubrics.check_verdict(case, form)
             for wrong in (
                 form | {"sub_scores": form["sub_scores"] | {"beauty": 5}},
                 form | {"sub_scores": dict(list(form["sub_scores"].items())[1:])},
@@ -411,21 +411,21 @@ def test_edits_are_graded_by_their_own_sub_scores(bench):
                 GOOD,
             ):
                 with pytest.raises(ValueError):
-                    judge.check_verdict(case, wrong)
+                    rubrics.check_verdict(case, wrong)
     assert len({frozenset(form["sub_scores"]) for form in forms.values()}) == 6
 
 
 def test_names_of_pictures(bench, tmp_path):
     cases, folder = bench
-    again = judge.name_cases(list(cases.values())[::-1])
+    again = rubrics.name_cases(list(cases.values())[::-1])
     assert again == cases  # whatever the order
     with pytest.raises(ValueError, match="twice: t2i, text, 'text 1'"):
-        judge.name_cases([*cases.values(), Prompt("t2i", "text", "text 1")])
+        rubrics.name_cases([*cases.values(), Prompt("t2i", "text", "text 1")])
     (folder / "copy.png").write_bytes((folder / "source.png").read_bytes())
     with pytest.raises(ValueError, match="twice: edit, scene"):  # the same picture under another name
-        judge.name_cases([*cases.values(), Prompt("edit", "scene", "do it", [folder / "copy.png"])])
+        rubrics.name_cases([*cases.values(), Prompt("edit", "scene", "do it", [folder / "copy.png"])])
     with pytest.raises(ValueError, match="no rubric for edits of category 'motion'.* scene, enhance"):
-        judge.name_cases([Prompt("edit", "motion", "run", [folder / "source.png"])])
+        rubrics.name_cases([Prompt("edit", "motion", "run", [folder / "source.png"])])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -435,10 +435,10 @@ def test_names_of_pictures(bench, tmp_path):
 def test_summary_is_means_of_means_and_names_what_is_missing():
     cases = {f"{i}": Prompt("t2i", "ab"[i % 2], str(i)) for i in range(8)}
     scores = [1, 2, 3, 4, 5, 4, 3, 2]
-    out = judge.summary(cases, {f"{i}": {"score": s} for i, s in enumerate(scores)}, {})
+    out = rubrics.summary(cases, {f"{i}": {"score": s} for i, s in enumerate(scores)}, {})
     assert out["t2i"] == {"a": 3.0, "b": 3.0, "average": 3.0}
     assert out["t2i_interval"] == pytest.approx(1.96 * ((8 / 3 / 4 + 4 / 3 / 4) ** 0.5) / 2)
-    out = judge.summary(cases, {"0": {"score": 2}}, {"1": "refused"})
+    out = rubrics.summary(cases, {"0": {"score": 2}}, {"1": "refused"})
     assert out["t2i"] == {"a": 2.0, "b": None, "average": None} and out["unscored"] == {"1": "refused"}
     assert "t2i_interval" not in out
 
@@ -451,7 +451,7 @@ def test_rank_column_is_the_papers():
         return {"name": name, "nfe": 4, "bench": bench, "judges": judges}
 
     def ranks(rows: list[dict]) -> list[str]:
-        lines = [line.split(" | ") for line in judge.table(rows).splitlines()[2:]]
+        lines = [line.split(" | ") for line in rubrics.table(rows).splitlines()[2:]]
         assert [line[2] for line in lines] == ["G", "O"] * len(rows)
         return [line[-2] for line in lines[::2]]
 
@@ -463,7 +463,7 @@ def test_rank_column_is_the_papers():
     missing["judges"]["G"]["t2i"]["average"] = None
     assert ranks([row("a", 3, 3), missing, row("b", 3, 3)]) == ["1", "-", "1"]
     with pytest.raises(ValueError, match="a, b"):
-        judge.table([row("a", 3, 3), row("b", 3, 3, bench="y")])
+        rubrics.table([row("a", 3, 3), row("b", 3, 3, bench="y")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -544,7 +544,7 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     words = f"--checkpoint {toy_checkpoint} --prompts {cases} --out {out} --steps 2 --judge {server.url} "
     words = (words + "--judge-model kind strict/2 --judge-key MY_KEY").split()
     with pytest.raises(SystemExit) as stop:
-        benches.main(words)
+        evaluation.main(words)
     shown = capsys.readouterr()
     assert stop.value.code == 1 and "not scored by strict/2: style-" in shown.err and "HTTP 400" in shown.err
     row = json.loads((out / "row.json").read_text())
@@ -556,18 +556,18 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     # Again: nothing is drawn, one question is asked.
     times = {path: path.stat().st_mtime_ns for path in (out / "pictures").iterdir()}
     refusing, before = False, len(server.asked)
-    benches.main(words)
+    evaluation.main(words)
     assert len(server.asked) == before + 1 and len(times) == 2
     assert times == {path: path.stat().st_mtime_ns for path in (out / "pictures").iterdir()}
     row = json.loads((out / "row.json").read_text())
     assert row["judges"]["strict/2"]["edit"] == {"style": 2.25, "average": 2.25}
     capsys.readouterr()
-    benches.main(["--table", str(out / "row.json"), str(out / "row.json")])
+    evaluation.main(["--table", str(out / "row.json"), str(out / "row.json")])
     table = capsys.readouterr().out
     assert table.count("turbo") == 4 and "| strict/2 | 2.25 | 2.25 |" in table
 
     # The pictures are those of the pipeline, from a noise of their own.
-    name, case = next((n, c) for n, c in judge.name_cases(read_prompts([cases / "t2i.jsonl"])).items())
+    name, case = next((n, c) for n, c in rubrics.name_cases(read_prompts([cases / "t2i.jsonl"])).items())
     pipeline = Pipeline.from_pretrained(toy_checkpoint)
     seed = int(name[-20:-4], 16) % 2**31
     with Image.open(out / "pictures" / name) as picture:
@@ -578,7 +578,7 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
 
     def fails(message: str, *more: str) -> None:
         with pytest.raises((ValueError, OSError), match=message):
-            benches.main([*words, *more])
+            evaluation.main([*words, *more])
         assert len(server.asked) == before
 
     fails("drawn by other weights or settings", "--steps", "3")
@@ -598,7 +598,7 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     (cases / "again.jsonl").write_text((cases / "t2i.jsonl").read_text())
     fails("a case stands there twice")
     (cases / "again.jsonl").unlink()
-    benches.main([*words, "--pictures", str(moved)])  # equal pictures, wherever they lie: known
+    evaluation.main([*words, "--pictures", str(moved)])  # equal pictures, wherever they lie: known
     assert len(server.asked) == before
 
 
@@ -606,12 +606,12 @@ def test_prompts_from_the_command_line(serve, tmp_path, capsys):
     out = tmp_path / "portrait.jsonl"
     server = serve(lambda question, n: json.dumps({"prompts": [f"face {len(server.asked)} {i}" for i in range(3)]}))
     words = ["--write-prompts", "5", "--category", "portrait", "--endpoint", server.url, "--out", str(out)]
-    benches.main(words)
+    evaluation.main(words)
     assert len(read_prompts([out])) == 5 and "5 prompts" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--category"):
-        benches.main(words[:2])
+        evaluation.main(words[:2])
     with pytest.raises(ValueError, match="--judge goes with --prompts"):
-        benches.main(["--judge", server.url])
+        evaluation.main(["--judge", server.url])
 
 
 def test_the_readmes_layout_of_a_public_bench(tmp_path, monkeypatch):
@@ -628,28 +628,30 @@ def test_the_readmes_layout_of_a_public_bench(tmp_path, monkeypatch):
     ]
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
     monkeypatch.chdir(tmp_path)
-    readme = (Path(benches.__file__).parent / "README.md").read_text()
+    readme = (Path(evaluation.__file__).parent / "README.md").read_text()
     code = next(block.split("```")[0] for block in readme.split("```python\n")[1:] if "GEdit-Bench" in block)
     exec(code, {})
     cases = read_prompts([tmp_path / "gedit" / "edit.jsonl"])
-    assert len(cases) == 11 and {case.category for case in cases} <= judge.EDIT_RUBRICS.keys()
+    assert len(cases) == 11 and {case.category for case in cases} <= rubrics.EDIT_RUBRICS.keys()
 
 
 def test_the_readmes_commands(toy_checkpoint, cases, serve, monkeypatch, capsys):
     """As they stand there, in an empty folder: only the checkpoint is tiny, the endpoint local, and numbers small."""
     monkeypatch.chdir(cases.parent)
     server = serve(lambda question, n: well(question) if "grade" in str(question) else '{"prompts": ["a", "b", "c"]}')
-    readme = (Path(benches.__file__).parent / "README.md").read_text().replace("http://localhost:8000/v1", server.url)
+    readme = (
+        (Path(evaluation.__file__).parent / "README.md").read_text().replace("http://localhost:8000/v1", server.url)
+    )
     readme = readme.replace("runs/mine/student", str(toy_checkpoint)).replace(
         "--write-prompts 20000", "--write-prompts 3"
     )
     commands = [shlex.split(line)[2:] for line in readme.splitlines() if "python eval.py" in line]
     score, table, write = [words for words in commands if "--experiment" not in words]
-    benches.main([*score, "--steps", "1"])
+    evaluation.main([*score, "--steps", "1"])
     shutil.copytree("results/mine", "results/other")
-    benches.main(table)
+    evaluation.main(table)
     assert capsys.readouterr().out.count("| mine |") == 2 + 4  # two tasks, of one model and of two
-    benches.main(write)
+    evaluation.main(write)
     assert {prompt.prompt for prompt in read_prompts(["portrait.jsonl"])} == {"a", "b", "c"}
     experiments = [words for words in commands if "--experiment" in words]
     assert experiments == [["--experiment", name] for name in ("composition", "teachers", "mixture")]

@@ -7,9 +7,9 @@ import pytest
 import reference
 import torch
 
-from encoders import conditions
-from encoders.conditions import Entry, cached_pool, encode_pool
 from recipe import read_prompts
+from support import conditions
+from support.conditions import Entry, cached_pool, encode_pool
 
 SIZE = 64
 

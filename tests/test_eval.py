@@ -13,11 +13,15 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-import eval as benches
-from eval import Sampler
-from model import MMDiT, read_json
-from sample import Pipeline, export, to_pictures, to_tensor
+import eval as evaluation
+from model import MMDiT
+from sample import Pipeline
+from support.export import export
+from support.files import read_json
+from support.pictures import to_pictures, to_tensor
+from toy import bench as benches
 from toy import figures, world
+from toy.bench import Sampler
 
 SIGMAS = [1.0, 0.6, 0.3, 0.0]
 
@@ -165,7 +169,7 @@ def test_reconstruction_is_the_autoencoders(pipeline):
 
 
 def run(checkpoint: Path, out: Path, *words: str) -> dict:
-    benches.main(["--checkpoint", str(checkpoint), "--json", str(out / "row.json"), "--out", str(out), *words])
+    evaluation.main(["--checkpoint", str(checkpoint), "--json", str(out / "row.json"), "--out", str(out), *words])
     return read_json(out / "row.json")
 
 
@@ -195,7 +199,7 @@ def test_main_writes_row_table_and_sheet(toy_checkpoint, tmp_path, capsys):
 def test_bad_input_is_one_clear_error(toy_checkpoint, tmp_path):
     def fails(message: str, *words: str, checkpoint: Path = toy_checkpoint) -> None:
         with pytest.raises((ValueError, OSError), match=message):
-            benches.main(["--checkpoint", str(checkpoint), "--cases", "2", *words])
+            evaluation.main(["--checkpoint", str(checkpoint), "--cases", "2", *words])
 
     fails("--cases 1", "--cases", "1")
     fails("--guidance 0.5", "--guidance", "0.5")
@@ -208,7 +212,7 @@ def test_bad_input_is_one_clear_error(toy_checkpoint, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
     fails("nowhere", checkpoint=tmp_path / "nowhere")
     with pytest.raises(SystemExit) as stop:
-        benches.main(["--bench", "video"])
+        evaluation.main(["--bench", "video"])
     assert stop.value.code == 2
 
     # Not the toy's size, as the published checkpoints are: said before 7B weights are loaded.
@@ -216,7 +220,7 @@ def test_bad_input_is_one_clear_error(toy_checkpoint, tmp_path):
     large.mkdir()
     index = read_json(toy_checkpoint / "model_index.json") | {"resolution": 1024}
     (large / "model_index.json").write_text(json.dumps(index))
-    command = [sys.executable, benches.__file__, "--checkpoint", str(large), "--json", str(tmp_path / "row.json")]
+    command = [sys.executable, evaluation.__file__, "--checkpoint", str(large), "--json", str(tmp_path / "row.json")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.count("\n") == 1 and "1024 x 1024" in result.stderr and "128 x 128" in result.stderr

@@ -13,10 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-import eval as benches
+import eval as evaluation
 import recipe
 import train
-from model import MMDiT, read_json
+from model import MMDiT
+from support import watch
+from support.files import read_json
+from toy import bench as benches
 from toy import experiments, figures, world
 from toy.experiments import EXPERIMENTS, HALFWAY, SPECIALISTS, START, TEACHER, Above, difference
 
@@ -34,7 +37,7 @@ def tiny(monkeypatch, toy_checkpoint, tmp_path) -> Path:
     student = replace(experiments.STUDENT, batch=2, micro_batch=2, fake_updates=1, warmup=0, panel_every=100)
     monkeypatch.setattr(experiments, "STUDENT", student)
     monkeypatch.setattr(experiments, "POOL", {"t2i": 3, "edit": 2})
-    monkeypatch.setattr(train, "draw", lambda *_: None)
+    monkeypatch.setattr(watch, "draw_pictures", lambda *_: None)
     monkeypatch.setattr(benches, "CATEGORIES", {"t2i": world.CATEGORIES, "edit": ("object", "style")})
     monkeypatch.setattr(benches, "CASES", {"t2i": 2, "edit": 2})
     monkeypatch.setattr(benches, "COMPARED", {"t2i": 2, "edit": 2})
@@ -66,7 +69,7 @@ def run(tiny: Path, name: str, *words: str) -> tuple[dict, str]:
         str(tiny.parent / "runs"),
         *words,
     ]
-    benches.main([*words, "--steps", "2"])
+    evaluation.main([*words, "--steps", "2"])
     return read_json(out / "table.json"), (out / "table.md").read_text()
 
 

@@ -13,8 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from model import Condition, MMDiT, new_lora
-from sample import LoRA, Pipeline, factorise, read_lora, write_lora
+from model import Condition, MMDiT
+from sample import Pipeline
+from support.lora import LoRA, add_role, factorise, merge, new_lora, playing, role_lora
+from support.lora_files import read_lora, write_lora
+from support.trainee import recompute
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
 IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
@@ -55,7 +58,7 @@ def inputs(batch: int = 2) -> tuple:
 
 def merged(model: MMDiT, lora: LoRA, scale: float = 1.0) -> MMDiT:
     model = copy.deepcopy(model)
-    model.merge(lora, scale)
+    merge(model, lora, scale)
     return model
 
 
@@ -69,11 +72,11 @@ def test_a_role_is_its_merged_network(model):
     plain, expected = model(*inputs()), {name: merged(model, lora)(*inputs()) for name, lora in loras.items()}
     before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
     for name, lora in loras.items():
-        model.add_role(name, lora)
+        add_role(model, name, lora)
     for name in loras:
-        with model.playing(name):
+        with playing(model, name):
             assert_close(model(*inputs()), expected[name])
-            with model.playing(None):
+            with playing(model, None):
                 assert torch.equal(model(*inputs()), plain)
             assert_close(model(*inputs(), model.prefix(inputs()[2])), expected[name])
         assert (expected[name] - plain).abs().max() > 0.1 * plain.abs().max()
@@ -89,17 +92,17 @@ def test_a_new_role_is_the_base_and_learns_alone(model):
     with torch.no_grad():
         plain = model(*inputs())
     for name in "student", "fake":
-        model.add_role(name, new_lora(model, 2))
-    with model.playing("student"):
+        add_role(model, name, new_lora(model, 2))
+    with playing(model, "student"):
         v = model(*inputs())
     assert torch.equal(v, plain)  # B is zero
     v.square().mean().backward()
-    assert set(re.sub(r"\d+", "N", name) for name in model.lora("student")) == {
+    assert set(re.sub(r"\d+", "N", name) for name in role_lora(model, "student")) == {
         f"transformer_blocks.N.attn.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.N")
     }
-    for a, b, alpha in model.lora("student").values():
+    for a, b, alpha in role_lora(model, "student").values():
         assert alpha == 2 and a.shape[0] == 2 and b.grad.abs().max() > 0
-    students = {id(p) for a, b, _ in model.lora("student").values() for p in (a, b)}
+    students = {id(p) for a, b, _ in role_lora(model, "student").values() for p in (a, b)}
     assert all(p.grad is None for p in model.parameters() if id(p) not in students)
 
 
@@ -107,15 +110,17 @@ def test_the_backward_pass_remembers_the_role(model):
     """With gradient checkpointing a block is computed again in the backward pass, when another role may be on."""
     model.requires_grad_(False)
     for seed, name in enumerate(("student", "fake")):
-        model.add_role(name, random_lora(model, layers=r".*attn.*", seed=seed))
+        add_role(model, name, random_lora(model, layers=r".*attn.*", seed=seed))
     gradients = []
-    for model.gradient_checkpointing in False, True:
-        with model.playing("student"):
+    for again in False, True:
+        if again:
+            recompute(model)
+        with playing(model, "student"):
             v = model(*inputs())
-        with model.playing("fake"):
+        with playing(model, "fake"):
             v.square().mean().backward()
-        assert all(b.grad is None for _, b, _ in model.lora("fake").values())
-        gradients.append([p.grad for a, b, _ in model.lora("student").values() for p in (a, b)])
+        assert all(b.grad is None for _, b, _ in role_lora(model, "fake").values())
+        gradients.append([p.grad for a, b, _ in role_lora(model, "student").values() for p in (a, b)])
         model.zero_grad()
     assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
 
@@ -124,24 +129,22 @@ def test_factors_in_fp32_learn_on_weights_in_bf16(model):
     lora = random_lora(model)
     expected = merged(model, lora).bfloat16()(*inputs())
     model.bfloat16().requires_grad_(False)
-    model.add_role("student", lora)
-    with model.playing("student"):
+    add_role(model, "student", lora)
+    with playing(model, "student"):
         v = model(*inputs())
     v.float().square().mean().backward()
     assert v.dtype == torch.bfloat16
     assert (v - expected).abs().max() < 0.1 * expected.abs().max()
-    assert all(p.grad.dtype == torch.float32 for a, b, _ in model.lora("student").values() for p in (a, b))
+    assert all(p.grad.dtype == torch.float32 for a, b, _ in role_lora(model, "student").values() for p in (a, b))
 
 
-def test_wrong_roles(model, tmp_path):
-    model.add_role("student", new_lora(model, 2))
+def test_wrong_roles(model):
+    add_role(model, "student", new_lora(model, 2))
     for name in "student", "train", "a.b":
         with pytest.raises(ValueError, match=f"role '{name}'"):
-            model.add_role(name, new_lora(model, 2))
-    with pytest.raises(ValueError, match=r"'studnet' is not among \['student'\]"), model.playing("studnet"):
+            add_role(model, name, new_lora(model, 2))
+    with pytest.raises(ValueError, match=r"'studnet' is not among \['student'\]"), playing(model, "studnet"):
         pass
-    with pytest.raises(ValueError, match=r"\['student'\] are not in such a folder"):
-        model.save_pretrained(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ def test_diffusers_draws_with_our_file_as_we_with_merged_weights(base, tmp_path,
                                  generator=torch.Generator().manual_seed(0)).images[0]).astype(int)  # fmt: skip
     again, sigmas = read_lora(file, ours.mmdit)
     assert sigmas == SIGMAS and again.keys() == lora.keys()
-    ours.mmdit.merge(again)
+    merge(ours.mmdit, again)
     drawn = ours("a house", [picture(50, 70)])
     assert np.abs(np.asarray(drawn) - expected).max() <= 1
     assert np.mean(np.asarray(plain) != expected) > 0.5

@@ -10,20 +10,23 @@ import pytest
 import torch
 from PIL import Image
 
-import eval as benches
+import eval as evaluation
 import sample
 import train
-from model import MMDiT, read_json
+from model import MMDiT
+from support.files import read_json
+from toy import bench as benches
 from toy import world
 
-ROOT = Path(benches.__file__).parent
+ROOT = Path(train.__file__).parent
 README = (ROOT / "README.md").read_text().splitlines()
 # The job itself has no flag for fewer cases: its table is meant to be compared with the README's.
 TRAIN = """
-import eval, train
-eval.COMPARED.update(t2i=2, edit=2)
-eval.CATEGORIES = {"t2i": ("text",), "edit": ("object", "style")}
-eval.VARIETY = (1, 2)
+import train
+from toy import bench
+bench.COMPARED.update(t2i=2, edit=2)
+bench.CATEGORIES = {"t2i": ("text",), "edit": ("object", "style")}
+bench.VARIETY = (1, 2)
 train.main()
 """
 STUDENT_STEPS = 2
@@ -64,7 +67,7 @@ def test_the_student_is_scored_alone_as_in_the_table(job, tmp_path, monkeypatch)
     out, _ = job
     monkeypatch.setattr(benches, "CATEGORIES", {"edit": ("object", "style")})
     words = f"--checkpoint {out / 'student'} --bench edit --cases 2 --json {tmp_path / 'row.json'}"
-    benches.main(words.split())
+    evaluation.main(words.split())
     row, expected = read_json(tmp_path / "row.json"), json.loads((out / "comparison.json").read_text())[3]
     for key in ("nfe", "guidance", "edit", "edit_attributes", "edit_fidelity", "edit_interval", "edit_kept"):
         assert row[key] == expected[key]

@@ -10,7 +10,10 @@ from diffusers import QwenImage21Transformer2DModel
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from safetensors.torch import load_file, save_file
 
-from model import Condition, MMDiT, MMDiTConfig, attend, load_weights, save_weights
+from model import Condition, MMDiT, MMDiTConfig
+from support.attention import attend
+from support.files import load_weights, save_weights
+from support.trainee import recompute
 
 FILE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{FILE}.index.json"
@@ -148,7 +151,7 @@ def test_gradient_checkpointing_computes_again_and_changes_nothing(tmp_path, cau
     z, t, condition = inputs("one source", SMALL)
     expected = gradients(model, lambda z: model(z, t, condition), z)
     assert len(calls) == 1
-    model.gradient_checkpointing = True
+    recompute(model)
     found = gradients(model, lambda z: model(z, t, condition), z)
     assert len(calls) == 3  # and twice more
     assert max(difference(found[name], expected[name]) for name in expected) < 1e-6

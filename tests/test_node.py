@@ -20,13 +20,16 @@ import torch
 from safetensors.torch import load_file
 
 import dmd
-import sample
 import train
-from encoders import conditions
-from encoders.conditions import Entry, Pool, cached_pool
 from encoders.vae import VAE, VAEConfig
-from model import MMDiT, MMDiTConfig, new_lora, write_json
+from model import MMDiT, MMDiTConfig
 from recipe import Prompt
+from support import conditions, ranks, watch
+from support.conditions import Entry, Pool, cached_pool
+from support.files import write_json
+from support.lora import merge, new_lora
+from support.lora_files import read_lora, write_lora
+from support.run import whole_checkpoints
 
 TINY = MMDiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=16, context_in_dim=24, axes_dims_rope=(4, 6, 6)
@@ -53,7 +56,7 @@ def checkpoint(tmp_path_factory) -> Path:
     lora = new_lora(MMDiT.from_pretrained(folder / "transformer"), 2, rng=torch.Generator().manual_seed(3))
     for _, b, _ in lora.values():
         b.normal_(std=0.1, generator=torch.Generator().manual_seed(4))
-    sample.write_lora(folder / "teachers" / "text.safetensors", lora)
+    write_lora(folder / "teachers" / "text.safetensors", lora)
     torch.manual_seed(5)
     VAE(VAEConfig(base_dim=4, decoder_base_dim=4, num_res_blocks=1)).save_pretrained(folder / "vae")
     (folder / "text_encoder").mkdir()
@@ -125,9 +128,9 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
         return call
 
     def batches(args, pool, recipe, purpose, update):
-        for batch, share in real["batches"](args, pool, recipe, purpose, update):
+        for batch in real["batches"](args, pool, recipe, purpose, update):
             done["batches"].append([purpose, update, batch.task, batch.category, batch.k, batch.tokens, len(batch.t)])
-            yield batch, share
+            yield batch
 
     def mixture(weights, teachers):
         done["teachers"].append(weights)
@@ -136,7 +139,7 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
     def update(self, rate):
         if wrong == "signal" and train.rank() == 1 and self.name == "student":
             os.kill(os.getpid(), signal.SIGTERM)
-        grads = torch.cat([train.own(m.grad).flatten() for m in self.masters])
+        grads = torch.cat([ranks.own(m.grad).flatten() for m in self.masters])
         done["unrounded"].append((grads != grads.bfloat16().float()).float().mean().item())
         done["updates"].append([self.name, real["update"](self, rate)])
         return done["updates"][-1][1]
@@ -158,7 +161,7 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
     ]:
         patch.setattr(where, name, what)
     if not numbers.pop("pictures", False):
-        patch.setattr(train, "draw", lambda *arguments: None)
+        patch.setattr(watch, "draw_pictures", lambda *arguments: None)
     try:
         args, state = train.open_run(train.Args(checkpoint=checkpoint, out=out, **COMMON | numbers))
         train.train(args, pool, state)
@@ -265,14 +268,14 @@ def test_gradients_are_averaged_in_fp32(runs):
 
 def test_one_rank_stops_all(runs):
     for end in noted(runs, "two-wrong"):
-        assert end["ended"].startswith("FloatingPointError: step 2, task")
+        assert end["ended"].startswith("FloatingPointError: step 2: task")
         assert end["ended"].endswith("not finite, and only here")
         assert [name for name, _ in end["updates"]].count("student") == 1  # the broken step took none
-    assert [f.name for f in train.whole_checkpoints(runs / "two-wrong")] == ["00000001"]
+    assert [f.name for f in whole_checkpoints(runs / "two-wrong")] == ["00000001"]
     assert [end["ended"] for end in noted(runs, "two-stopped")] == [
         "SystemExit: 143"
     ] * 2  # rank 1 alone had the signal
-    assert [f.name for f in train.whole_checkpoints(runs / "two-stopped")] == ["00000001"]
+    assert [f.name for f in whole_checkpoints(runs / "two-stopped")] == ["00000001"]
     for end in noted(runs, "two-uneven"):
         assert end["ended"].startswith("ValueError: --batch 4 in --micro-batch 3 makes parts of 3 samples, not")
 
@@ -343,11 +346,11 @@ def test_lora_run_trains_its_factors_alone_and_exports_both_ways(runs, checkpoin
     """The student's folder is the base with the averaged factors merged in; lora.safetensors holds these."""
     base = MMDiT.from_pretrained(checkpoint / "transformer")
     student = MMDiT.from_pretrained(runs / "one-lora" / "student" / "transformer")
-    lora, sigmas = sample.read_lora(runs / "one-lora" / "lora.safetensors", base)
+    lora, sigmas = read_lora(runs / "one-lora" / "lora.safetensors", base)
     assert sigmas == [1.0, 0.9, 0.75, 0.5] and all(alpha == 4 for _, _, alpha in lora.values())
     assert all(b.abs().max() > 1e-5 for _, b, _ in lora.values())
     merged = MMDiT.from_pretrained(checkpoint / "transformer")
-    merged.merge(lora)
+    merge(merged, lora)
     for name, weight in student.named_parameters():
         expected = merged.get_parameter(name)
         assert name.removesuffix(".weight") in lora or torch.equal(weight, base.get_parameter(name))

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 import model as network
 import recipe
 import train
-from encoders.conditions import Entry
 from model import MMDiT, MMDiTConfig
-from tools import plan
+from support import plan, watch
+from support.conditions import Entry
 
 SMALL = MMDiTConfig(
     num_layers=4, num_attention_heads=4, attention_head_dim=64, context_in_dim=64, axes_dims_rope=(16, 24, 24)
@@ -69,9 +69,8 @@ def test_measured_peak_is_within_15_percent(checkpoint, tmp_path, monkeypatch, w
     # On a CPU attention in bf16 keeps a matrix of scores for its backward pass, which a GPU's does not.
     monkeypatch.setattr(network, "attend", lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, bias))
     monkeypatch.setattr(train, "save", lambda *arguments: None)
-    monkeypatch.setattr(train, "draw", lambda *arguments: None)
-    monkeypatch.setattr(train.sample, "export", lambda *arguments: None)
-    monkeypatch.setattr(train.Trainee, "export", lambda self: None)
+    monkeypatch.setattr(watch, "draw_pictures", lambda *arguments: None)
+    monkeypatch.setattr(train, "export_run", lambda *arguments: None)
     states = torch.randn(WORDS + SIDE * SIDE // 4, SMALL.context_in_dim).bfloat16()
     slots, source = [(4, 4 + SIDE * SIDE // 4)], torch.randn(64, SIDE, SIDE).bfloat16()
     pool = train.Pool([Entry("edit", "scene", states, states, slots, [source], None, (SIDE, SIDE))] * 8)
@@ -96,11 +95,11 @@ def test_numbers_of_the_published_network():
     assert abs(edit / tera / 370 - 1) < 0.02 and abs(4 * training / 3 / tera / 571 - 1) < 0.02
 
     layouts = {"t2i": (200, 4096), "edit": (4296, 4096)}
-    args = train.LargeArgs(dtype="bfloat16", guidance=1.0, ema=0.0)
+    args = train.Args(**train.LARGE | dict(guidance=1.0, ema=0.0))
     planned = plan.make_plan(args, config, recipe.find("flash"), gpus=8, frozen=1, layouts=layouts)
     fixed = [planned.bytes[part] for part in ("frozen weights", "masters", "optimiser", "gradients")]
     assert abs(sum(fixed) / 1e9 - (1.8 + 7.1 * (12 + 12 + 4) / 8)) < 0.5  # one network's gradients at a time
-    args = train.LargeLoraArgs(dtype="bfloat16", guidance=1.0, lora_rank=32)
+    args = train.Args(**train.LARGE_LORA, guidance=1.0, lora_rank=32)
     planned = plan.make_plan(args, config, recipe.find("flash"), gpus=1, frozen=1, layouts=layouts)
     assert planned.trained == 33_554_432
     assert 14 < (planned.peak - planned.bytes["activations"] - planned.bytes["prefix cache"]) / 1e9 < 20

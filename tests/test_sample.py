@@ -23,8 +23,13 @@ from reference import open_pipeline, picture, write_checkpoint, write_model_inde
 
 import sample
 from encoders.qwen3vl import Qwen3VL
-from model import MMDiT, new_lora, read_json
-from sample import Pipeline, export, export_lora, open_picture, write_lora
+from model import MMDiT
+from sample import Pipeline
+from support.export import export
+from support.files import read_json
+from support.lora import new_lora
+from support.lora_files import export_lora, write_lora
+from support.pictures import open_picture
 
 PROMPT = "A capybara wearing a wizard hat"
 TOY = Path(sample.__file__).parent / "toy" / "checkpoint"

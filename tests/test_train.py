@@ -26,11 +26,15 @@ from safetensors.torch import load_file
 import dmd
 import flow
 import train
-from encoders import conditions
-from model import MMDiT
+from model import Condition, MMDiT
 from recipe import read_prompts
 from sample import Pipeline
-from tools import watch
+from support import conditions, watch
+from support import trainee as trainees_file
+from support.batches import generator
+from support.conditions import encode_pool
+from support.options import settle
+from support.run import whole_checkpoints
 
 STEPS = 3
 
@@ -72,17 +76,17 @@ def command(checkpoint, prompts) -> list[str]:
 @pytest.fixture(scope="module")
 def pools(checkpoint, prompts) -> dict[str, train.Pool]:
     pipeline = Pipeline.from_pretrained(checkpoint)
-    return {o: train.encode_pool(pipeline, read_prompts([prompts]), 64, targets=o == "flow") for o in ("flow", "dmd")}
+    return {o: encode_pool(pipeline, read_prompts([prompts]), 64, targets=o == "flow") for o in ("flow", "dmd")}
 
 
 def make_args(checkpoint: Path, out: Path, objective: str = "dmd", **numbers) -> train.Args:
     numbers = dict(steps=STEPS, batch=4, micro_batch=2, dtype="float32", panel_every=10**6, save_every=10**6) | numbers
-    return {"flow": train.FlowArgs, "dmd": train.Args}[objective](checkpoint=checkpoint, out=out, **numbers)
+    return train.Args(**train.defaults(objective, 0, 0) | numbers, checkpoint=checkpoint, out=out)
 
 
 def newest(out: Path) -> tuple[int, dict]:
     """The newest checkpoint: its step, and {network: {tensor's name: tensor}}."""
-    folder = train.whole_checkpoints(out)[-1]
+    folder = whole_checkpoints(out)[-1]
     return int(folder.name), {f.name.split("-")[0]: load_file(f) for f in folder.iterdir()}
 
 
@@ -159,7 +163,7 @@ def test_killed_at_any_moment_of_saving(tmp_path):
     moments, told = random.Random(0), tmp_path / "told"
     (tmp_path / "run").mkdir()
     for _ in range(20):
-        first = [0, *(int(f.name) for f in train.whole_checkpoints(tmp_path / "run"))][-1] + 1
+        first = [0, *(int(f.name) for f in whole_checkpoints(tmp_path / "run"))][-1] + 1
 
         def write(first=first):
             for step in range(first, first + 10**6):
@@ -178,7 +182,7 @@ def test_killed_at_any_moment_of_saving(tmp_path):
         step, networks = newest(tmp_path / "run")
         assert step >= int(told.read_text() or 0) and networks.keys() == {"student", "fake"}
         assert all((tensor == step).all() for tensors in networks.values() for tensor in tensors.values())
-        assert len(train.whole_checkpoints(tmp_path / "run")) <= 3  # two, and one that it did not come to remove
+        assert len(whole_checkpoints(tmp_path / "run")) <= 3  # two, and one that it did not come to remove
     assert step >= 20
 
 
@@ -223,7 +227,7 @@ def test_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path):
 
 def test_dmd_updates_touch_one_network_each(checkpoint, pools, tmp_path, monkeypatch):
     trainees, loaded, order = [], [], []
-    build, update, load = train.Trainee.__init__, train.Trainee.update, train.load
+    build, update, load = train.Trainee.__init__, train.Trainee.update, trainees_file.load
 
     def watched_build(self, *arguments, **keywords):
         build(self, *arguments, **keywords)
@@ -245,7 +249,7 @@ def test_dmd_updates_touch_one_network_each(checkpoint, pools, tmp_path, monkeyp
 
     monkeypatch.setattr(train.Trainee, "__init__", watched_build)
     monkeypatch.setattr(train.Trainee, "update", watched_update)
-    monkeypatch.setattr(train, "load", watched_load)
+    monkeypatch.setattr(trainees_file, "load", watched_load)
     args, state = train.open_run(make_args(checkpoint, tmp_path / "run", steps=2, fake_updates=3))
     train.train(args, pools["dmd"], state)
 
@@ -274,12 +278,12 @@ def test_dmd_round_is_the_method(checkpoint, pools, tmp_path):
         loss.backward()
         torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0).step()
 
-    ((batch, _),) = train.batches(args, pools["dmd"], recipe, "fake", 0)
+    (batch,) = train.batches(args, pools["dmd"], recipe, "fake", 0)
     x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noise, sigmas, batch.k).detach()
     z = flow.path(x, batch.xi, batch.t)
     descend(fake, (fake(z, batch.t, batch.condition) - (batch.xi - x)).square().mean())
 
-    ((batch, _),) = train.batches(args, pools["dmd"], recipe, "student", 0)
+    (batch,) = train.batches(args, pools["dmd"], recipe, "student", 0)
     x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noise, sigmas, batch.k)
     z, t = flow.path(x, batch.xi, batch.t).detach(), batch.t
     v = 0
@@ -332,25 +336,25 @@ def test_flow_objective_overfits_two_pictures(checkpoint, pools, tmp_path):
     losses = []
     for transformer in (checkpoint / "transformer", folder):
         model, each = MMDiT.from_pretrained(transformer), []
-        for batch, _ in train.batches(args, train.Pool(entries), recipe, "flow", update=10**6):
+        for batch in train.batches(args, train.Pool(entries), recipe, "flow", update=10**6):
             with torch.no_grad():
-                v = train.velocity(train.Network(model), batch.condition)
+                v = train.Network(model).velocity(batch.condition)
                 each.append(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t).mean().item())
         losses.append(sum(each))
     assert losses[1] < 0.4 * losses[0]
 
 
 def test_masters_keep_what_bf16_rounds_away_and_average_them(checkpoint, pools, tmp_path):
-    args = train.settle(make_args(checkpoint, tmp_path, "flow", dtype="bfloat16"))
+    args = settle(make_args(checkpoint, tmp_path, "flow", dtype="bfloat16"))
     recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
-    network = train.Network(train.load(args, checkpoint / "transformer", torch.float32))
+    network = train.Network(trainees_file.load(args, checkpoint / "transformer", torch.float32))
     trainee = train.Trainee("teacher", network, args, 0.0, 1e-6, ema=0.5)
     before = [m.clone() for m in trainee.masters], [w.clone() for w in trainee.weights]
     average = before[0]
     for step in range(3):
-        for batch, share in train.batches(args, pools["flow"], recipe, "flow", step):
-            v = train.velocity(trainee.network, batch.condition)
-            trainee.backward(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t), share, batch)
+        for batch in train.batches(args, pools["flow"], recipe, "flow", step):
+            v = trainee.network.velocity(batch.condition)
+            trainee.backward(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t), batch)
         trainee.update(1.0)
         decay = min(0.5, (2 + step) / (11 + step))
         average = [decay * a + (1 - decay) * m for a, m in zip(average, trainee.masters, strict=True)]
@@ -384,10 +388,10 @@ def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp
     recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
 
     def draws(purpose="fake", update=4, micro_batch=4, seed=0) -> list[tuple]:
-        args = train.settle(make_args(checkpoint, tmp_path, batch=8, micro_batch=micro_batch, seed=seed))
+        args = settle(make_args(checkpoint, tmp_path, batch=8, micro_batch=micro_batch, seed=seed))
         found = []
-        for batch, share in train.batches(args, pools["dmd"], recipe, purpose, update):
-            assert len(batch.t) == share * 8 <= micro_batch
+        for batch in train.batches(args, pools["dmd"], recipe, purpose, update):
+            assert len(batch.t) == batch.fraction * 8 <= micro_batch
             found += zip(batch.t.tolist(), batch.noise.mean((1, 2, 3)).tolist(), batch.xi.mean((1, 2, 3)).tolist())
         assert len(set(found)) == 8
         return found
@@ -399,14 +403,14 @@ def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp
 
 def test_micro_batches_are_not_padded_where_lengths_are_common(checkpoint, pools, tmp_path):
     """Padding would count in the target's rotary position: in a micro-batch each sample is as it would be alone."""
-    args = train.settle(make_args(checkpoint, tmp_path, "flow", batch=64, micro_batch=4, text_dropout=0.5))
+    args = settle(make_args(checkpoint, tmp_path, "flow", batch=64, micro_batch=4, text_dropout=0.5))
     recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
     model, lengths = MMDiT.from_pretrained(checkpoint / "transformer"), set()
     pool = train.Pool(pools["flow"].entries * conditions.ENOUGH)
-    for batch, _ in train.batches(args, pool, recipe, "flow", 0):
+    for batch in train.batches(args, pool, recipe, "flow", 0):
         c = batch.condition
         lengths.add((batch.task, c.states.shape[1]))
-        alone = train.Condition(c.states[1:2], c.mask[1:2], [s[1:2] for s in c.sources], c.slots)
+        alone = Condition(c.states[1:2], c.mask[1:2], [s[1:2] for s in c.sources], c.slots)
         assert c.mask.all() and (c.states.abs().sum(2) > 0).all()
         with torch.no_grad():
             v, one = model(batch.noise, batch.t, c), model(batch.noise[1:2], batch.t[1:2], alone)
@@ -424,7 +428,7 @@ def test_rare_lengths_meet_their_neighbours(pools):
     pool = train.Pool(words + edits)
     seen = set()
     for seed in range(200):
-        rngs = [train.generator(seed, 0, i, "test") for i in range(6)]
+        rngs = [generator(seed, 0, i, "test") for i in range(6)]
         drawn = pool.draw(rngs, like.task, like.category)
         lengths = [len(e.states) for e in drawn]
         assert len({e.bucket for e in drawn}) == 1 and max(lengths) - min(lengths) <= conditions.ENOUGH
@@ -434,12 +438,13 @@ def test_rare_lengths_meet_their_neighbours(pools):
 
 def test_metrics_tell_times_and_tasks_apart(monkeypatch, tmp_path):
     """Over the samples of two ranks; and TensorBoard has the numbers, where it is installed."""
-    log, other = watch.Log(), watch.Log()
-    for each, task, losses in ((log, "t2i", [1.0, 2.0]), (log, "edit", [3.0, 3.0]), (other, "t2i", [5.0, 0.0])):
+    ours, other = watch.Record("loss", "grad_norm"), watch.Record("loss", "grad_norm")
+    for each, task, losses in ((ours, "t2i", [1.0, 2.0]), (ours, "edit", [3.0, 3.0]), (other, "t2i", [5.0, 0.0])):
         batch = SimpleNamespace(task=task, category="text", k=2, t=torch.tensor([0.1, 0.95]))
-        each.add("loss", torch.tensor(losses), batch)
-    theirs = [("loss", b.task, losses.tolist(), b.t.tolist()) for _, b, losses in other.losses]
-    line = log.line(lambda mine: [mine, theirs], step=1)
+        each.add(batch, torch.tensor(losses))
+    theirs = [("loss", b.task, losses.tolist(), b.t.tolist()) for b, losses in other.losses]
+    ours.grad_norm = 0.5
+    line = watch.metrics_line([ours], lambda mine: [mine, theirs], step=1)
     assert line["loss"] == pytest.approx(14 / 6) and line["loss_by_task"] == {"edit": 3.0, "t2i": 2.0}
     assert line["loss_by_t"] == [3.0, None, None, None, pytest.approx(5 / 3, abs=1e-4)]
     assert line["categories"] == {"t2i text": 4, "edit text": 4}  # each rank has as many
@@ -484,13 +489,13 @@ def test_non_finite_stops_before_the_update(checkpoint, pools, tmp_path, monkeyp
         spoil(dmd, "mixture", lambda v: lambda z, t: v(z, t) / 0)
     else:
 
-        def poisoned(self, losses, share, batch):
-            backward(self, losses, share, batch)
+        def poisoned(self, losses, batch):
+            backward(self, losses, batch)
             if broken["now"]:
                 self.masters[0].grad.view(-1)[0] = torch.nan
 
         monkeypatch.setattr(train.Trainee, "backward", poisoned)
-    with pytest.raises(FloatingPointError, match=r"step 2, task (t2i|edit), k = (None|\d): .*t = \[0\.\d") as error:
+    with pytest.raises(FloatingPointError, match=r"step 2: .*task (t2i|edit), k = (None|\d).*t = \[0\.\d") as error:
         train.train(args, pools[objective], state)
     assert ("k = None" in str(error.value)) == (objective == "flow")
     assert newest(args.out)[0] == 1 and not (args.out / "student").exists()
@@ -527,13 +532,13 @@ def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, comm
     with pytest.raises(OSError):
         train.open_run(make_args(checkpoint, prompts / "run"))  # a folder inside a file cannot be made
     with pytest.raises(ValueError, match="flash-2"):
-        train.open_run(make_args(checkpoint, tmp_path / "other", recipe="flash-2"))
+        train.main([*command, "--out", str(tmp_path / "other"), "--recipe", "flash-2"])
     with pytest.raises(ValueError, match="--teacher edit="):
         train.open_run(make_args(checkpoint, tmp_path / "other", teacher=("edit=/nowhere",)))
     assert not (tmp_path / "other").exists()
     with pytest.raises(ValueError, match="has no target"):
         lines = [p for p in read_prompts([prompts]) if p.task == "t2i"]
-        train.encode_pool(Pipeline.from_pretrained(checkpoint), [replace(lines[0], target=None)], 64, targets=True)
+        encode_pool(Pipeline.from_pretrained(checkpoint), [replace(lines[0], target=None)], 64, targets=True)
     with pytest.raises(ValueError, match=r"--resolution 64: the toy world's own prompts have 128"):
         train.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "third")])
 

@@ -32,14 +32,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-import eval as benches
 import flow
 import recipe as recipes
 import train
-from eval import Sampler
-from model import MMDiT, MMDiTConfig, write_json
-from sample import Pipeline, Scheduler
+from model import MMDiT, MMDiTConfig
+from sample import Pipeline
+from support.checkpoint import Scheduler
+from support.conditions import Pool, encode_pool
+from support.files import write_json
+from support.run import open_run
+from toy import bench as benches
 from toy import judge, language, world
+from toy.bench import Sampler
 from toy.figures import answer
 from toy.train_vae import train_vae
 
@@ -109,10 +113,10 @@ def build_language(folder: Path) -> None:
     write_json(folder / "model_index.json", index | classes)
 
 
-def build_pool(folder: Path, cache: Path) -> train.Pool:
+def build_pool(folder: Path, cache: Path) -> Pool:
     """Every prompt that the teachers learn from, encoded: 96,000 of them, about 2.5 GB in memory."""
     if cache.exists():
-        return train.Pool(torch.load(cache, weights_only=False))
+        return Pool(torch.load(cache, weights_only=False))
     pipeline = Pipeline.from_pretrained(folder)
     pipeline.vae.to(memory_format=torch.channels_last)  # half again as fast on a CPU
     prompts = (
@@ -121,7 +125,7 @@ def build_pool(folder: Path, cache: Path) -> train.Pool:
         for category in categories
         for prompt in world.training_prompts(task, category, POOL[task], SEED)
     )
-    pool = train.encode_pool(pipeline, prompts, RESOLUTION, targets=True)
+    pool = encode_pool(pipeline, prompts, RESOLUTION, targets=True)
     torch.save(pool.entries, cache.with_suffix(".part"))
     cache.with_suffix(".part").replace(cache)
     return pool
@@ -145,7 +149,7 @@ def grow(shallow: Path, folder: Path) -> dict:
 
 
 def train_teacher(
-    name: str, folder: Path, out: Path, pool: train.Pool, compile: bool, recipe: str, steps: int, scale: float
+    name: str, folder: Path, out: Path, pool: Pool, compile: bool, recipe: str, steps: int, scale: float
 ) -> dict:
     """One run of train.py's flow objective from folder/transformer, at `scale` times its learning rates; the log's entry.
 
@@ -154,10 +158,10 @@ def train_teacher(
     """
     # Not on import: for everyone else the table stays the paper's.
     recipes.RECIPES.update({own.name: own for own in OWN_RECIPES})
-    args = train.FlowArgs(checkpoint=folder, out=out, recipe=recipe, steps=steps, seed=SEED, compile=compile)
+    args = train.Args(**train.FLOW, checkpoint=folder, out=out, recipe=recipe, steps=steps, seed=SEED, compile=compile)
     args.batch, args.micro_batch, args.guidance, args.time_shift = BATCH, MICRO_BATCH, GUIDANCE, TIME_SHIFT
     args.muon_lr, args.lr, args.resume = scale * args.muon_lr, scale * args.lr, (out / "args.json").exists()
-    args, state = train.open_run(args)
+    args, state = open_run(args)
     result = train.train(args, pool, state)
     place = folder / "teachers" / name if name in ("text", "edit") else folder / "transformer"
     shutil.copytree(result, place, dirs_exist_ok=True)

@@ -25,14 +25,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import eval as benches
 import flow
 import recipe as recipes
 import train
-from eval import Sampler
-from model import Condition, MMDiT, read_json, write_json
+from model import Condition, MMDiT
 from sample import Pipeline
+from support.checkpoint import fingerprint
+from support.conditions import Pool, encode_pool
+from support.files import read_json, write_json
+from support.options import faster_dtype
+from support.run import find_teachers, open_run, whole_checkpoints
+from toy import bench as benches
 from toy import judge, world
+from toy.bench import Sampler
 from toy.figures import chart, contact_sheet
 
 # The optimisation: one for all rows of all tables. It is the main job's, but shorter, so that all three tables fit into an
@@ -131,7 +136,7 @@ EXPERIMENTS = {
 
 
 @cache
-def encoded(checkpoint: Path, tasks: tuple[str, ...]) -> train.Pool:
+def encoded(checkpoint: Path, tasks: tuple[str, ...]) -> Pool:
     """The prompts that all students of a table learn from."""
     prompts = [
         prompt
@@ -139,7 +144,7 @@ def encoded(checkpoint: Path, tasks: tuple[str, ...]) -> train.Pool:
         for category in benches.CATEGORIES[task]
         for prompt in world.training_prompts(task, category, POOL[task], seed=0, targets=False)
     ]
-    return train.encode_pool(benches.open_checkpoint(checkpoint), prompts, benches.RESOLUTION)
+    return encode_pool(benches.open_checkpoint(checkpoint), prompts, benches.RESOLUTION)
 
 
 @contextmanager
@@ -172,7 +177,7 @@ class Workshop:
             for prompt in world.training_prompts(task, category, 4, seed=0, targets=False):
                 digest.update(prompt.prompt.encode() + b"".join(image.tobytes() for image in prompt.images))
         now = {
-            "weights": benches.fingerprint(checkpoint),
+            "weights": fingerprint(checkpoint),
             "student": student,
             "pool": POOL,
             "world": digest.hexdigest(),
@@ -181,7 +186,7 @@ class Workshop:
         with alone(file):
             # Which dtype is faster is measured, and must not come out otherwise when half of the students are there.
             if not file.exists():
-                write_json(file, now | {"dtype": train.faster_dtype(str(self.pipeline.device))})
+                write_json(file, now | {"dtype": faster_dtype(str(self.pipeline.device))})
             then = read_json(file)
         if changed := [key for key in now if now[key] != then[key]]:
             raise ValueError(f"{home}: its students were made with other {', '.join(changed)}; name another --runs")
@@ -199,13 +204,13 @@ class Workshop:
                 print(f"{out.name}: to step {step} of {self.steps}", flush=True)
                 args = replace(STUDENT, checkpoint=self.checkpoint, recipe=recipe, out=out, seed=seed, steps=step)
                 args = replace(args, student_steps=self.nfe, dtype=self.dtype, resume=(out / "args.json").exists())
-                args, state = train.open_run(args)
+                args, state = open_run(args)
                 if state and int(state.name) > step:
                     raise ValueError(f"{out}: is past step {step}, whose weights are gone; remove the folder")
                 result = train.train(args, encoded(self.checkpoint, tasks), state)
                 shutil.copytree(result / "transformer", folder.with_suffix(".part"), dirs_exist_ok=True)
                 os.replace(folder.with_suffix(".part"), folder)
-            for old in train.whole_checkpoints(out)[:-1]:  # 70 MB each
+            for old in whole_checkpoints(out)[:-1]:  # 70 MB each
                 shutil.rmtree(old)
         return stages
 
@@ -244,7 +249,7 @@ class Workshop:
     def teachers(self) -> dict[str, Sampler]:
         """The rows that need no training."""
         full = benches.default_sampler(self.pipeline, 40, self.pipeline.guidance)
-        found = train.find_teachers(replace(STUDENT, checkpoint=self.checkpoint))
+        found = find_teachers(replace(STUDENT, checkpoint=self.checkpoint))
         networks = {name: self.opened(folder).mmdit for name, folder in found.items()}
         everyone, routing = {}, recipes.find("specialised-only")
         for bench in benches.CATEGORIES:

@@ -15,7 +15,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from encoders.qwen3vl import PICTURE, SLOT, SYSTEM_TURN, USER_TURN, Qwen3VL, Qwen3VLConfig, TextConfig, VisionConfig
-from model import save_weights, write_json
+from support.files import save_weights, write_json
 
 VOCABULARY = 576  # at most: 256 bytes, the merges, the special tokens
 SPECIAL_TOKENS = (

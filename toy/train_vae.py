@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from encoders.vae import VAE, VAEConfig
-from muon import Muon
+from support.muon import Muon
 from toy import world
 
 # Ours. High resolutions get few channels: the pictures are constant over 4 x 4 pixels, so nothing is lost there, and

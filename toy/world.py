@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from recipe import Prompt
+from recipe import TASKS, Prompt, Recipe
 
 SIDE = 32  # large pixels along a side
 ENLARGE = 4  # pixels of the picture per large pixel
@@ -577,6 +577,17 @@ def training_prompts(task: str, category: str, count: int, seed: int, targets: b
         case = draw_case(task, category, seed, index, benched=False)
         target = enlarge(render(case.target, case.edit and case.edit.style)) if targets else None
         prompts.append(Prompt(task, category, case.prompt, case.images, target))
+    return prompts
+
+
+def prompts_for(recipe: Recipe, count: int, seed: int, targets: bool) -> list[Prompt]:
+    """`count` training prompts of each task that the recipe has, in equal parts from each of its categories."""
+    prompts = []
+    categories = {"t2i": recipe.t2i or CATEGORIES, "edit": recipe.edit or FAMILIES}
+    for task, parts in zip(TASKS, recipe.ratio, strict=True):
+        for category in categories[task] if parts else ():
+            each = math.ceil(count / len(categories[task]))
+            prompts += training_prompts(task, category, each, seed, targets)
     return prompts
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-import recipe as recipes
 from model import MMDiT, MMDiTConfig
 
+TASKS = ("t2i", "edit")  # in the order of a recipe's ratio
 TEXT = 200  # tokens of a long prompt with its template, for the plan; real ones differ little in work
 
 
@@ -43,10 +43,11 @@ def sample_flops(config: MMDiTConfig, purpose: str, prefix: int, target: int, k:
     return bool(steps) * text + steps * step + (3 + looks) * (text + step)
 
 
-def utilisation(args, config: MMDiTConfig, recipe: recipes.Recipe, losses: list[tuple], seconds: float) -> float | None:
-    """The share of the device's peak that a step's necessary work amounts to; None where the peak is not known. losses:
-    of watch.Log, which hold this process's batches."""
+def utilisation(args, config: MMDiTConfig, recipe, records: list, seconds: float) -> float | None:
+    """The share of the device's peak that a step's necessary work amounts to; None where the peak is not known. records:
+    watch.Record, which hold this process's batches."""
     peak, work = peak_flops(args), 0.0
+    losses = [(r.loss_name, batch, values) for r in records for batch, values in r.losses]
     for name, batch, values in losses if peak else ():
         purpose, scorers = {"fake_loss": "fake", "loss": "student" if batch.k is not None else "flow"}[name], 0
         if purpose == "student":
@@ -74,9 +75,7 @@ class Plan:
         return rest + max(self.waiting + computing, self.bytes["gradients"])
 
 
-def make_plan(
-    args, config: MMDiTConfig, recipe: recipes.Recipe, gpus: int, frozen: int, layouts: dict[str, tuple[int, int]]
-) -> Plan:
+def make_plan(args, config: MMDiTConfig, recipe, gpus: int, frozen: int, layouts: dict[str, tuple[int, int]]) -> Plan:
     """recipe: with rules for the teachers there are. frozen: networks. layouts: task -> tokens of one sample, those of text
     and sources and those of the target."""
     flows, e = args.objective == "flow", getattr(torch, args.dtype).itemsize
@@ -107,7 +106,7 @@ def make_plan(
             scorers = guided * len(recipe.weights(k, args.student_steps, task, None))
             kinds = {"flow": 1} if flows else {"fake": args.fake_updates, "student": 1}
             work = sum(n * sample_flops(config, kind, prefix, target, k, scorers) for kind, n in kinds.items())
-            share = recipe.ratio[recipes.TASKS.index(task)] / sum(recipe.ratio)
+            share = dict(zip(TASKS, recipe.ratio, strict=True))[task] / sum(recipe.ratio)
             flops += args.batch * share * work / args.student_steps
     parts = {
         "frozen weights": frozen * total * e / rows,
@@ -123,14 +122,14 @@ def make_plan(
     return Plan(total, trained, parts, waiting, flops)
 
 
-def describe(args, gpus: int, teachers: dict[str, Path]) -> str:
+def describe(args, recipe, gpus: int, teachers: dict[str, Path]) -> str:
     """The plan as a table. A sample is a square of args.resolution with TEXT tokens; an edit has one source of that size."""
     config = MMDiTConfig.from_json(Path(args.checkpoint) / "transformer" / "config.json")
-    recipe, tokens = recipes.find(args.recipe), (args.resolution // 16) ** 2
+    tokens = (args.resolution // 16) ** 2
     recipe = replace(recipe, specialists=tuple(s for s in recipe.specialists if s.teacher in teachers))
     frozen = 1 + sum(teachers[name].is_dir() for name in recipe.teachers)
     frozen = frozen if args.objective == "dmd" else int(args.lora_rank > 0)
-    tasks = [task for task, parts in zip(recipes.TASKS, recipe.ratio, strict=True) if parts]
+    tasks = [task for task, parts in zip(TASKS, recipe.ratio, strict=True) if parts]
     layouts = {task: (TEXT + (tokens if task == "edit" else 0), tokens) for task in tasks}
     plan = make_plan(args, config, recipe, gpus, frozen, layouts)
     known = peak_flops(args)

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from statistics import mean, variance
 
-from encoders.chat import Chat, Unanswered, finish_last_line, image_part, in_parallel, text_part
+from judges.chat import Chat, Unanswered, finish_last_line, image_part, in_parallel, text_part
 from recipe import TASKS, Prompt
 
 # ----------------------------------------------------------------------------------------------------------------------

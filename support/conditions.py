@@ -26,11 +26,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-import sample
 from encoders.qwen3vl import Qwen3VL
 from encoders.vae import VAE
-from model import write_tensors
 from recipe import Prompt
+from support import pictures
+from support.files import write_tensors
 
 GROUP = 32  # prompts that are encoded at once, and that share a shard
 ENOUGH = 8  # entries of one text length that make a micro-batch worth having without padding
@@ -106,7 +106,7 @@ class Encoders:
 
 
 def encode_pool(
-    encoders: "Encoders | sample.Pipeline",
+    encoders: "Encoders",
     prompts: Iterable[Prompt],
     resolution: int,
     empty: bool = True,
@@ -130,8 +130,8 @@ def groups(prompts: Iterable[Prompt], resolution: int, targets: bool) -> Iterato
     for number, prompt in enumerate(prompts):
         if targets and prompt.target is None:
             raise ValueError(f"the flow objective learns pictures, and the prompt {prompt.prompt!r} has no target")
-        pictures = prompt.images or ([prompt.target] if targets else [])
-        group = waiting[len(prompt.images), *(fitted_size(picture, resolution) for picture in pictures)]
+        shown = prompt.images or ([prompt.target] if targets else [])
+        group = waiting[len(prompt.images), *(pictures.fitted_size(picture, resolution) for picture in shown)]
         group.append((number, prompt))
         if len(group) == GROUP:
             yield group.copy()
@@ -139,22 +139,8 @@ def groups(prompts: Iterable[Prompt], resolution: int, targets: bool) -> Iterato
     yield from filter(None, waiting.values())
 
 
-def fitted_size(source: sample.Source, resolution: int) -> tuple[int, int]:
-    """The size that sample.fit will give a picture, from its file's header alone where that says it."""
-    if isinstance(source, Image.Image):
-        return sample.sides(*source.size, resolution)
-    try:
-        with Image.open(source) as picture:
-            (width, height), turned = picture.size, picture.getexif().get(0x0112, 1) >= 5  # the camera lay on its side
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return sample.fit(source, resolution).size  # says what is wrong with it
-    return sample.sides(*((height, width) if turned else (width, height)), resolution)
-
-
 @torch.no_grad()
-def encode(
-    encoders: "Encoders | sample.Pipeline", prompts: list[Prompt], resolution: int, empty: bool, targets: bool
-) -> list[Entry]:
+def encode(encoders: "Encoders", prompts: list[Prompt], resolution: int, empty: bool, targets: bool) -> list[Entry]:
     """The entries of one group of prompts, whose sources (and targets) are of equal sizes."""
 
     def states(words: list[str], images: list) -> tuple[list[Tensor], list]:
@@ -162,12 +148,12 @@ def encode(
         lengths = mask.sum(1).tolist()
         return [s[:n].to("cpu", torch.bfloat16).clone() for s, n in zip(padded, lengths, strict=True)], slots
 
-    def latents(pictures: Iterable[Image.Image]) -> list[Tensor]:
+    def latents(images: Iterable[Image.Image]) -> list[Tensor]:
         like = encoders.vae.quant_conv.weight
-        images = sample.to_tensor(list(pictures)).to(like.device, like.dtype)  # (B, 4, H, W)
-        return [z.clone() for z in encoders.vae.encode(images).to("cpu", torch.bfloat16)]  # B of (64, h, w)
+        pixels = pictures.to_tensor(list(images)).to(like.device, like.dtype)  # (B, 4, H, W)
+        return [z.clone() for z in encoders.vae.encode(pixels).to("cpu", torch.bfloat16)]  # B of (64, h, w)
 
-    images = [[sample.fit(image, resolution) for image in prompt.images] for prompt in prompts]
+    images = [[pictures.fit(image, resolution) for image in prompt.images] for prompt in prompts]
     read, slots = states([prompt.prompt for prompt in prompts], images)
     twins = [None] * len(prompts)
     if empty and images[0]:
@@ -177,10 +163,10 @@ def encode(
     sources = [latents(column) for column in zip(*images, strict=True)]  # sources x B of (64, h_i, w_i)
     ends = [None] * len(prompts)
     if targets:
-        goals = [sample.fit(prompt.target, resolution) for prompt in prompts]
+        goals = [pictures.fit(prompt.target, resolution) for prompt in prompts]
         for i, row in enumerate(images):  # an edit is drawn at the size of its last source
             if row and goals[i].size != row[-1].size:
-                picture = sample.open_picture(prompts[i].target)
+                picture = pictures.open_picture(prompts[i].target)
                 goals[i] = picture.resize(row[-1].size, Image.Resampling.LANCZOS)
         ends = latents(goals)
     entries = []
@@ -252,9 +238,9 @@ def fingerprint(checkpoint: Path) -> str:
 
 def content_key(prompt: Prompt, encoders: str, resolution: int, empty: bool, targets: bool) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    pictures = [*prompt.images, prompt.target] if targets and prompt.target else prompt.images
-    digest.update(json.dumps([encoders, resolution, empty, targets, prompt.prompt, len(pictures)]).encode())
-    for picture in pictures:
+    shown = [*prompt.images, prompt.target] if targets and prompt.target else prompt.images
+    digest.update(json.dumps([encoders, resolution, empty, targets, prompt.prompt, len(shown)]).encode())
+    for picture in shown:
         if isinstance(picture, Image.Image):
             content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
         else:

@@ -1,0 +1,112 @@
+"""Micro-batches: which samples, which noise and which times belong to which update."""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flow
+from model import Condition
+from support.conditions import Entry, Pool
+from support.ranks import rank, ranks
+
+
+def generator(seed: int, step: int, number: int, purpose: str) -> torch.Generator:
+    """The source of every random draw in this file. It depends on these four alone, so neither a resumed run nor another
+    number of processes changes a draw; and it is the CPU's everywhere, so a GPU draws the same numbers."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{number}/{purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+@dataclass
+class Batch:
+    """A rank's samples of one task and bucket, on the device. Draws and target are fp32, conditions of the working dtype."""
+
+    task: str
+    category: str
+    condition: Condition
+    empty: Condition | None  # the same without words
+    target: Tensor | None  # (B, 64, h, w)
+    noise: Tensor  # (B, 64, h, w): where a path or a rollout starts
+    xi: Tensor  # (B, 64, h, w): noise for x_theta
+    t: Tensor  # (B,) in [0, 1]
+    k: int | None = None  # the student's step (dmd)
+    fraction: float = 1.0  # of the update's samples that the micro-batch has, on all ranks together
+
+    def where(self) -> str:
+        """For errors."""
+        return f"task {self.task}, k = {self.k}"
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """Of one sample, in the prefix and in the target."""
+        more = sum(3 * (stop - start) for start, stop in self.condition.slots)  # a slot stands for four
+        return self.condition.states.shape[1] + more, self.noise[0, 0].numel()
+
+
+def batches(args, pool: Pool, recipe, purpose: str, update: int) -> Iterator[Batch]:
+    """The micro-batches of one update, this rank's part of each. args: train.Args; recipe: recipe.Recipe, resolved.
+
+    One task, category and bucket in each, and for DMD one k, because the teachers' weights depend on them: so they are
+    the same on all ranks, and so is the number of forwards. The networks (`purpose`) count their own updates. Were
+    student and fake score to share one count, then at a ratio of 1:1 and five fake updates for each of the student, the
+    student would see one task for ever.
+    """
+    for micro, size in enumerate(args.sizes):
+        task, category, _ = recipe.turn(update * len(args.sizes) + micro)
+        rngs = [generator(args.seed, update, micro * args.micro_batch + i, purpose) for i in range(size)]
+        entries = pool.draw(rngs, task, category)
+        mine = slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
+        length, k, wordless = max(len(e.states) for e in entries), None, False  # padded as the whole is, on every rank
+        rng = generator(args.seed, update, micro, purpose + " micro-batch")
+        if args.objective == "flow":
+            wordless = torch.rand((), generator=rng).item() < args.text_dropout  # all at once: one layout
+        else:
+            lowest = 1 if recipe.first_step_weight and args.student_steps > 1 else 0  # step 0 has a loss of its own
+            k = torch.randint(lowest, args.student_steps, (), generator=rng).item()
+        yield make_batch(args, entries[mine], rngs[mine], length, k, wordless, size / args.batch)
+
+
+def make_batch(
+    args,
+    entries: list[Entry],
+    rngs: list[torch.Generator],
+    length: int = 0,
+    k: int | None = None,
+    wordless: bool = False,
+    fraction: float = 1.0,
+) -> Batch:
+    """Entries of one bucket, and for each the generator that its noises and its time are drawn from, in this order; texts
+    are padded to the longest, or to `length`."""
+    device, dtype, shape = args.device, getattr(torch, args.dtype), (64, *entries[0].size)
+    noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
+    xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
+    u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
+    shift = args.time_shift
+    t = flow.logit_normal(u, math.log(shift)) if args.objective == "flow" else flow.shifted_uniform(u, shift)  # (B,)
+    sources = [torch.stack(column).to(device, dtype) for column in zip(*(e.sources for e in entries), strict=True)]
+
+    def condition(states: list[Tensor]) -> Condition:
+        lengths = torch.tensor([len(s) for s in states])  # (B,)
+        longest = max(length if states is words else 0, *lengths.tolist())
+        padded = torch.stack([F.pad(s, (0, 0, 0, longest - len(s))) for s in states])  # (B, L, C)
+        real = torch.arange(longest) < lengths[:, None]  # (B, L)
+        return Condition(padded, real, sources, entries[0].slots).to(device, dtype)
+
+    words, empty = [e.states for e in entries], [e.empty for e in entries]
+    return Batch(
+        entries[0].task,
+        entries[0].category,
+        condition(empty if wordless else words),
+        condition(empty) if empty[0] is not None else None,
+        torch.stack([e.target for e in entries]).to(device).float() if entries[0].target is not None else None,
+        noise,
+        xi,
+        t.to(device),
+        k,
+        fraction,
+    )

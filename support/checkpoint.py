@@ -1,0 +1,96 @@
+"""What a checkpoint's small files say: model_index.json, the scheduler's config, the sigmas."""
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import flow
+from support.files import read_json
+from support.pictures import MULTIPLE
+
+
+@dataclass
+class Scheduler:
+    """scheduler/scheduler_config.json: how a list of sigmas is bent before it is used.
+
+    The published values bend it towards noise; a few-step student's file is the identity.
+    """
+
+    use_dynamic_shifting: bool = True  # the more target tokens, the longer the steps stay near noise
+    shift: float = 1.0  # where dynamic shifting is off
+    base_shift: float = 0.5
+    max_shift: float = 0.9
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 8192
+    shift_terminal: float | None = None  # the last sigma before 0; published: 0.02
+    # The class has more keys. No checkpoint of this family uses them.
+    num_train_timesteps: int = 1000
+    time_shift_type: str = "exponential"
+    invert_sigmas: bool = False
+    stochastic_sampling: bool = False
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+
+    def __post_init__(self):
+        for key in fields(self)[7:]:
+            if vars(self)[key.name] != key.default:
+                raise ValueError(f"{key.name} is {vars(self)[key.name]!r}; only {key.default!r} is implemented")
+
+    def sigmas(self, steps: int | list[float], tokens: int) -> list[float]:
+        """For a target of `tokens` tokens, from a number of steps or from given sigmas; the final 0 is included."""
+        return flow.teacher_sigmas(
+            steps,
+            tokens,
+            use_dynamic_shifting=self.use_dynamic_shifting,
+            shift=self.shift,
+            base_shift=self.base_shift,
+            max_shift=self.max_shift,
+            base_image_seq_len=self.base_image_seq_len,
+            max_image_seq_len=self.max_image_seq_len,
+            shift_terminal=self.shift_terminal,
+        )
+
+
+def check_sigmas(sigmas: list[float], name: str) -> list[float]:
+    """The sigmas as they are, or a ValueError that names their origin."""
+    numbers = isinstance(sigmas, (list, tuple)) and sigmas and all(type(s) in (int, float) for s in sigmas)
+    if not numbers or not all(a > b for a, b in pairwise([*sigmas, 0.0])) or sigmas[0] > 1:
+        raise ValueError(f"{name}: {sigmas!r} is no schedule; it must fall within (0, 1], without the final 0")
+    return [float(s) for s in sigmas]
+
+
+def read_index(directory: str | Path) -> dict:
+    """model_index.json, checked; the three optional keys are filled in with what their absence means."""
+    path = Path(directory) / "model_index.json"
+    index = {"sample_sigmas": None, "resolution": 1024, "guidance": 1.0} | read_json(path)
+    if index.get("_class_name") != "QwenImage21Pipeline":
+        raise ValueError(f"{path}: _class_name is {index.get('_class_name')!r}, QwenImage21Pipeline is expected")
+    known = {"scheduler", "vae", "text_encoder", "processor", "transformer", "sample_sigmas", "resolution", "guidance"}
+    unknown = [key for key in index if key not in known and not key.startswith("_")]
+    if unknown:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}")
+    if index["sample_sigmas"] is not None:
+        index["sample_sigmas"] = check_sigmas(index["sample_sigmas"], f"{path}: sample_sigmas")
+    if type(index["resolution"]) is not int or index["resolution"] < MULTIPLE:
+        raise ValueError(f"{path}: resolution is {index['resolution']!r}, not a whole number from {MULTIPLE} on")
+    if type(index["guidance"]) not in (int, float) or not 1 <= index["guidance"] < math.inf:
+        raise ValueError(f"{path}: guidance is {index['guidance']!r}, not a number from 1 on")
+    return index
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Changes with the weights. Of large files it reads the two ends: training moves every weight."""
+    digest = hashlib.sha256((checkpoint / "model_index.json").read_bytes())
+    for folder, _, files in sorted(os.walk(checkpoint, followlinks=True)):
+        for path in sorted(Path(folder, name) for name in files if Path(folder) != checkpoint):
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                digest.update(f"{path.relative_to(checkpoint)} {size}".encode())
+                for start in (0, max(0, size - 2**20)):
+                    file.seek(start)
+                    digest.update(file.read(2**20))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,144 @@
+"""LoRA roles: teacher, student and fake score on one copy of the weights (LoRA, arXiv 2106.09685).
+
+LoRA    {layer: (A, B, alpha)}: with it the layer's weight W acts as W + alpha / r B A
+role    a name under which a network carries one LoRA; None is the shared weights alone
+
+add_role(model, "student", new_lora(model, rank=32))
+with playing(model, "student"):
+    v = model(z, t, condition)
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer: A (r, in), B (out, r), alpha
+ATTENTION = r"transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)"  # the layers that the family's LoRA files change
+
+
+@dataclass
+class Stage:
+    """The roles of a network, and which one is on. All its layers share one object, so that they cannot disagree."""
+
+    roles: set[str] = field(default_factory=set)
+    role: str | None = None
+
+
+class Adapter(nn.Module):
+    """What one role adds to one layer: alpha / r B A x."""
+
+    def __init__(self, a: Tensor, b: Tensor, alpha: float):
+        super().__init__()
+        self.A, self.B, self.alpha = nn.Parameter(a), nn.Parameter(b), alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Factors in fp32 may sit on weights in bf16. They are what learns, and so need no second copy as masters.
+        x = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))  # (B, n, out)
+        return self.alpha / len(self.A) * x  # (B, n, out)
+
+
+class RoleLinear(nn.Module):
+    """A linear layer with an adapter for each role that changes it. The weight keeps its name in the state dict."""
+
+    def __init__(self, linear: nn.Linear, stage: Stage):
+        super().__init__()
+        self.weight, self.stage, self.adapters = linear.weight, stage, nn.ModuleDict()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight)  # (B, n, out)
+        role = self.stage.role
+        return y + self.adapters[role](x) if role in self.adapters else y  # (B, n, out)
+
+
+def new_lora(
+    model: nn.Module, rank: int, alpha: float | None = None, layers: str = ATTENTION, rng: torch.Generator | None = None
+) -> LoRA:
+    """A LoRA that changes nothing yet: A is random, B zero. alpha None: the rank. `layers`: a regular expression."""
+    lora = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, RoleLinear)) and re.fullmatch(layers, name):
+            out, width = module.weight.shape
+            a = torch.randn(rank, width, generator=rng) * width**-0.5  # (r, in), on the CPU: the same on every device
+            lora[name] = a, torch.zeros(out, rank), float(rank if alpha is None else alpha)
+    return lora
+
+
+def stage_of(model: nn.Module) -> Stage:
+    """The network's one stage; a network without roles gets it here."""
+    if not hasattr(model, "stage"):
+        model.stage = Stage()
+    return model.stage
+
+
+def add_role(model: nn.Module, role: str, lora: LoRA) -> None:
+    """Give the network another role. The tensors of `lora` become the role's parameters. ValueError: the name is taken."""
+    stage = stage_of(model)
+    if role in stage.roles or "." in role or hasattr(nn.ModuleDict, role):
+        raise ValueError(f"role {role!r}: the name is taken, or it is one of torch's own; choose another")
+    for name, (a, b, alpha) in lora.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, RoleLinear):
+            layer = RoleLinear(layer, stage)
+            model.set_submodule(name, layer)
+        layer.adapters[role] = Adapter(a.to(layer.weight.device), b.to(layer.weight.device), alpha)
+    stage.roles.add(role)
+
+
+def role_lora(model: nn.Module, role: str) -> LoRA:
+    """A role's own parameters, by layer: what an optimiser trains and a file keeps."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, RoleLinear)}
+    own = {name: layer.adapters[role] for name, layer in layers.items() if role in layer.adapters}
+    return {name: (adapter.A, adapter.B, adapter.alpha) for name, adapter in own.items()}
+
+
+@contextmanager
+def playing(model: nn.Module, role: str | None) -> Iterator[None]:
+    """Within, the network plays this role. None, which is also the state without this context: the weights alone."""
+    stage = stage_of(model)
+    if role is not None and role not in stage.roles:
+        raise ValueError(f"role {role!r} is not among {sorted(stage.roles)}; add_role makes it known")
+    before, stage.role = stage.role, role
+    try:
+        yield
+    finally:
+        stage.role = before
+
+
+@torch.no_grad()
+def merge(model: nn.Module, lora: LoRA, scale: float = 1.0) -> None:
+    """Change the weights themselves by `scale` times `lora`; computed in fp32, rounded once."""
+    for name, (a, b, alpha) in lora.items():
+        weight = model.get_submodule(name).weight
+        change = b.to(weight.device).float() @ a.to(weight.device).float()  # (out, in)
+        weight.copy_(weight.float() + scale * alpha / len(a) * change)
+
+
+@torch.no_grad()
+def factorise(base: nn.Module, student: nn.Module, rank: int) -> tuple[LoRA, float]:
+    """The LoRA of `rank` that is nearest to what a full student changed in its base, and how much of it that is.
+
+    Returns the LoRA and the share of the change's squared norm that it keeps. Only matrices of linear layers have a
+    place in a LoRA: changed gains of norms are lost.
+    """
+    lora, kept, total = {}, 0.0, 0.0
+    trained = student.state_dict()
+    for name, weight in base.state_dict().items():
+        change = trained[name].float() - weight.float()
+        total += change.square().sum().item()
+        if change.ndim < 2 or not change.any():
+            continue
+        # The best approximation of a rank has the largest singular values. The randomised method finds only those.
+        # A generator of its own makes the result repeatable.
+        r = min(rank, *change.shape)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(change, q=min(2 * r + 8, *change.shape), niter=4)  # (out, q), (q,), (in, q)
+        root = s[:r].sqrt()  # each factor takes half of the size, so that neither is tiny
+        lora[name.removesuffix(".weight")] = (root * v[:, :r]).T, u[:, :r] * root, float(r)
+        kept += s[:r].square().sum().item()
+    return lora, kept / total if total else 1.0

@@ -1,0 +1,109 @@
+"""One process or many: all that knows of ranks, and of weights that are spread over them."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Within, the processes that torchrun started are one group; a process of its own needs none."""
+    if outermost := "RANK" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on "cuda" is this process's own
+        # Patient, because ranks wait while rank 0 writes a student. Notes among them travel by gloo, tensors by nccl.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    try:
+        yield
+    finally:
+        if outermost:
+            dist.destroy_process_group()
+
+
+def everyone(mine) -> list:
+    """This value of every rank, on every rank."""
+    values = [mine] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(values, mine)
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All ranks leave this at the same time, and an error of one is an error of all: else the others would wait in their
+    next exchange, for ever, or take an update without it."""
+    error = None
+    try:
+        yield
+    except (FloatingPointError, ValueError, OSError) as caught:
+        error = caught
+    if errors := list(filter(None, everyone(error))):
+        raise error or errors[0]
+
+
+def by_first(work: Callable):
+    """What `work` returns to rank 0, which alone does it."""
+    result = None
+    with together():
+        result = work() if rank() == 0 else None
+    return everyone(result)[0]
+
+
+def shard(model: nn.Module, args) -> None:
+    """FSDP2: a rank keeps its rows of every tensor, and a block's are gathered, in the working dtype, while it computes.
+    What is kept stays as it was loaded, fp32 for a network that learns; gradients come back as their fp32 mean."""
+    from torch.distributed.device_mesh import init_device_mesh  # these take seconds to import; a laptop does not wait
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # we do not write to what it returns
+    how = {
+        "mesh": init_device_mesh(torch.device(args.device).type, (ranks(),)),
+        # The network casts its inputs itself; z and t in bf16 would be rounded too early.
+        "mp_policy": MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32, cast_forward_inputs=False),
+        # The root's too: by default what it gathered stays, and after a forward without backward outlives an update.
+        "reshard_after_forward": True,
+    }
+    for block in model.transformer_blocks:
+        fully_shard(block, **how)
+    fully_shard(model, **how)
+    register_fsdp_forward_method(model, "prefix")
+
+
+def own(tensor: Tensor) -> Tensor:
+    """A sharded tensor's rows of this rank, in the same memory; any other tensor as it is."""
+    if not dist.is_initialized():
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, by all ranks at once; any other as it is."""
+    return tensor if own(tensor) is tensor else tensor.full_tensor()
+
+
+def say(text: str) -> None:
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def average_over_ranks(tensors: list[Tensor]) -> None:
+    for tensor in tensors if ranks() > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= ranks()

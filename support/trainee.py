@@ -1,0 +1,253 @@
+"""The networks of a run: those that stay frozen, and those that learn, with masters, average and optimisers."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flow import Velocity
+from model import Condition, MMDiT
+from support.batches import Batch, generator
+from support.files import open_weights
+from support.lora import add_role, merge, new_lora, playing, role_lora, stage_of
+from support.lora_files import read_lora
+from support.muon import Muon
+from support.ranks import average_over_ranks, everyone, own, rank, ranks, shard, together, whole
+
+
+class Network(NamedTuple):
+    """A model, and the role that it plays where several share its weights (None: the weights alone)."""
+
+    model: MMDiT
+    role: str | None = None
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What training changes, by name: the role's LoRA, or all weights."""
+        if self.role is None:
+            return dict(self.model.named_parameters())
+        lora = role_lora(self.model, self.role)
+        return {f"{layer}.{x}": p for layer, (a, b, _) in lora.items() for x, p in (("A", a), ("B", b))}
+
+    def velocity(self, condition: Condition) -> Velocity:
+        """The network under one condition, v(z, t), as flow.py and dmd.py take it. Good until the weights change.
+
+        Without gradient, keys and values of text and sources are computed once, at the first call, and serve all further
+        calls: the first steps of a rollout, and x_t under the fake score. With gradient they are part of the graph.
+        """
+        model, prefix = self.model, None
+
+        def call(z: Tensor, t: Tensor) -> Tensor:
+            nonlocal prefix
+            with playing(model, self.role):
+                if torch.is_grad_enabled() or not model.config.causal_condition:
+                    return model(z, t, condition)  # (B, 64, h, w)
+                prefix = prefix or model.prefix(condition)
+                return model(z, t, condition, prefix)  # (B, 64, h, w)
+
+        return call
+
+
+def load(args, folder: Path, dtype: torch.dtype) -> MMDiT:
+    """A transformer folder on the device."""
+    with together():
+        model = MMDiT.from_pretrained(folder, dtype, args.device)
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # one block has many forms: with gradient, with prefix, in each role
+        for block in model.transformer_blocks:
+            block.forward = torch.compile(block.forward, dynamic=True)  # not the block: FSDP's part stays outside
+    if args.recompute:
+        recompute(model)
+    return model
+
+
+def recompute(model: MMDiT) -> None:
+    """From now on blocks keep no activations: the backward pass computes them again. It saves memory and costs time."""
+
+    def forward(block_forward: Callable, *arguments) -> tuple:
+        if not torch.is_grad_enabled():
+            return block_forward(*arguments)
+        role = stage_of(model).role  # another one may be on by the time of the backward pass
+
+        def in_role(*arguments) -> tuple:
+            with playing(model, role):
+                return block_forward(*arguments)
+
+        return checkpoint(in_role, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+    for block in model.transformer_blocks:
+        block.forward = partial(forward, block.forward)
+
+
+def learner(args, name: str, base: Network | None) -> Network:
+    """A network to train: with weights of its own in fp32, or as a fresh LoRA on those of `base`."""
+    if base is None:
+        return Network(load(args, args.checkpoint / "transformer", torch.float32))
+    add_role(base.model, name, new_lora(base.model, args.lora_rank, rng=generator(args.seed, 0, 0, name)))
+    return Network(base.model, name)
+
+
+def frozen(args, places: dict[str, Path]) -> dict[str, Network]:
+    """Networks that never learn, in the working dtype: "base" and the specialised teachers by name. A teacher that is a
+    LoRA file shares the base's weights."""
+    dtype = getattr(torch, args.dtype)
+    networks = {"base": Network(load(args, args.checkpoint / "transformer", dtype))}
+    for name, place in places.items():
+        if place.is_dir():
+            networks[name] = Network(load(args, place, dtype))
+        else:
+            base = networks["base"].model
+            add_role(base, name, read_lora(place, base)[0])
+            networks[name] = Network(base, name)
+    for model in {id(n.model): n.model for n in networks.values()}.values():
+        model.requires_grad_(False).to(dtype)
+        if dist.is_initialized() and not args.lora_rank:  # with LoRA every rank holds them whole
+            shard(model, args)
+    return networks
+
+
+class Trainee:
+    """A network in training: `weights` compute in the working dtype, fp32 `masters` learn, `average` is their EMA.
+
+    Masters, because bf16 has 8 bits: an update below 1/512 of its weight is rounded away, and most are. An fp32 network,
+    a LoRA's factors and the rows that a rank keeps under FSDP are their own masters. Muon trains the blocks' matrices
+    (but not a LoRA's), AdamW the rest.
+    """
+
+    def __init__(self, name: str, network: Network, args, muon_lr: float, lr: float, ema: float):
+        self.name, self.network, self.clip, self.ema, self.updates = name, network, args.clip, ema, 0
+        self.sharded = dist.is_initialized() and network.role is None
+        if self.sharded:
+            shard(network.model, args)
+        self.names, self.weights = (list(column) for column in zip(*network.parameters().items(), strict=True))
+        self.masters = self.weights
+        if not self.sharded and network.role is None and args.dtype != "float32":
+            self.masters = [w.detach() for w in self.weights]  # hold the fp32 storage when the model is cast
+            network.model.to(getattr(torch, args.dtype))
+        self.average = [m.detach().clone() for m in self.masters] if ema else []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        matrices = muon_lr and network.role is None
+        muon, rest = [], []
+        for n, m in zip(self.names, self.masters, strict=True):
+            (muon if matrices and m.ndim == 2 and n.startswith("transformer_blocks.") else rest).append(m)
+        self.optimizers = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, fused=True)]
+        if muon:
+            self.optimizers.append(Muon(muon, lr=muon_lr))
+        self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
+        self.contents: list[str] = []  # of the gradient, for an error: task, k and t
+
+    def backward(self, losses: Tensor, batch: Batch) -> None:
+        """Add the mean of losses, (B,) or (), to the gradient, times the batch's part of the update. The gradient is kept
+        in fp32 between micro-batches."""
+        with together():
+            if not losses.isfinite().all():
+                bad = batch.t[~losses.isfinite()] if losses.ndim else batch.t
+                raise FloatingPointError(f"{batch.where()}: the {self.name}'s loss is not finite at t = {bad.tolist()}")
+        (batch.fraction * losses.mean()).backward()
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            if master is not weight:
+                master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
+                weight.grad = None
+        self.contents.append(f"{batch.where()}, t = {batch.t.tolist()}")
+
+    def update(self, rate: float) -> float:
+        """Clip, one step at `rate` times the learning rates, average. Returns the gradient's norm before clipping."""
+        if not self.sharded:  # sharded ones are averaged in the backward pass
+            average_over_ranks([m.grad for m in self.masters])
+        norm = whole(nn.utils.clip_grad_norm_(self.masters, self.clip)).item()
+        if not math.isfinite(norm):  # on all ranks, for it is the norm of the mean over them
+            contents = "; ".join(sum(everyone(self.contents), []))
+            raise FloatingPointError(f"the {self.name}'s gradient has norm {norm} after {contents}")
+        for optimizer, full in zip(self.optimizers, self.rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * full
+            optimizer.step()
+            optimizer.zero_grad()
+        self.updates += 1
+        self.contents.clear()
+        with torch.no_grad():
+            self.refresh()
+            if self.ema:  # a young average forgets faster, or a short run would export its initial weights
+                decay = min(self.ema, (1 + self.updates) / (10 + self.updates))
+                torch._foreach_lerp_(list(map(own, self.average)), list(map(own, self.masters)), 1 - decay)
+        return norm
+
+    def refresh(self) -> None:
+        if self.masters is not self.weights:
+            torch._foreach_copy_(self.weights, self.masters)
+
+    @contextmanager
+    def averaged(self) -> Iterator[Network]:
+        """Within, the network is its own average. The two change places, which takes no memory."""
+        self.swap()
+        try:
+            yield self.network
+        finally:
+            self.swap()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        for average, master in zip(self.average, self.masters, strict=True) if self.ema else ():
+            kept = own(master).clone()
+            own(master).copy_(own(average))
+            own(average).copy_(kept)
+        self.refresh()
+
+    def export(self) -> MMDiT | None:
+        """The network on the CPU, in bf16, by itself, a LoRA merged; to rank 0, the others help to gather it."""
+        model = self.network.model
+        if self.network.role is None:
+            tensors = {}
+            for name, weight in zip(self.names, self.weights, strict=True):
+                tensor = whole(weight.detach())
+                tensors[name] = tensor.to("cpu", torch.bfloat16) if rank() == 0 else None
+        elif rank() == 0:  # no copies where they are on the CPU in bf16 already, so `merge` must not see these
+            weights = model.state_dict().items()
+            tensors = {n: w.to("cpu", torch.bfloat16, copy=True) for n, w in weights if ".adapters." not in n}
+        if rank() > 0:
+            return None
+        with torch.device("meta"):
+            alone = MMDiT(model.config)
+        alone.load_state_dict(tensors, assign=True)
+        if self.network.role is not None:
+            merge(alone, role_lora(model, self.network.role))
+        return alone
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next update depends on, by name; of sharded tensors this rank's rows."""
+        found = {"updates": torch.tensor(self.updates)}
+        for kind, tensors in (("master", self.masters), ("average", self.average)):
+            found |= {f"{kind} {n}": t for n, t in zip(self.names, tensors, strict=False)}
+        for n, master in zip(self.names, self.masters, strict=True):
+            for optimizer in self.optimizers:
+                found |= {f"{kind} {n}": t for kind, t in optimizer.state.get(master, {}).items()}
+        return {name: own(t.detach()).to("cpu").contiguous() for name, t in found.items()}
+
+    @torch.no_grad()
+    def restore(self, files: list[Path]) -> None:
+        """From `state` as any number of ranks wrote it: their rows together are the whole, of which this rank takes its own."""
+        masters = dict(zip(self.names, self.masters, strict=True))
+        averages = dict(zip(self.names, self.average, strict=False))
+        states = {m: o.state[m] for o in self.optimizers for m in o.param_groups[0]["params"]}
+        with ExitStack() as stack:
+            opened = [stack.enter_context(open_weights(file)) for file in files]
+            for name in opened[0].keys():
+                parts = [file.get_tensor(name) for file in opened]
+                tensor = torch.cat(parts) if parts[0].ndim else parts[0]
+                kind, _, n = name.partition(" ")
+                if kind == "updates":
+                    self.updates = tensor.item()
+                    continue
+                target = {"master": masters, "average": averages}.get(kind, {}).get(n)
+                if target is None:  # one of the optimiser's
+                    like = masters[n] if tensor.ndim else tensor.to(masters[n].device)
+                    target = states[masters[n]][kind] = torch.zeros_like(like)
+                if own(target) is not target:  # as FSDP2 divides: the last ranks may have fewer rows, or none
+                    tensor = [*tensor.chunk(ranks()), *[tensor[:0]] * ranks()][rank()]
+                own(target).copy_(tensor)
+        self.refresh()
