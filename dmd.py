@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flow import Velocity, euler, flow_matching_loss, path, time_like, x0_from_velocity
+from flow import Velocity, add_noise, euler, flow_matching_loss, time_like, x0_from_velocity
 
 
 def rollout(student: Velocity, noise: Tensor, sigmas: list[float], k: int) -> Tensor:
@@ -97,7 +97,7 @@ def dmd_gradient(real: Velocity, fake: Velocity, x_theta: Tensor, xi: Tensor, t:
 
     A gradient that is not finite raises FloatingPointError; it is never turned into zeros, which would train on.
     """
-    x_t = path(x_theta, xi, t)
+    x_t = add_noise(x_theta, xi, t)
     x0_real = x0_from_velocity(x_t, real(x_t, t), t)
     x0_fake = x0_from_velocity(x_t, fake(x_t, t), t)
     distance = (x_theta - x0_real).abs().flatten(1).mean(1)  # (B,)

@@ -36,7 +36,7 @@ def per_sample(t: Tensor, z: Tensor) -> Tensor:
     return t.float().reshape(-1, *[1] * (z.ndim - 1))
 
 
-def path(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+def add_noise(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """The state at time t on the straight line from data x to noise eps (Eq. 1)."""
     t = per_sample(t, x)
     return (1 - t) * x.float() + t * eps.float()  # Eq. 1
@@ -64,7 +64,7 @@ def flow_matching_loss(velocity: Velocity, x: Tensor, eps: Tensor, t: Tensor) ->
     Not averaged over the batch, so that the caller can see the loss by t: a flow model that is wrong is usually wrong
     at one end of the path, and the average hides it.
     """
-    v = velocity(path(x, eps, t), t)
+    v = velocity(add_noise(x, eps, t), t)
     return (v.float() - (eps.float() - x.float())).square().flatten(1).mean(1)  # Eq. 2
 
 
@@ -77,10 +77,10 @@ def shift_time(s: float | Tensor, a: float) -> float | Tensor:
     return a * s / (1 + (a - 1) * s)
 
 
-def shifted_uniform(u: Tensor, a: float, low: float = 0.02, high: float = 0.98) -> Tensor:
-    """DMD's p(t): uniform, shifted by a, clamped away from the ends, where a score means nothing (t = 0: no noise to
+def shifted_uniform(u: Tensor, time_shift: float, low: float = 0.02, high: float = 0.98) -> Tensor:
+    """DMD's p(t): uniform, shifted, clamped away from the ends, where a score means nothing (t = 0: no noise to
     explain) or is the same for every picture (t = 1). The paper does not give p(t); these are the field's usual numbers."""
-    return shift_time(u.float(), a).clamp(low, high)
+    return shift_time(u.float(), time_shift).clamp(low, high)
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -92,12 +92,12 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 # ---- the sigmas: where a sampler stops, from 1 down to a final 0 ---------------------------------------------------
 
 
-def student_sigmas(steps: int, a: float = 3.0) -> list[float]:
-    """K shifted steps and the final 0: K + 1 numbers. Four steps with a = 3: [1, 0.9, 0.75, 0.5, 0].
+def student_sigmas(steps: int, sigma_shift: float = 3.0) -> list[float]:
+    """K shifted steps and the final 0: K + 1 numbers. Four steps with a shift of 3: [1, 0.9, 0.75, 0.5, 0].
 
     ONE list serves training, sampling and the exported checkpoint; where they differ, residual noise is the result.
     """
-    return [shift_time(1 - i / steps, a) for i in range(steps)] + [0.0]
+    return [shift_time(1 - i / steps, sigma_shift) for i in range(steps)] + [0.0]
 
 
 def teacher_sigmas(
@@ -177,5 +177,5 @@ def renoise(velocity: Velocity, z: Tensor, sigmas: Sequence[float], noises: Sequ
     for (sigma, sigma_next), noise in zip(pairwise(sigmas), [*noises, nothing], strict=True):
         t = time_like(z, sigma)
         x0 = x0_from_velocity(z, velocity(z, t), t)
-        z = path(x0, noise, time_like(z, sigma_next))
+        z = add_noise(x0, noise, time_like(z, sigma_next))
     return z

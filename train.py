@@ -201,7 +201,7 @@ def update_flow(job: Job, update: int, rate: float) -> watch.Record:
         job.trainee.backward(losses, batch)
         record.add(batch, losses)
         if (update + 1) % job.args.panel_every == 0 or update + 1 == job.args.steps:
-            z = flow.path(batch.target, batch.noise, batch.t)  # (B, 64, h, w)
+            z = flow.add_noise(batch.target, batch.noise, batch.t)  # (B, 64, h, w)
             with torch.no_grad():
                 x0 = flow.x0_from_velocity(z, velocity(z, batch.t), batch.t)  # (B, 64, h, w)
             record.panel = {"clean": batch.target, "noised": z, "x0": x0}

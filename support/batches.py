@@ -59,7 +59,7 @@ def batches(args, pool: Pool, recipe, purpose: str, update: int) -> Iterator[Bat
     for micro, size in enumerate(args.sizes):
         task, category, _ = recipe.turn(update * len(args.sizes) + micro)
         rngs = [generator(args.seed, update, micro * args.micro_batch + i, purpose) for i in range(size)]
-        entries = pool.draw(rngs, task, category)
+        entries = pool.choose(rngs, task, category)
         mine = slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
         length, k, wordless = max(len(e.states) for e in entries), None, False  # padded as the whole is, on every rank
         rng = generator(args.seed, update, micro, purpose + " micro-batch")

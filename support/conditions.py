@@ -1,7 +1,7 @@
 """What the frozen encoders make of every prompt, computed once: entries, the pool they are drawn from, and its cache.
 
     Entry         one encoded prompt: the states of its words, the latents of its sources (and of its target)
-    Pool          entries; `draw` picks those of one micro-batch, which share a bucket
+    Pool          entries; `choose` picks those of one micro-batch, which share a bucket
     encode_pool   prompts -> Pool, in memory
     cached_pool   the same through a folder of safetensors shards: what an earlier start, or another process, has
                   encoded is not encoded again, and tensors are mapped from the files, not copied into every process
@@ -64,7 +64,7 @@ class Pool:
         for entry in entries:
             self.places[entry.task, entry.category].append(entry)
 
-    def draw(self, rngs: list[torch.Generator], task: str, category: str) -> list[Entry]:
+    def choose(self, rngs: list[torch.Generator], task: str, category: str) -> list[Entry]:
         """The entries of one micro-batch, one for each generator: the first of any bucket, the others its neighbours."""
         first = pick(self.places[task, category], rngs[0])
         others = self.neighbours(first)

@@ -105,7 +105,7 @@ def test_gradient_is_the_score_difference_rescaled():
     real, fake = gaussian_velocity(0.7, 0.4), gaussian_velocity(0.1, 0.8)
     x_theta, xi, t = draw(3, 2, 2), draw(3, 2, 2, seed=1), torch.tensor([0.1, 0.5, 0.9])
     g, x0_real, x0_fake = dmd.dmd_gradient(real, fake, x_theta, xi, t)
-    x_t, s = flow.path(x_theta, xi, t), t[:, None, None]
+    x_t, s = flow.add_noise(x_theta, xi, t), t[:, None, None]
     difference = flow.score_from_velocity(x_t, fake(x_t, t), t) - flow.score_from_velocity(x_t, real(x_t, t), t)
     distance = (x_theta - x0_real).abs().mean((1, 2), keepdim=True)
     torch.testing.assert_close(g, difference * s**2 / (1 - s) / distance, rtol=1e-4, atol=1e-5)

@@ -57,9 +57,9 @@ def test_draws_what_sample_draws_alone(pipeline, monkeypatch, task, category):
     cases = world.bench(task, category, 8)
     assert len(lengths(pipeline, cases)) > 1  # so padding would have come in
     sampler = Sampler("x", pipeline.sigmas(3, 64), guidance=2.0)
-    together, _ = benches.draw(pipeline, sampler, cases, list(range(8)))
+    together, _ = benches.draw_cases(pipeline, sampler, cases, list(range(8)))
     monkeypatch.setattr(benches, "BATCH", 3)
-    in_parts, _ = benches.draw(pipeline, sampler, cases, list(range(8)))
+    in_parts, _ = benches.draw_cases(pipeline, sampler, cases, list(range(8)))
     for i, case in enumerate(cases):
         noise = torch.randn(64, 8, 8, generator=torch.Generator().manual_seed(1000 * i))
         noise = rearrange(noise, "c h w -> 1 (h w) c")
@@ -83,7 +83,7 @@ def latents(pipeline: Pipeline, monkeypatch, sampler: Sampler, count: int = 3) -
     monkeypatch.setattr(pipeline, "vae", type("Spy", (), {
         "encode": pipeline.vae.encode, "decode": lambda self, z: (kept.append(z), torch.zeros(len(z), 4, 128, 128))[1],
     })())  # fmt: skip
-    benches.draw(pipeline, sampler, world.bench("t2i", "text", count), list(range(10, 10 + count)))
+    benches.draw_cases(pipeline, sampler, world.bench("t2i", "text", count), list(range(10, 10 + count)))
     monkeypatch.undo()
     return torch.cat(kept)
 
@@ -107,7 +107,7 @@ def test_network_evaluations_are_counted(pipeline, monkeypatch, guidance, renois
     forward = pipeline.mmdit.forward
     monkeypatch.setattr(pipeline.mmdit, "forward", lambda z, *rest: (pictures.append(len(z)), forward(z, *rest))[1])
     sampler = Sampler("x", SIGMAS, guidance, renoise)
-    benches.draw(pipeline, sampler, world.bench("edit", "text", 4), list(range(4)))
+    benches.draw_cases(pipeline, sampler, world.bench("edit", "text", 4), list(range(4)))
     assert sum(pictures) == 4 * sampler.nfe == 4 * 3 * guidance
 
 
@@ -117,11 +117,13 @@ def test_network_evaluations_are_counted(pipeline, monkeypatch, guidance, renois
 
 def test_right_pictures_score_one(pipeline, monkeypatch):
     """The truth in place of the model's pictures, a perfect autoencoder: 1 everywhere, certain, with no diversity."""
-    monkeypatch.setattr(benches, "draw", lambda p, s, cases, seeds: ([figures.answer(case) for case in cases], 0.5))
+    monkeypatch.setattr(
+        benches, "draw_cases", lambda p, s, cases, seeds: ([figures.answer(case) for case in cases], 0.5)
+    )
     monkeypatch.setattr(benches, "reconstruct", lambda pipeline, pictures: pictures)
     row, shown = benches.evaluate(pipeline, Sampler("x", SIGMAS), ["t2i", "edit"], {"t2i": 3, "edit": 2})
     for bench, categories in (("t2i", world.CATEGORIES), ("edit", world.FAMILIES)):
-        for key in (bench, f"{bench}_exact", f"{bench}_attributes", f"{bench}_fidelity"):
+        for key in (bench, f"{bench}_compliance", f"{bench}_attributes", f"{bench}_fidelity"):
             assert row[key] == dict.fromkeys((*categories, "average"), 1.0)
         assert row[f"{bench}_interval"] == 0 and row[f"{bench}_letters"] == 1
     assert row["edit_kept"] == 1 and row["diversity"] == {"distance": 0.0, "modes": 1.0, "of": 2}
@@ -130,11 +132,11 @@ def test_right_pictures_score_one(pipeline, monkeypatch):
 
     # Sources in place of results: nothing was done, nothing was spoilt.
     sources = lambda p, s, cases, seeds: ([case.images[0] for case in cases], 0.5)  # noqa: E731
-    monkeypatch.setattr(benches, "draw", sources)
+    monkeypatch.setattr(benches, "draw_cases", sources)
     row, _ = benches.evaluate(pipeline, Sampler("x", SIGMAS), ["edit"], {"edit": 2})
     for family in ("scene", "object", "text", "identity", "style"):
-        assert (row["edit_exact"][family], row["edit_fidelity"][family], row["edit"][family]) == (0, 1, 0.5)
-    assert row["edit_exact"]["average"] <= 1 / 6 and row["edit_fidelity"]["enhance"] < 0.5
+        assert (row["edit_compliance"][family], row["edit_fidelity"][family], row["edit"][family]) == (0, 1, 0.5)
+    assert row["edit_compliance"]["average"] <= 1 / 6 and row["edit_fidelity"]["enhance"] < 0.5
 
 
 def test_interval_is_that_of_an_average_of_averages():

@@ -51,11 +51,11 @@ def reference_scheduler(config, sigmas, tokens):
 
 def test_velocity_is_the_derivative_of_the_path_and_leads_back_to_the_data():
     x, eps, t = draw(5, 2, 3), draw(5, 2, 3, seed=1), torch.tensor([0.02, 0.3, 0.5, 0.8, 1.0])
-    z, derivative = torch.func.jvp(lambda t: flow.path(x, eps, t), (t,), (torch.ones(5),))
+    z, derivative = torch.func.jvp(lambda t: flow.add_noise(x, eps, t), (t,), (torch.ones(5),))
     torch.testing.assert_close(derivative, eps - x)
     torch.testing.assert_close(flow.x0_from_velocity(z, derivative, t), x, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(flow.path(x, eps, torch.zeros(5)), x)
-    torch.testing.assert_close(flow.path(x, eps, torch.ones(5)), eps)
+    torch.testing.assert_close(flow.add_noise(x, eps, torch.zeros(5)), x)
+    torch.testing.assert_close(flow.add_noise(x, eps, torch.ones(5)), eps)
 
 
 def test_score_of_gaussian_data():
@@ -70,7 +70,7 @@ def test_score_of_gaussian_data():
 def test_path_arithmetic_is_fp32_even_for_bf16_tensors():
     x, eps = draw(2, 64).bfloat16(), draw(2, 64, seed=1).bfloat16()
     t = torch.full((2,), 0.98)
-    torch.testing.assert_close(flow.path(x, eps, t), 0.02 * x.float() + 0.98 * eps.float(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(flow.add_noise(x, eps, t), 0.02 * x.float() + 0.98 * eps.float(), atol=1e-6, rtol=1e-6)
 
     def velocity(z, t):  # a network in bf16
         assert z.dtype == t.dtype == torch.float32

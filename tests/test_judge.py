@@ -43,7 +43,7 @@ def test_exact_on_ground_truth(task, category):
     """Every attribute right, fidelity 1, and the open entries found in the picture: read() starts without them."""
     some = cases(task, category, 10)
     for case, found in zip(some, judge.judge([truth(c) for c in some], some, lambda pictures: pictures)):
-        assert found.exact and found.fidelity == 1 and found.score == 1
+        assert found.compliance and found.fidelity == 1 and found.score == 1
         assert found.fitted == case.target
         assert found.kept in ((None,) if task == "t2i" else (1, None))
         assert set(found.right) == {*world.attributes(case.target), *(["style"] if category == "style" else [])}
@@ -155,7 +155,7 @@ def test_edit_that_moves_the_face():
         assert found.fidelity == 0 and found.kept == 0
         clothes = next(c for c in world.CLOTHES if c != case.target["clothes"])
         found = verdict(draw(case.target | {"clothes": clothes}), case)
-        assert found.exact and found.fidelity < 0.4 and found.kept < 0.4
+        assert found.compliance and found.fidelity < 0.4 and found.kept < 0.4
 
 
 def test_styles():
@@ -214,7 +214,7 @@ def test_autoencoder_is_the_yardstick():
         case = cases(task, category, 1)[0]
         soft = world.enlarge(world.blur(world.render(case.target), 0.4))
         found = judge.judge([soft], [case], softly)[0]
-        assert found.exact and found.fidelity == 1 and found.kept in (None, 1)
+        assert found.compliance and found.fidelity == 1 and found.kept in (None, 1)
         assert 0.1 < verdict(soft, case).fidelity < 0.95
         # An autoencoder that is worse than a bad picture makes no picture good.
         broken = judge.judge([soft, truth(case)], [case, case], lambda pictures: pictures * 0)

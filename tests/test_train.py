@@ -280,12 +280,12 @@ def test_dmd_round_is_the_method(checkpoint, pools, tmp_path):
 
     (batch,) = train.batches(args, pools["dmd"], recipe, "fake", 0)
     x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noise, sigmas, batch.k).detach()
-    z = flow.path(x, batch.xi, batch.t)
+    z = flow.add_noise(x, batch.xi, batch.t)
     descend(fake, (fake(z, batch.t, batch.condition) - (batch.xi - x)).square().mean())
 
     (batch,) = train.batches(args, pools["dmd"], recipe, "student", 0)
     x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noise, sigmas, batch.k)
-    z, t = flow.path(x, batch.xi, batch.t).detach(), batch.t
+    z, t = flow.add_noise(x, batch.xi, batch.t).detach(), batch.t
     v = 0
     for name, weight in recipe.weights(batch.k, 4, "edit", batch.category).items():
         model = {"base": base, "edit": expert}[name]
@@ -429,7 +429,7 @@ def test_rare_lengths_meet_their_neighbours(pools):
     seen = set()
     for seed in range(200):
         rngs = [generator(seed, 0, i, "test") for i in range(6)]
-        drawn = pool.draw(rngs, like.task, like.category)
+        drawn = pool.choose(rngs, like.task, like.category)
         lengths = [len(e.states) for e in drawn]
         assert len({e.bucket for e in drawn}) == 1 and max(lengths) - min(lengths) <= conditions.ENOUGH
         seen.update(lengths)

@@ -40,7 +40,7 @@ CATEGORIES = {"t2i": world.CATEGORIES, "edit": world.FAMILIES}
 VARIETY = (2, 8)  # prompts per category, and pictures of each: what diversity is measured on
 PARTS: dict[str, Callable[[judge.Verdict], float]] = {  # of a verdict, what a row has the means of
     "score": lambda v: v.score,
-    "exact": lambda v: float(v.exact),
+    "compliance": lambda v: float(v.compliance),
     "attributes": lambda v: sum(v.right.values()) / len(v.right),
     "fidelity": lambda v: v.fidelity,
 }
@@ -62,7 +62,9 @@ class Sampler:
 
 
 @torch.no_grad()
-def draw(pipeline: Pipeline, sampler: Sampler, cases: list[Case], seeds: list[int]) -> tuple[list[Image.Image], float]:
+def draw_cases(
+    pipeline: Pipeline, sampler: Sampler, cases: list[Case], seeds: list[int]
+) -> tuple[list[Image.Image], float]:
     """One picture per case (all of one task and category), from noise that follows from its seed alone; and the seconds it took.
 
     Only prompts of equal length run together, at most BATCH of them. Padding would be masked, yet it moves the target's
@@ -134,7 +136,7 @@ def evaluate(
         verdicts = {}
         for category in CATEGORIES[bench]:
             some = world.bench(bench, category, cases[bench])
-            pictures, spent = draw(pipeline, sampler, some, list(range(len(some))))
+            pictures, spent = draw_cases(pipeline, sampler, some, list(range(len(some))))
             seconds, count = seconds + spent, count + len(some)
             verdicts[category] = judge.judge(pictures, some, lambda x: reconstruct(pipeline, x))
             shown[f"{bench} {category}"] = pictures
@@ -176,7 +178,7 @@ def diversity(pipeline: Pipeline, sampler: Sampler) -> dict:
     distances, modes = [], []
     for category in world.CATEGORIES:
         cases = [case for case in world.bench("t2i", category, prompts) for _ in range(samples)]
-        pictures, _ = draw(pipeline, sampler, cases, [10**6 + i for i in range(len(cases))])
+        pictures, _ = draw_cases(pipeline, sampler, cases, [10**6 + i for i in range(len(cases))])
         small = [world.shrink(picture) for picture in pictures]
         found = [judge.fit_open(picture, case) for picture, case in zip(small, cases)]
         for i in range(0, len(cases), samples):
@@ -197,7 +199,7 @@ def table(rows: list[dict]) -> str:
                 lines.append([f"{title} {category}", *(f"{row[bench][category]:.3f}" for row in rows)])
             scores = [f"**{row[bench]['average']:.3f}** ± {row[f'{bench}_interval']:.3f}" for row in rows]
             lines.append([f"**{title} average**", *scores])
-            for half, name in (("exact", "compliance"), ("fidelity", "fidelity")):
+            for half, name in (("compliance", "compliance"), ("fidelity", "fidelity")):
                 lines.append([f"{title} {name}", *(f"{row[f'{bench}_{half}']['average']:.3f}" for row in rows)])
     if "diversity" in rows[0]:
         modes = [f"{row['diversity']['modes']:.1f} of {row['diversity']['of']}" for row in rows]

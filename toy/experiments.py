@@ -320,7 +320,7 @@ def averaged(bench: str, some: list[dict]) -> dict:
     mean, half = difference(values(some, bench, "score", "average"), np.zeros((1, 1, 1)))
     out = {"nfe": some[0]["nfe"], "seeds": len(some), f"{bench}_interval": half}
     out[f"{bench}_by_seed"] = [row[bench]["average"] for row in some]
-    for key in (bench, f"{bench}_exact", f"{bench}_attributes", f"{bench}_fidelity", "diversity"):
+    for key in (bench, f"{bench}_compliance", f"{bench}_attributes", f"{bench}_fidelity", "diversity"):
         if key in some[0]:
             out[key] = {name: float(np.mean([row[key][name] for row in some])) for name in some[0][key]}
     return out | {"seconds_per_image": float(np.mean([row["seconds_per_image"] for row in some]))}
@@ -336,7 +336,7 @@ def table(bench: str, rows: dict[str, dict], paper: dict[str, str]) -> list[str]
     for name, row in rows.items():
         line = [name, str(row["nfe"]), str(row["seeds"]), *(f"{row[bench][c]:.3f}" for c in categories)]
         line.append(f"**{row[bench]['average']:.3f}** ± {row[f'{bench}_interval']:.3f}")
-        line += [f"{row[f'{bench}_{part}']['average']:.3f}" for part in ("exact", "fidelity")]
+        line += [f"{row[f'{bench}_{part}']['average']:.3f}" for part in ("compliance", "fidelity")]
         line += [f"{row['diversity'][key]:.2f}" for key in diverse]
         lines.append([*line, f"{row['seconds_per_image']:.3f}", paper.get(name, "")])
     return ["| " + " | ".join(line) + " |" for line in lines]
@@ -384,7 +384,9 @@ def run(name: str, checkpoint: Path, out: Path, home: Path, seeds: int, steps: i
         for bench, count in ((bench, 4 if bench == "t2i" else 2) for bench in tasks):
             for category in benches.CATEGORIES[bench]:
                 cases = world.bench(bench, category, count)
-                models[label][f"{bench} {category}"], _ = benches.draw(pipeline, sampler, cases, list(range(count)))
+                models[label][f"{bench} {category}"], _ = benches.draw_cases(
+                    pipeline, sampler, cases, list(range(count))
+                )
     contact_sheet(models, 2, out / "sheet.png")
     chart(curve, out / "curve.png")
 

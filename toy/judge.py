@@ -50,12 +50,12 @@ class Verdict:
     kept: float | None  # 0 to 1: fidelity where an edit should change nothing; None where that is (next to) nowhere
 
     @property
-    def exact(self) -> bool:
+    def compliance(self) -> bool:
         return all(self.right.values())
 
     @property
     def score(self) -> float:
-        return 0.5 * self.exact + 0.5 * self.fidelity
+        return 0.5 * self.compliance + 0.5 * self.fidelity
 
 
 def judge(pictures: list[Image.Image], cases: list[Case], reconstruct: Reconstruct) -> list[Verdict]:
