@@ -8,14 +8,21 @@
     x_t                   x_t             (1 - t) x_theta + t xi
     s_real                real            the frozen teachers, guided and mixed
     s_stu                 fake            the "fake score": a network that learns the score of what the student draws
-    lambda_{k,m}(c)       weights[m]      share of teacher m at student step k under condition c
-    g                     g               the direction in which x_theta should NOT go
+    lambda_{k,m}(c)       weights[m]      weight of teacher m at student step k under condition c
+    g                     g               the DMD gradient; x_theta moves along -g
+
+What DMD does. Two networks look at the same noised picture x_t and guess the clean one. The real score knows what the
+teacher draws, the fake score knows what the student draws. Where their guesses differ, the student draws something too
+often or too rarely. g is that difference. When the two agree everywhere, g is 0 and the student's pictures have the
+teacher's distribution.
 
 All networks are callables velocity(z, t) -> v with the condition bound to them (flow.py: noise is at t = 1, guidance
-w = 1 is off), so this file knows nothing of prompts, optimisers, devices or ranks. One round of training is: several
-updates of the fake score on fresh rollouts, then one of the student. Several, because g is a DIFFERENCE of two scores:
-while the fake score lags behind the student, g points from where the student was. It is one network for all student
-steps, as in DMD2: it sees their pictures pooled, so it is the pool that is matched to the teacher, not each step alone.
+w = 1 is off). So this file knows nothing of prompts, optimisers, devices or ranks.
+
+One round of training is several updates of the fake score on fresh rollouts, then one update of the student. Several,
+because g is a difference of two scores: if the fake score lags behind, g describes an earlier student. One fake score
+serves all student steps, as in DMD2. It learns the pictures of all steps together, so their mixture is what is matched
+to the teacher.
 
 References: Yin et al. (DMD2), arXiv 2405.14867; Qwen-Image-Flash, arXiv 2606.03746, sections 2.2 and 4 (Eq. 3 to 7);
 DP-DMD, arXiv 2602.03139 (the first-step loss).
@@ -30,12 +37,14 @@ from flow import Velocity, add_noise, euler, flow_matching_loss, time_like, x0_f
 
 
 def rollout(student: Velocity, noise: Tensor, sigmas: list[float], k: int) -> Tensor:
-    """x_theta: the student's clean prediction at its step k, reached as it will be reached when it draws.
+    """x_theta, (B, ...): the student's clean prediction at its step k, in training as in drawing.
 
-    Backward simulation: steps 0 to k - 1 run from pure noise on the student's OWN states, without gradient, so that it
-    is trained on what it will meet and not on noised data. Only step k carries gradient: a gradient through all of
-    them costs k times the memory. noise (B, ...); sigmas: flow.student_sigmas, K + 1 numbers; k in 0 .. K - 1, drawn by
-    the caller, the same on all ranks (under sharding, ranks at different k wait for each other for ever).
+    This is backward simulation (DMD2). Steps 0 to k - 1 run from pure noise on the student's own states. So the student
+    is trained on the states that it meets when it draws, and not on noised data. These steps carry no gradient: a
+    gradient through all steps would cost k times the memory. Only step k carries gradient.
+
+    noise (B, ...); sigmas: flow.student_sigmas, K + 1 numbers; k in 0 .. K - 1. The caller draws k, and must draw the
+    same k on all ranks: under sharding, ranks at different steps would wait for each other for ever.
     """
     if not 0 <= k < len(sigmas) - 1:
         raise ValueError(f"student step k = {k} of {len(sigmas) - 1}: k runs from 0 to {len(sigmas) - 2}")
@@ -47,13 +56,13 @@ def rollout(student: Velocity, noise: Tensor, sigmas: list[float], k: int) -> Te
 def mixture(weights: dict[str, float], teachers: dict[str, Velocity]) -> Velocity:
     """The real score's velocity at one student step: sum over m of lambda_m v_m (Eq. 5).
 
-    weights: teacher's name -> lambda >= 0, together 1 (Eq. 6), for the student step k whose output is scored (not for
-    the time t it is noised to) and for the batch's condition. teachers: name -> velocity, ALREADY guided, each by its
-    own w. A weight of zero costs no forward; since weights follow from k and the batch's condition alone, and those are
-    the same on all ranks, so are the teachers that run.
+    weights: teacher's name -> lambda >= 0, with a sum of 1 (Eq. 6). They belong to the student step k whose output is
+    scored, and to the batch's condition; the time t of the renoising plays no part. teachers: name -> velocity, already
+    guided. A teacher with weight 0 is not evaluated. The weights are the same on all ranks, and so are the teachers
+    that run.
 
-    The paper mixes scores. At fixed (x_t, t) a score is a + b v with a and b the same for every network, so
-    sum lambda (a + b v) = a + b sum lambda v exactly when the lambdas sum to 1. Hence the check.
+    The paper mixes scores, this mixes velocities. At fixed (x_t, t) a score is a + b v, with the same a and b for every
+    network. So sum lambda (a + b v) = a + b sum lambda v, exactly when the lambdas sum to 1. Hence the check.
     """
     if not (all(weight >= 0 for weight in weights.values()) and abs(sum(weights.values()) - 1) < 1e-6):
         raise ValueError(f"the teachers' weights must be >= 0 and sum to 1: {weights}")
@@ -71,7 +80,7 @@ def mixture(weights: dict[str, float], teachers: dict[str, Velocity]) -> Velocit
 
 
 def fake_score_loss(fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> Tensor:
-    """Flow matching on the student's pictures as if they were data, (B,): nothing flows back into the student."""
+    """Flow matching with the student's pictures as the data, (B,). No gradient reaches the student."""
     return flow_matching_loss(fake, x_theta.detach(), xi, t)
 
 
@@ -81,21 +90,22 @@ def fake_score_loss(fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> T
 class Gradient(NamedTuple):
     """What one evaluation of the DMD gradient gives; all (B, ...), all without gradient of their own."""
 
-    g: Tensor  # normalised: about 1 in size wherever fake and real differ as much as x_theta and real do
-    x0_real: Tensor  # what the teachers make of x_t, for the panels
-    x0_fake: Tensor  # what the fake score makes of x_t
+    g: Tensor  # normalised: of size 1 where fake and real differ as much as x_theta and real do
+    x0_real: Tensor  # the teachers' clean prediction from x_t, for the panels
+    x0_fake: Tensor  # the fake score's clean prediction from x_t
 
 
 @torch.no_grad()
 def dmd_gradient(real: Velocity, fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> Gradient:
-    """The direction x0_fake - x0_real at x_theta, noised to x_t by xi (B, ...) and t (B,), normalised per sample.
+    """g at x_theta (B, ...), which is noised to x_t by xi (B, ...) at times t (B,).
 
-    Eq. 4 (Eq. 7 with mixed teachers) asks for s_stu - s_real, which is (1 - t) / t^2 (x0_fake - x0_real). That factor
-    runs from 0.02 to 2450 over p(t). Instead each sample is divided by its distance from the teacher's prediction, mean
-    |x_theta - x0_real|: the same direction for every sample, with a length that depends neither on t nor on how far the
-    student still is. It is also why the loss's VALUE says nothing: it stays flat while the student learns.
+    Eq. 4 (Eq. 7 with mixed teachers) has s_stu - s_real. In clean predictions this is (1 - t) / t^2 (x0_fake - x0_real).
+    The factor in front runs from 0.02 to 2450 over p(t), so it is replaced (DMD, DMD2): each sample's difference is
+    divided by mean |x_theta - x0_real|, its distance from the teacher's prediction. The direction stays. The length no
+    longer depends on t, nor on how far the student still is from the teacher. For the same reason the value of the loss
+    stays flat while the student learns.
 
-    A gradient that is not finite raises FloatingPointError; it is never turned into zeros, which would train on.
+    FloatingPointError: g is not finite. It is never replaced by zeros, which would hide the fault and train on.
     """
     x_t = add_noise(x_theta, xi, t)
     x0_real = x0_from_velocity(x_t, real(x_t, t), t)
@@ -111,25 +121,24 @@ def dmd_gradient(real: Velocity, fake: Velocity, x_theta: Tensor, xi: Tensor, t:
 
 
 def surrogate_loss(x_theta: Tensor, g: Tensor) -> Tensor:
-    """A scalar whose gradient in x_theta is g / numel: what an optimiser needs to follow g.
+    """A scalar, (), whose gradient in x_theta is g / numel.
 
-    The KL divergence of Eq. 3 has a gradient that we can compute and a value that we cannot. So we descend on the
-    squared distance to a target one g away, target = x_theta - g. The target is detached, therefore the derivative of
-    1/2 (x_theta - target)^2 is x_theta - target = g, exactly, and autograd carries it on into theta (the factor
-    d x_theta / d theta of Eq. 4).
+    We know the gradient of the KL divergence (Eq. 3), but not its value, and an optimiser in torch needs a value. So we
+    take the squared distance to a fixed target, target = x_theta - g. The target is detached, so the derivative of
+    1/2 (x_theta - target)^2 is x_theta - target = g. Autograd carries it on into theta: this is the factor
+    d x_theta / d theta of Eq. 4.
     """
     target = (x_theta - g).detach()
     return 0.5 * (x_theta - target).square().mean()
 
 
 def first_step_loss(student: Velocity, noise: Tensor, z_teacher: Tensor, t_teacher: float) -> Tensor:
-    """Optional, against mode drop (section 6.1, after DP-DMD): the first step imitates the teacher's own path, (B,).
+    """Optional, against mode drop (section 6.1, after DP-DMD): the student's first step imitates the teacher, (B,).
 
-    z_teacher: where the teacher is at time t_teacher < 1 when it starts from the same noise:
-    flow.euler(teacher, noise, sigmas[: n + 1]), and t_teacher = sigmas[n]. The straight line from the noise to there has
-    the velocity that the student should have at t = 1: regression keeps each noise on its own mode, where the reverse
-    KL is content to drop some. DP-DMD gives the first step this loss alone, with weight 0.05, and lets DMD reach the
-    later ones: draw k from 1 .. K - 1. The paper found steadier structure and slightly less visual quality.
+    The teacher walks from the same noise to z_teacher, at time t_teacher < 1. The straight line from the noise to
+    z_teacher has the velocity that the student should have at t = 1. This is a regression, so every noise keeps its own
+    mode; the reverse KL alone may drop modes. DP-DMD gives the first step only this loss, with weight 0.05, and draws k
+    from 1 .. K - 1 for DMD. The paper found steadier structure and slightly less visual quality.
     """
     chord = (noise.float() - z_teacher.float()) / (1 - t_teacher)
     v = student(noise, time_like(noise, 1.0)).float()

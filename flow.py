@@ -1,18 +1,18 @@
-"""Flow matching: the path between data and noise, its loss, the times at which it is walked, and the walk itself.
+"""Flow matching: the path between data and noise, its loss, the times, and the samplers that walk along it.
 
-Everything here is a pure function of tensors, floats and one callable, `velocity(z, t) -> v`, which may be a network
-with its prompt bound to it, or a formula (the tests use formulas).
+Everything here is a pure function of tensors, floats and one callable, `velocity(z, t) -> v`. It may be a network under
+one prompt, or a formula (as in the tests and in toy/plane.py).
 
     x, eps   data and Gaussian noise, any shape (B, ...)
-    t        time, (B,), in [0, 1]: t = 1 is NOISE, t = 0 is DATA (some codebases turn this round)
+    t        time, (B,), in [0, 1]: t = 1 is NOISE, t = 0 is DATA (some codebases have it the other way round)
     z        a state on the path, the shape of x
     v        velocity dz/dt = eps - x, the shape of x: what the network predicts
     sigma    a time at which a sampler stops; on this path sigma and t are the same number
 
-Guidance is v_uncond + w (v_cond - v_uncond): w = 1 is off (where code writes v_cond + w (...), its 3 is our 4).
+Guidance is v_uncond + w (v_cond - v_uncond), so w = 1 is off. (Code that writes v_cond + w (...) calls our 4 a 3.)
 
-The arithmetic of the path is fp32 whatever the network's dtype: near t = 1 the data's share of z is (1 - t) x, and the
-8 bits of a bf16 number round it away. A network in bf16 casts z on its way in; the state itself is never rounded.
+The path is computed in fp32 whatever the network's dtype. Near t = 1 the data's part of z is (1 - t) x, and the 8 bits
+of a bf16 number would round it away. A network in bf16 casts z when it reads it; the state itself stays in fp32.
 
 References: Lipman et al., arXiv 2210.02747; Esser et al., arXiv 2403.03206 (logit-normal times and the shift);
 Qwen-Image-Flash, arXiv 2606.03746, section 2.1 (Eq. 1 and 2).
@@ -43,43 +43,43 @@ def add_noise(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def x0_from_velocity(z: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """The clean prediction: follow the straight line from z all the way to t = 0."""
+    """The clean prediction x0: follow the straight line from z to t = 0."""
     return z.float() - per_sample(t, z) * v.float()
 
 
 def score_from_velocity(z: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """The score, gradient in z of log p_t(z), that belongs to a velocity; t in (0, 1].
+    """The score, the gradient in z of log p_t(z), from a velocity; t in (0, 1].
 
     p_t(z | x) is a Gaussian around (1 - t) x with variance t^2, so the score is ((1 - t) x0 - z) / t^2. With
-    x0 = z - t v one t cancels. The result is affine in v with coefficients that know nothing of the network: this is
-    why dmd.py may mix the velocities of several teachers where the paper mixes their scores.
+    x0 = z - t v one t cancels. The result is a + b v, where a and b depend on z and t alone. This is why dmd.py may mix
+    the velocities of several teachers where the paper mixes their scores.
     """
     t = per_sample(t, z)
     return -(z.float() + (1 - t) * v.float()) / t
 
 
 def flow_matching_loss(velocity: Velocity, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Squared error of the predicted velocity (Eq. 2), one number per sample: (B,).
+    """Squared error of the predicted velocity (Eq. 2), one number for each sample: (B,).
 
-    Not averaged over the batch, so that the caller can see the loss by t: a flow model that is wrong is usually wrong
-    at one end of the path, and the average hides it.
+    It is not averaged over the batch, so that the caller can look at the loss by t. A flow model that is wrong is
+    usually wrong at one end of the path, and an average hides that.
     """
     v = velocity(add_noise(x, eps, t), t)
     return (v.float() - (eps.float() - x.float())).square().flatten(1).mean(1)  # Eq. 2
 
 
 # ---- p(t): times to train at, from uniform numbers in [0, 1) -------------------------------------------------------
-# The caller draws the uniforms: then it alone decides what a random draw depends on (its seed, step and sample).
+# The caller draws the uniform numbers, so that it alone decides what they depend on (seed, step and sample).
 
 
 def shift_time(s: float | Tensor, a: float) -> float | Tensor:
-    """Moves times in [0, 1] towards noise (a > 1), keeping both ends; in logits it adds log a. a = 1 is the identity."""
+    """Moves times in [0, 1] towards noise (a > 1) and keeps both ends. a = 1 changes nothing. It adds log a to logit(s)."""
     return a * s / (1 + (a - 1) * s)
 
 
 def shifted_uniform(u: Tensor, time_shift: float, low: float = 0.02, high: float = 0.98) -> Tensor:
-    """DMD's p(t): uniform, shifted, clamped away from the ends, where a score means nothing (t = 0: no noise to
-    explain) or is the same for every picture (t = 1). The paper does not give p(t); these are the field's usual numbers."""
+    """DMD's p(t): uniform, shifted, and clamped away from both ends. At t = 0 there is no noise to explain; at t = 1 the
+    score is the same for every picture. The paper does not give p(t); these are the field's usual numbers."""
     return shift_time(u.float(), time_shift).clamp(low, high)
 
 
@@ -95,7 +95,7 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 def student_sigmas(steps: int, sigma_shift: float = 3.0) -> list[float]:
     """K shifted steps and the final 0: K + 1 numbers. Four steps with a shift of 3: [1, 0.9, 0.75, 0.5, 0].
 
-    ONE list serves training, sampling and the exported checkpoint; where they differ, residual noise is the result.
+    ONE list serves training, sampling and the exported checkpoint. Where the lists differ, pictures keep residual noise.
     """
     return [shift_time(1 - i / steps, sigma_shift) for i in range(steps)] + [0.0]
 
@@ -125,8 +125,8 @@ def teacher_sigmas(
         slope = (max_shift - base_shift) / (max_image_seq_len - base_image_seq_len)
         shift = math.exp(base_shift + slope * (tokens - base_image_seq_len))
     sigmas = [shift_time(s, shift) for s in sigmas]
-    # Stretch, so that the last stop is shift_terminal. A last stop at 1 (one step) cannot be stretched: the reference
-    # divides by zero there; we leave it alone and step from 1 to 0.
+    # Stretch, so that the last stop is shift_terminal. With one step the last stop is 1 and cannot be stretched. The
+    # reference divides by zero there; here the step goes from 1 to 0.
     if shift_terminal and sigmas[-1] < 1:
         stretch = (1 - shift_terminal) / (1 - sigmas[-1])
         sigmas = [1 - (1 - s) * stretch for s in sigmas]
@@ -167,10 +167,9 @@ def euler(velocity: Velocity, z: Tensor, sigmas: Iterable[float]) -> Tensor:
 
 @torch.no_grad()
 def renoise(velocity: Velocity, z: Tensor, sigmas: Sequence[float], noises: Sequence[Tensor]) -> Tensor:
-    """The other few-step sampler: at each stop predict the clean picture, then put NEW noise on it for the next stop.
+    """Another few-step sampler: at each stop predict the clean picture, then put NEW noise on it for the next stop.
 
-    For comparison: it hides an undistilled teacher's errors better than Euler's long steps do. noises: one tensor like
-    z for every stop but the first and the final 0, that is len(sigmas) - 2.
+    For comparison only. noises: one tensor like z for every stop but the first and the final 0, so len(sigmas) - 2.
     """
     z = z.float()
     nothing = torch.zeros_like(z)  # at the final 0 there is no noise to add
