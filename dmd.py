@@ -99,7 +99,7 @@ class Gradient(NamedTuple):
 def dmd_gradient(real: Velocity, fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> Gradient:
     """g at x_theta (B, ...), which is noised to x_t by xi (B, ...) at times t (B,).
 
-    Eq. 4 (Eq. 7 with mixed teachers) has s_stu - s_real. In clean predictions this is (1 - t) / t^2 (x0_fake - x0_real).
+    Eq. 4 (Eq. 7 with mixed teachers) has s_stu - s_real. This is (1 - t) / t^2 (x0_fake - x0_real).
     The factor in front runs from 0.02 to 2450 over p(t), so it is replaced (DMD, DMD2): each sample's difference is
     divided by mean |x_theta - x0_real|, its distance from the teacher's prediction. The direction stays. The length no
     longer depends on t, nor on how far the student still is from the teacher. For the same reason the value of the loss

@@ -73,12 +73,12 @@ def flow_matching_loss(velocity: Velocity, x: Tensor, eps: Tensor, t: Tensor) ->
 
 
 def shift_time(s: float | Tensor, a: float) -> float | Tensor:
-    """Moves times in [0, 1] towards noise (a > 1) and keeps both ends. a = 1 changes nothing. It adds log a to logit(s)."""
+    """Moves times in [0, 1] towards noise (a > 1) and keeps both ends; a = 1 changes nothing. logit(s) grows by log a."""
     return a * s / (1 + (a - 1) * s)
 
 
 def shifted_uniform(u: Tensor, time_shift: float, low: float = 0.02, high: float = 0.98) -> Tensor:
-    """DMD's p(t): uniform, shifted, and clamped away from both ends. At t = 0 there is no noise to explain; at t = 1 the
+    """DMD's p(t): uniform, shifted, and clamped away from both ends. At t = 0 there is no noise to explain. At t = 1 the
     score is the same for every picture. The paper does not give p(t); these are the field's usual numbers."""
     return shift_time(u.float(), time_shift).clamp(low, high)
 
@@ -95,7 +95,7 @@ def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 def student_sigmas(steps: int, sigma_shift: float = 3.0) -> list[float]:
     """K shifted steps and the final 0: K + 1 numbers. Four steps with a shift of 3: [1, 0.9, 0.75, 0.5, 0].
 
-    ONE list serves training, sampling and the exported checkpoint. Where the lists differ, pictures keep residual noise.
+    ONE list serves training, sampling and the exported checkpoint. If the lists differ, pictures keep residual noise.
     """
     return [shift_time(1 - i / steps, sigma_shift) for i in range(steps)] + [0.0]
 
