@@ -202,6 +202,8 @@ def train(world: World, recipe: Recipe, args: Training, looks: set[int]) -> Iter
     for step in tqdm(range(args.updates + 1), recipe.name, leave=False):
         if step in looks:
             yield step, averaged, fake
+        if step == args.updates:
+            return
         # 1. The fake score learns what the student draws by now. The student draws, and does not learn.
         for turn in range(step * args.fake_updates, (step + 1) * args.fake_updates):
             *_, k, drawing, seen, noise, xi, t = batch(turn)
@@ -227,25 +229,30 @@ def train(world: World, recipe: Recipe, args: Training, looks: set[int]) -> Iter
 # ---- measuring -----------------------------------------------------------------------------------------------------
 
 
+def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+    """2 E|x - y| - E|x - x'| - E|y - y'| of samples (n, 2), (); without the pairs of a sample with itself."""
+    within = (torch.cdist(x, x) + torch.cdist(y, y)).sum() / (len(x) * (len(x) - 1))
+    return 2 * torch.cdist(x, y).mean() - within
+
+
 def measure(points: Tensor, truth: Mixture, seeds: int, rng: torch.Generator) -> dict[str, Tensor]:
     """How good samples (N, 2) are; each (S,).
 
     precision: share within 3 standard deviations of a true mode. It looks at one picture at a time, as a judge does.
     fine: share within 1 of them; 0.39 of exact samples, more if they are too narrow.
     coverage: share of the modes that hold at least a quarter of their due.
-    distance: energy distance to exact samples, 2 E|x - y| - E|x - x'| - E|y - y'|; 0 on average for the truth.
+    distance: energy distance to exact samples; 0 on average for the truth.
     """
     x = (points - truth.centre).reshape(seeds, -1, 2)  # (S, n, 2)
     n, modes = x.shape[1], len(truth.modes)
     y = Mixture(truth.modes, truth.sd).sample(seeds * n, rng).reshape(x.shape)
     off, nearest = torch.cdist(x, truth.modes.expand(seeds, -1, 2)).min(-1)  # (S, n) each
     held = (one_hot(nearest, modes) * (off < 3 * truth.sd)[..., None]).sum(1)  # (S, M)
-    within = (torch.cdist(x, x) + torch.cdist(y, y)).sum((1, 2)) / (n * (n - 1))  # without the pairs of one sample
     return {
         "precision": (off < 3 * truth.sd).float().mean(1),
         "fine": (off < truth.sd).float().mean(1),
         "coverage": (held >= 0.25 * n / modes).float().mean(1),
-        "distance": 2 * torch.cdist(x, y).mean((1, 2)) - within,
+        "distance": torch.stack([energy_distance(*pair) for pair in zip(x, y)]),
     }
 
 

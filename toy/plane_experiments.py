@@ -10,6 +10,7 @@ it is worst at text. What each knob should do: the text in SWEEPS. No knob was s
 
 import argparse
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -85,34 +86,38 @@ class Sweep:
     parts: tuple[Above, ...]
 
 
-ROUTING = (Above(STEPS, BASE, "text"), Above(STEPS, SPECIAL, "text"), Above(STEPS, AVERAGE, "text"))
-ROUTED = (*ROUTING[:2], Above("5:5", EDITS_BASE, bench="edit"), Above("5:5", EDITS_BASE))
-RISES = (Above(BASE, START), Above(SPECIAL, START), Above(STEPS, START))
-FALLS = tuple(Above(row + HALFWAY, row) for row in (BASE, SPECIAL, STEPS))
+RISES = (Above(BASE, START), Above(SPECIAL, START))
+FALLS = (Above(BASE + HALFWAY, BASE), Above(SPECIAL + HALFWAY, SPECIAL))
+ROUTING = (Above(STEPS, SPECIAL, "text"), Above(STEPS, AVERAGE, "text"))
+EDITING = (Above("5:5", "10:0", bench="edit"), Above("5:5", "10:0"))
 SWEEPS = {
     "blur": Sweep(
-        (1.0, 1.5, 2.0, 3.0, 4.0),
-        "A student becomes its teacher. Text prompts help text while the base is good at it; once it is very blurred, "
+        (1.0, 2.0, 3.0, 4.0),
+        "A student becomes its teacher. Text prompts help text while the base is good at it. Once it is very blurred, "
         "what carries over from landscapes is as good, and text prompts are the worst choice.",
-        (Above(E1, E3, "text"), Above(E2, E3), Above(E4, E5, "text"), Above(E1, START, "text")),
+        (Above(E1, E3, "text"), Above(E1, E3), Above(E4, E5, "text"), Above(E1, START, "text")),
     ),
-    "sharp": Sweep((0.25, 0.5, 0.75, 1.0), "The sharper the specialist, the more step-wise wins over it alone.", ROUTING),
+    "sharp": Sweep((0.25, 0.5, 1.0), "The sharper the specialist, the more step-wise wins over it alone.", ROUTING),
     "displaced": Sweep((0.0, 0.5, 1.0, 2.0), "The farther it is displaced, the more step-wise wins over it alone.", ROUTING),
     "open": Sweep(
         (0.0, 0.5, 1.0, 1.5),
-        "With one answer four plain steps suffice and edits bring nothing; the more open, the more 5:5 wins over 10:0.",
-        (Above(TEACHER, START, bench="edit"), Above("5:5", "10:0", bench="edit"), Above("10:0", "9:1", bench="edit"), Above("5:5", "10:0")),
+        "With one answer four plain steps suffice and edits bring nothing. The more open, the more 5:5 wins over 10:0.",
+        (Above(TEACHER, START, bench="edit"), *EDITING, Above("10:0", "9:1", bench="edit")),
     ),
     "fake_updates": Sweep((1, 2, 5), "More updates: less lag, a better student, above all under specialists.", RISES),
-    "fake_lr": Sweep((0.001, 0.0025, 0.005, 0.01), "Too slow lags behind the student, too fast is noise.", RISES),
+    "fake_lr": Sweep((0.001, 0.005, 0.01), "Too slow lags behind the student, too fast is noise.", RISES),
     "step_aware": Sweep(
         (0, 1),
-        "One fake score for all steps can match one teacher; told the step, it can match another teacher at each step. "
+        "One fake score for all steps can match one teacher. Told the step, it can match another teacher at each step. "
         "Where the teachers agree it is worth nothing.",
-        ROUTED,
+        (Above(STEPS, BASE, "text"), *ROUTING[:1], Above("5:5", EDITS_BASE, bench="edit"), Above("5:5", EDITS_BASE), *EDITING),
     ),
-    "oracle": Sweep((0, 1), "If a specialist's collapse goes away, lag was its cause; if it stays, the reverse KL is.", (*RISES, *FALLS[:2])),
-    "updates": Sweep((500, 1000, 2000, 5000), "Specialised teachers alone rise and then fall; base and step-wise do not.", RISES + FALLS),
+    "oracle": Sweep((0, 1), "If a specialist's collapse goes away, lag was its cause. If it stays, the reverse KL is.", RISES + FALLS),
+    "updates": Sweep(
+        (500, 1000, 2000, 5000),
+        "Specialised teachers alone rise and then fall; base and step-wise do not.",
+        (*RISES, Above(STEPS, START), *FALLS, Above(STEPS + HALFWAY, STEPS)),
+    ),
 }  # fmt: skip
 
 
@@ -231,26 +236,25 @@ def write(place: Path, lines: list[str], result: dict) -> None:
 # ---- the picture ---------------------------------------------------------------------------------------------------
 
 FINE = 3  # pictures are drawn so many times larger and then reduced: smooth edges
-SIDE, HEAD, EDGE = 400, 56, 3.0  # a panel's pixels, its title's, and how much of the plane it shows
+SIDE, HEAD = 400, 56  # a panel's pixels, and its title's
 BLUE, RED, GREEN, GREY, BLACK = "#1f5fb4", "#d0312d", "#1f8a4c", "#8c8c8c", "#202020"
 
 
 class Panel:
-    """A square window on the plane, [-3, 3] x [-3, 3]."""
+    """A square window on the plane, from -edge to edge."""
 
-    def __init__(self, canvas: Image.Image, column: int, row: int, title: str, note: str, truth: Mixture | None):
-        self.pen, self.left, self.top = ImageDraw.Draw(canvas, "RGBA"), column * SIDE * FINE, row * (SIDE + HEAD) * FINE
-        self.write((8, 6), title, BLACK, 17)
-        self.write((8, 28), note, GREY, 13)
+    def __init__(self, canvas: Image.Image, column: int, row: int, title: str, note: str, truth: Mixture | None, edge=2.7):
+        self.pen, self.edge = ImageDraw.Draw(canvas, "RGBA"), edge
+        self.left, self.top = column * SIDE * FINE, row * (SIDE + HEAD) * FINE
         if truth:  # its density, as a shade
-            line = torch.linspace(-EDGE, EDGE, 120)
-            places = torch.cartesian_prod(line.flip(0), line).flip(1)
-            density = (-torch.cdist(places, truth.modes).square() / (2 * truth.sd**2)).exp().sum(1).clamp(max=1)
-            shade = (
-                torch.stack([255 - 60 * density, 255 - 40 * density, 255 - 5 * density], 1).byte().reshape(120, 120, 3)
-            )
-            shade = Image.fromarray(shade.numpy()).resize(((SIDE - 12) * FINE, SIDE * FINE), Image.BICUBIC)
-            canvas.paste(shade, (self.left + 6 * FINE, self.top + HEAD * FINE))
+            line = torch.linspace(-edge, edge, 100)
+            places = torch.cartesian_prod(-line, line).flip(1)  # from the upper left, row by row
+            density = (-torch.cdist(places, truth.modes + truth.centre).square() / (2 * truth.sd**2)).exp().sum(1)
+            shade = 255 - density.clamp(max=1)[:, None] * torch.tensor([70.0, 45.0, 5.0])
+            shade = Image.fromarray(shade.byte().reshape(100, 100, 3).numpy()).resize((SIDE * FINE, SIDE * FINE), Image.BICUBIC)
+            canvas.paste(shade, (self.left, self.top + HEAD * FINE))
+        self.write((8, 6), title, BLACK, 18)
+        self.write((8, 30), note, GREY, 14)
 
     def write(self, place: tuple[float, float], words: str, colour: str, size: int) -> None:
         """place: pixels from the panel's corner."""
@@ -258,11 +262,13 @@ class Panel:
         self.pen.text(xy, words, fill=colour, font=ImageFont.load_default(size * FINE))
 
     def at(self, points: Tensor) -> list[tuple[float, float]]:
-        x, y = ((points + EDGE * torch.tensor([1.0, 1.0])) / (2 * EDGE)).unbind(-1)
-        return [
-            (self.left + a * SIDE * FINE, self.top + (HEAD + (1 - b) * SIDE) * FINE)
-            for a, b in zip(x.tolist(), y.tolist())
-        ]
+        x, y = ((points / self.edge + 1) / 2 * SIDE * FINE).unbind(-1)  # y runs upwards
+        return [(self.left + a, self.top + HEAD * FINE + SIDE * FINE - b) for a, b in zip(x.tolist(), y.tolist())]
+
+    def label(self, place: Tensor, words: str, colour: str) -> None:
+        """Words beside a place of the plane."""
+        ((x, y),) = self.at(place[None])
+        self.pen.text((x + 8 * FINE, y), words, colour, ImageFont.load_default(13 * FINE), "lm")
 
     def dots(self, points: Tensor, colour: str, radius: float = 2.0) -> None:
         for x, y in self.at(points):
@@ -273,10 +279,110 @@ class Panel:
         self.pen.line(self.at(points), fill=colour, width=round(width * FINE), joint="curve")
 
     def arrow(self, start: Tensor, end: Tensor, colour: str) -> None:
-        along = (end - start) / (end - start).norm().clamp(min=1e-6) * 0.12
+        along = (end - start) / (end - start).norm().clamp(min=1e-6) * 0.04 * self.edge
         across = torch.stack([-along[1], along[0]]) * 0.5
         self.line(torch.stack([start, end - along * 0.5]), colour)
         self.pen.polygon(self.at(torch.stack([end, end - along + across, end - along - across])), fill=colour)
+
+
+def gradients(canvas: Image.Image, real: Velocity, fake: Velocity, x_theta: Tensor, seeds: int, truth: Mixture) -> None:
+    """Panels 4 and 5: where one sample's gradient comes from; and its mean over noises, for many samples."""
+    panel = Panel(canvas, 0, 1, "4. One sample's gradient", "noise what the student drew; ask both what it was", truth, 1.5)
+    n, rng = len(x_theta) // seeds, torch.Generator().manual_seed(0)
+    chosen = torch.argmin((x_theta[:n] - torch.tensor([0.3, 0.9])).norm(dim=1))
+    x, xi, t = x_theta[chosen], torch.tensor([0.9, -0.1]), torch.full((len(x_theta),), 0.5)
+    _, x0_real, x0_fake = (one[0] for one in dmd_gradient(real, fake, x.expand_as(x_theta), xi.expand_as(x_theta), t))
+    x_t, better = path(x[None], xi[None], t[:1])[0], x + x0_real - x0_fake
+    panel.line(torch.stack([x, x_t]), GREY)
+    panel.arrow(x_t, x0_real, BLUE)
+    panel.arrow(x_t, x0_fake, RED)
+    panel.line(torch.stack([x0_fake, x0_real]), GREEN)
+    panel.arrow(x, better, GREEN)
+    legend = (
+        (x, BLACK, "x_theta: drawn by the student"),
+        (x_t, GREY, "x_t: the same with noise"),
+        (x0_real, BLUE, "x0_real: the teacher's answer"),
+        (x0_fake, RED, "x0_fake: the fake score's answer"),
+        (better, GREEN, "-g: x_theta moves as from red to blue"),
+    )
+    for i, (place, colour, words) in enumerate(legend):
+        panel.dots(place[None], colour, 5)
+        panel.write((16, 350 + 20 * i), words, colour, 14)
+    panel = Panel(canvas, 1, 1, "5. The field -g", "its mean over noises: samples are carried to the modes", truth)
+    total, again = torch.zeros_like(x_theta), 60
+    for _ in range(again):
+        xi, t = torch.randn(x_theta.shape, generator=rng), 0.02 + 0.96 * torch.rand(len(x_theta), generator=rng)
+        total += dmd_gradient(real, fake, x_theta, xi, t).g / again
+    for i in range(150):
+        panel.dots(x_theta[i : i + 1], BLACK, 2)
+        panel.arrow(x_theta[i], x_theta[i] - 0.35 * total[i], GREEN)
+
+
+def show(world: World, args: Training, out: Path) -> None:
+    """The main job: students of the base teacher, drawing and editing. Prints a table, writes dmd.png and dmd.gif."""
+    n, condition, still = 300, ("t2i", "portrait"), min(30, args.updates)
+    noise, _, source, _ = draw(world, args.seeds * n, 1.0, torch.Generator().manual_seed(args.seed + 1))
+    source = source[:1].expand_as(source)  # one edit, for which there are several right answers
+    truth = {c: world.mixture("truth", c, source[:1]) for some in CATEGORIES.values() for c in some}
+    canvas = Image.new("RGB", (3 * SIDE * FINE, 2 * (SIDE + HEAD) * FINE), "white")
+    looks = sorted({round(args.updates ** (i / 39)) for i in range(40)} | {0, still})
+    frames, curve = [], {}
+    for step, student, fake in train(world, OURS[EDITS_BASE], args, set(looks)):
+        model = drawn_by(world, student)
+        frame = Image.new("RGB", (3 * SIDE * FINE, (SIDE + HEAD) * FINE), "white")
+        for column, (task, category, note) in enumerate((
+            ("t2i", "portrait", "shade: what is right"), ("t2i", "text", "many narrow modes"), ("edit", "object", "black: the source; three right answers"),
+        )):  # fmt: skip
+            panel = Panel(frame, column, 0, f"{category}: {step} updates", note, truth[category])
+            panel.dots(euler(model(task, category, source), noise, SIGMAS)[:n], BLUE + "c0", 3)
+            if task == "edit":
+                panel.dots(source[:1], BLACK, 6)
+        frames.append(frame.resize((frame.width // FINE * 3 // 5, frame.height // FINE * 3 // 5), Image.LANCZOS))
+        if step in looks[::4] or step == args.updates:
+            curve[step] = evaluate(world, model, SIGMAS, args.seeds)
+        if step == still:
+            learnt, x_theta = drawn_by(world, fake)(*condition, source), euler(model(*condition, source), noise, SIGMAS)
+            gradients(canvas, teacher(world)(*condition, source), learnt, x_theta, args.seeds, truth["portrait"])
+
+    base = teacher(world)
+    rows = {"teacher, 40 steps": (base, TEACHER_SIGMAS), "teacher, 4 steps": (base, SIGMAS), "student, 4 steps": (model, SIGMAS)}
+    notes = "small steps follow the curve to a mode", "long steps leave it: most end between the modes", "trained, the same four steps end in the modes"
+    for column, ((title, (drawing, sigmas)), note) in enumerate(zip(rows.items(), notes)):
+        panel = Panel(canvas, column, 0, f"{column + 1}. {title}", note, truth["portrait"])
+        v, stops = drawing(*condition, source), [noise]
+        for pair in zip(sigmas, sigmas[1:]):
+            stops.append(euler(v, stops[-1], pair))
+        panel.dots(stops[-1][:n], BLUE + "a0")
+        for i in range(14):
+            stop = torch.stack([z[i] for z in stops])
+            panel.line(stop, BLACK)
+            panel.dots(stop[:1], GREY, 4)
+            panel.dots(stop[1:-1], BLACK, 1 if len(stop) > 5 else 3)
+            panel.dots(stop[-1:], RED, 4)
+    panel = Panel(canvas, 2, 1, "6. As training goes on", "means of landscape, portrait and text", None, 1.15)
+    scored = {row: evaluate(world, drawing, sigmas, args.seeds) for row, (drawing, sigmas) in rows.items()}
+
+    def at(step: float, height: float) -> list[float]:  # the panel shows [-1.15, 1.15]: updates on a logarithmic axis
+        return [2 * math.log1p(step) / math.log1p(args.updates) - 1, 2 * height - 1]
+
+    for height in (0.0, 0.5, 1.0):
+        panel.label(torch.tensor(at(0, height)) - torch.tensor([0.15, 0.0]), f"{height:g}", GREY)
+    for step in (0, 10, 100, args.updates):
+        panel.label(torch.tensor(at(step, 0)) - torch.tensor([0.12, 0.09]), f"{step}", GREY)
+    for colour, key in ((BLUE, "precision"), (GREEN, "coverage")):
+        heights = {name: value(some, "t2i", "average", key).mean().item() for name, some in (scored | curve).items()}
+        for row in ("teacher, 40 steps", "teacher, 4 steps"):
+            panel.line(torch.tensor([at(0, heights[row]), at(args.updates, heights[row])]), colour + "70", 0.8)
+        panel.label(torch.tensor(at(0, heights["teacher, 40 steps"] - 0.03)), f"{key}, teacher, 40 steps", colour)
+        panel.label(torch.tensor(at(0, heights["teacher, 4 steps"] - 0.03)), "its 4 steps, and the student, thick", colour)
+        panel.line(torch.tensor([at(step, heights[step]) for step in curve]), colour, 3)
+    canvas.resize((canvas.width // FINE, canvas.height // FINE), Image.LANCZOS).quantize(128).save(out / "dmd.png", optimize=True)
+    frames[0].save(out / "dmd.gif", save_all=True, append_images=frames[1:] + frames[-1:] * 12, duration=140, loop=0)
+    lines = ["| | " + " | ".join(truth) + " |", "|---" * 6 + "|"]
+    for row, some in scored.items():
+        cells = [" / ".join(f"{some[c][key].mean():.3f}" for key in ("precision", "coverage", "distance")) for c in truth]
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    write(out / "dmd", [f"Precision / coverage / energy distance to exact samples, {args.seeds} seeds, {args.updates} updates", "", *lines], {})
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
