@@ -189,7 +189,7 @@ def train(world: World, recipe: Recipe, args: Training, looks: set[int]) -> Iter
     def batch(turn: int) -> tuple:
         task, category, _ = recipe.turn(turn)
         noise, xi, source, t = draw(world, args.seeds * args.batch, args.time_shift, rng)
-        k = int(torch.randint(10**6, (), generator=rng)) % (4 - lowest) + lowest
+        k = int(torch.randint(10**6, (), generator=rng)) % (len(SIGMAS) - 1 - lowest) + lowest
         base = world.mixture("base", category, source)
         seen = fake.velocity(base, task, category, source, k if args.step_aware else None)
         return task, category, source, k, student.velocity(base, task, category, source), seen, noise, xi, t
@@ -212,7 +212,7 @@ def train(world: World, recipe: Recipe, args: Training, looks: set[int]) -> Iter
             update(fake, fake_score_loss(seen, x_theta, xi, t).mean())
         # 2. The student learns once.
         task, category, source, k, drawing, seen, noise, xi, t = batch(step)
-        weights = recipe.weights(k, 4, task, category)
+        weights = recipe.weights(k, len(SIGMAS) - 1, task, category)
         real = mixture(weights, {name: world.mixture(name, category, source).velocity for name in weights})
         if args.oracle:
             seen = from_samples(drawing, torch.randn(4, *noise.shape, generator=rng), args.seeds).velocity

@@ -10,27 +10,36 @@ it is worst at text. What each knob should do: the text in SWEEPS. No knob was s
 
 import argparse
 import json
-import math
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from dmd import dmd_gradient
-from flow import Velocity, euler, path
+from flow import euler
 from recipe import RECIPES, Recipe, specialists
-from toy.experiments import E1, E2, E3, E4, E5, EXPERIMENTS, FIRST_STEP, HALFWAY, SPECIALISTS, START, TEACHER, Above
-from toy.experiments import Experiment, T
-from toy.figures import chart
+from toy import plane_pictures as pictures
+from toy.experiments import (
+    E1,
+    E3,
+    E4,
+    E5,
+    EXPERIMENTS,
+    FIRST_STEP,
+    HALFWAY,
+    SPECIALISTS,
+    START,
+    TEACHER,
+    Above,
+    Experiment,
+    T,
+)
 from toy.plane import (
     CATEGORIES,
     SIGMAS,
     TEACHER_SIGMAS,
-    Mixture,
     Training,
     World,
     draw,
@@ -57,10 +66,7 @@ LAMBDAS = {  # of the specialist at the student's four steps
     REVERSED: (1, 0.5, 0, 0),
 }
 OURS = {name: Recipe(name, (10, 0), specialists=specialists(*some)) for name, some in LAMBDAS.items()}
-OURS |= {
-    EDITS_BASE: Recipe(EDITS_BASE, (5, 5)),
-    "reversed 5:5": Recipe("reversed 5:5", (5, 5), specialists=specialists(1, 0.5, 0, 0)),
-}
+OURS[EDITS_BASE] = Recipe(EDITS_BASE, (5, 5))
 TABLES = EXPERIMENTS | {
     "lambdas": Experiment(
         {BASE: "e5-all", STEPS: "step-wise", SPECIAL: "specialised-only", AVERAGE: "average"}
@@ -171,16 +177,14 @@ def experiment(name: str, world: World, args: Training, out: Path) -> None:
     """One table of rows, one of verdicts: out/NAME.md and out/NAME.json."""
     table = TABLES[name]
     rows, result = [TEACHER, SPECIALISTS, START, *table.rows], {"rows": {}, "claims": {}}
+    columns = ["row", *CATEGORIES["t2i"], *CATEGORIES["edit"], "coverage"]
     lines = [
         f"# {name}",
         "",
-        f"{args.seeds} seeds, {args.updates} updates. Precision, energy distance in brackets.",
+        f"{args.seeds} seeds, {args.updates} updates. Precision, in brackets the energy distance.",
         "",
     ]
-    lines += [
-        "| row | " + " | ".join(c for some in CATEGORIES.values() for c in some) + " | coverage |",
-        "|---" * 7 + "|",
-    ]
+    lines += ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in tqdm(rows, name):
         scored = scores(world, row, args, args.updates)
         result["rows"][row] = {c: {key: some.mean().item() for key, some in scored[c].items()} for c in scored}
@@ -203,9 +207,10 @@ def experiment(name: str, world: World, args: Training, out: Path) -> None:
 
 def sweep(knob: str, world: World, args: Training, out: Path) -> None:
     """Differences of rows along a knob: out/KNOB.md, .json and .png (the shadow is the interval; above 0: row is better)."""
-    plan, lines = SWEEPS[knob], [f"# {knob}", "", SWEEPS[knob].expected, ""]
+    plan = SWEEPS[knob]
+    lines = [f"# {knob}", "", f"{args.seeds} seeds, {args.updates} updates. Expected: {plan.expected}", ""]
     result, longest = {}, max(plan.values) if knob == "updates" else args.updates
-    panels = {f"difference in {m}, along {knob}": {} for m in ("precision", "distance (better is above 0)")}
+    panels = {"Difference in precision": {}, "In energy distance, higher is better": {}}
     lines += [
         "| row - other | measure | " + " | ".join(f"{v:g}" for v in plan.values) + " |",
         "|---" * (2 + len(plan.values)) + "|",
@@ -219,11 +224,11 @@ def sweep(knob: str, world: World, args: Training, out: Path) -> None:
                 then = args if there is not world else replace(args, **{knob: v})
                 mean, half = difference(part, there, then, measured, longest)
                 cells.append(f"{mean:+.3f} ± {half:.3f}")
-                points.append((v, [mean - half, mean + half]))
+                points.append((float(v), mean, half))
             panels[title][label] = points
             result[f"{label}, {measured}"] = points
             lines.append(f"| {label} | {measured} | " + " | ".join(cells) + " |")
-    chart(panels, out / f"{knob}.png")
+    pictures.chart(panels, knob, out / f"{knob}.png")
     write(out / knob, lines, result)
 
 
@@ -233,156 +238,54 @@ def write(place: Path, lines: list[str], result: dict) -> None:
     print("\n".join(lines), f"\n\nwritten to {place.with_suffix('.md')}")
 
 
-# ---- the picture ---------------------------------------------------------------------------------------------------
-
-FINE = 3  # pictures are drawn so many times larger and then reduced: smooth edges
-SIDE, HEAD = 400, 56  # a panel's pixels, and its title's
-BLUE, RED, GREEN, GREY, BLACK = "#1f5fb4", "#d0312d", "#1f8a4c", "#8c8c8c", "#202020"
-
-
-class Panel:
-    """A square window on the plane, from -edge to edge."""
-
-    def __init__(self, canvas: Image.Image, column: int, row: int, title: str, note: str, truth: Mixture | None, edge=2.7):
-        self.pen, self.edge = ImageDraw.Draw(canvas, "RGBA"), edge
-        self.left, self.top = column * SIDE * FINE, row * (SIDE + HEAD) * FINE
-        if truth:  # its density, as a shade
-            line = torch.linspace(-edge, edge, 100)
-            places = torch.cartesian_prod(-line, line).flip(1)  # from the upper left, row by row
-            density = (-torch.cdist(places, truth.modes + truth.centre).square() / (2 * truth.sd**2)).exp().sum(1)
-            shade = 255 - density.clamp(max=1)[:, None] * torch.tensor([70.0, 45.0, 5.0])
-            shade = Image.fromarray(shade.byte().reshape(100, 100, 3).numpy()).resize((SIDE * FINE, SIDE * FINE), Image.BICUBIC)
-            canvas.paste(shade, (self.left, self.top + HEAD * FINE))
-        self.write((8, 6), title, BLACK, 18)
-        self.write((8, 30), note, GREY, 14)
-
-    def write(self, place: tuple[float, float], words: str, colour: str, size: int) -> None:
-        """place: pixels from the panel's corner."""
-        xy = (self.left + place[0] * FINE, self.top + place[1] * FINE)
-        self.pen.text(xy, words, fill=colour, font=ImageFont.load_default(size * FINE))
-
-    def at(self, points: Tensor) -> list[tuple[float, float]]:
-        x, y = ((points / self.edge + 1) / 2 * SIDE * FINE).unbind(-1)  # y runs upwards
-        return [(self.left + a, self.top + HEAD * FINE + SIDE * FINE - b) for a, b in zip(x.tolist(), y.tolist())]
-
-    def label(self, place: Tensor, words: str, colour: str) -> None:
-        """Words beside a place of the plane."""
-        ((x, y),) = self.at(place[None])
-        self.pen.text((x + 8 * FINE, y), words, colour, ImageFont.load_default(13 * FINE), "lm")
-
-    def dots(self, points: Tensor, colour: str, radius: float = 2.0) -> None:
-        for x, y in self.at(points):
-            r = radius * FINE
-            self.pen.ellipse([x - r, y - r, x + r, y + r], fill=colour)
-
-    def line(self, points: Tensor, colour: str, width: float = 1.5) -> None:
-        self.pen.line(self.at(points), fill=colour, width=round(width * FINE), joint="curve")
-
-    def arrow(self, start: Tensor, end: Tensor, colour: str) -> None:
-        along = (end - start) / (end - start).norm().clamp(min=1e-6) * 0.04 * self.edge
-        across = torch.stack([-along[1], along[0]]) * 0.5
-        self.line(torch.stack([start, end - along * 0.5]), colour)
-        self.pen.polygon(self.at(torch.stack([end, end - along + across, end - along - across])), fill=colour)
-
-
-def gradients(canvas: Image.Image, real: Velocity, fake: Velocity, x_theta: Tensor, seeds: int, truth: Mixture) -> None:
-    """Panels 4 and 5: where one sample's gradient comes from; and its mean over noises, for many samples."""
-    panel = Panel(canvas, 0, 1, "4. One sample's gradient", "noise what the student drew; ask both what it was", truth, 1.5)
-    n, rng = len(x_theta) // seeds, torch.Generator().manual_seed(0)
-    chosen = torch.argmin((x_theta[:n] - torch.tensor([0.3, 0.9])).norm(dim=1))
-    x, xi, t = x_theta[chosen], torch.tensor([0.9, -0.1]), torch.full((len(x_theta),), 0.5)
-    _, x0_real, x0_fake = (one[0] for one in dmd_gradient(real, fake, x.expand_as(x_theta), xi.expand_as(x_theta), t))
-    x_t, better = path(x[None], xi[None], t[:1])[0], x + x0_real - x0_fake
-    panel.line(torch.stack([x, x_t]), GREY)
-    panel.arrow(x_t, x0_real, BLUE)
-    panel.arrow(x_t, x0_fake, RED)
-    panel.line(torch.stack([x0_fake, x0_real]), GREEN)
-    panel.arrow(x, better, GREEN)
-    legend = (
-        (x, BLACK, "x_theta: drawn by the student"),
-        (x_t, GREY, "x_t: the same with noise"),
-        (x0_real, BLUE, "x0_real: the teacher's answer"),
-        (x0_fake, RED, "x0_fake: the fake score's answer"),
-        (better, GREEN, "-g: x_theta moves as from red to blue"),
-    )
-    for i, (place, colour, words) in enumerate(legend):
-        panel.dots(place[None], colour, 5)
-        panel.write((16, 350 + 20 * i), words, colour, 14)
-    panel = Panel(canvas, 1, 1, "5. The field -g", "its mean over noises: samples are carried to the modes", truth)
-    total, again = torch.zeros_like(x_theta), 60
-    for _ in range(again):
-        xi, t = torch.randn(x_theta.shape, generator=rng), 0.02 + 0.96 * torch.rand(len(x_theta), generator=rng)
-        total += dmd_gradient(real, fake, x_theta, xi, t).g / again
-    for i in range(150):
-        panel.dots(x_theta[i : i + 1], BLACK, 2)
-        panel.arrow(x_theta[i], x_theta[i] - 0.35 * total[i], GREEN)
+# ---- the main job --------------------------------------------------------------------------------------------------
 
 
 def show(world: World, args: Training, out: Path) -> None:
-    """The main job: students of the base teacher, drawing and editing. Prints a table, writes dmd.png and dmd.gif."""
-    n, condition, still = 300, ("t2i", "portrait"), min(30, args.updates)
-    noise, _, source, _ = draw(world, args.seeds * n, 1.0, torch.Generator().manual_seed(args.seed + 1))
+    """Students of the base teacher learn to draw and to edit. Prints a table, writes dmd.md, dmd.json, dmd.png, dmd.gif."""
+    early = min(30, args.updates)  # when the gradient is looked at: at the start it is zero, as all three are the same
+    looks = sorted({round(args.updates ** (i / 39)) for i in range(40)} | {0, early})
+    noise, _, source, _ = draw(world, args.seeds * 300, 1.0, torch.Generator().manual_seed(args.seed + 1))
     source = source[:1].expand_as(source)  # one edit, for which there are several right answers
     truth = {c: world.mixture("truth", c, source[:1]) for some in CATEGORIES.values() for c in some}
-    canvas = Image.new("RGB", (3 * SIDE * FINE, 2 * (SIDE + HEAD) * FINE), "white")
-    looks = sorted({round(args.updates ** (i / 39)) for i in range(40)} | {0, still})
-    frames, curve = [], {}
-    for step, student, fake in train(world, OURS[EDITS_BASE], args, set(looks)):
-        model = drawn_by(world, student)
-        frame = Image.new("RGB", (3 * SIDE * FINE, (SIDE + HEAD) * FINE), "white")
-        for column, (task, category, note) in enumerate((
-            ("t2i", "portrait", "shade: what is right"), ("t2i", "text", "many narrow modes"), ("edit", "object", "black: the source; three right answers"),
-        )):  # fmt: skip
-            panel = Panel(frame, column, 0, f"{category}: {step} updates", note, truth[category])
-            panel.dots(euler(model(task, category, source), noise, SIGMAS)[:n], BLUE + "c0", 3)
-            if task == "edit":
-                panel.dots(source[:1], BLACK, 6)
-        frames.append(frame.resize((frame.width // FINE * 3 // 5, frame.height // FINE * 3 // 5), Image.LANCZOS))
+    picture, frames, curve, condition = pictures.blank(3, 2), [], {}, ("t2i", "portrait", source)
+    base = teacher(world)
+    for step, network, fake in train(world, OURS[EDITS_BASE], args, set(looks)):
+        model = drawn_by(world, network)
+        frames.append(pictures.moving(model, step, noise, source, truth))
         if step in looks[::4] or step == args.updates:
             curve[step] = evaluate(world, model, SIGMAS, args.seeds)
-        if step == still:
-            learnt, x_theta = drawn_by(world, fake)(*condition, source), euler(model(*condition, source), noise, SIGMAS)
-            gradients(canvas, teacher(world)(*condition, source), learnt, x_theta, args.seeds, truth["portrait"])
+        if step == early:
+            scored = base(*condition), drawn_by(world, fake)(*condition), euler(model(*condition), noise, SIGMAS)
+            pictures.one_gradient(picture, *scored, truth["portrait"])
+            pictures.field(picture, *scored, truth["portrait"])
+    rows = {
+        "1. Teacher, 40 steps": (base, TEACHER_SIGMAS, "small steps follow the curve to a mode"),
+        "2. Teacher, 4 steps": (base, SIGMAS, "long steps leave it, and many end between the modes"),
+        "3. Student, 4 steps": (model, SIGMAS, "trained, the same four steps end in the modes"),
+    }
+    for column, (title, (drawing, sigmas, note)) in enumerate(rows.items()):
+        pictures.paths(picture, column, title, note, drawing(*condition), noise, sigmas, truth["portrait"])
+    found = {title[3:]: evaluate(world, drawing, sigmas, args.seeds) for title, (drawing, sigmas, _) in rows.items()}
 
-    base = teacher(world)
-    rows = {"teacher, 40 steps": (base, TEACHER_SIGMAS), "teacher, 4 steps": (base, SIGMAS), "student, 4 steps": (model, SIGMAS)}
-    notes = "small steps follow the curve to a mode", "long steps leave it: most end between the modes", "trained, the same four steps end in the modes"
-    for column, ((title, (drawing, sigmas)), note) in enumerate(zip(rows.items(), notes)):
-        panel = Panel(canvas, column, 0, f"{column + 1}. {title}", note, truth["portrait"])
-        v, stops = drawing(*condition, source), [noise]
-        for pair in zip(sigmas, sigmas[1:]):
-            stops.append(euler(v, stops[-1], pair))
-        panel.dots(stops[-1][:n], BLUE + "a0")
-        for i in range(14):
-            stop = torch.stack([z[i] for z in stops])
-            panel.line(stop, BLACK)
-            panel.dots(stop[:1], GREY, 4)
-            panel.dots(stop[1:-1], BLACK, 1 if len(stop) > 5 else 3)
-            panel.dots(stop[-1:], RED, 4)
-    panel = Panel(canvas, 2, 1, "6. As training goes on", "means of landscape, portrait and text", None, 1.15)
-    scored = {row: evaluate(world, drawing, sigmas, args.seeds) for row, (drawing, sigmas) in rows.items()}
+    def mean(scored: dict, key: str) -> float:
+        return value(scored, "t2i", "average", key).mean().item()
 
-    def at(step: float, height: float) -> list[float]:  # the panel shows [-1.15, 1.15]: updates on a logarithmic axis
-        return [2 * math.log1p(step) / math.log1p(args.updates) - 1, 2 * height - 1]
-
-    for height in (0.0, 0.5, 1.0):
-        panel.label(torch.tensor(at(0, height)) - torch.tensor([0.15, 0.0]), f"{height:g}", GREY)
-    for step in (0, 10, 100, args.updates):
-        panel.label(torch.tensor(at(step, 0)) - torch.tensor([0.12, 0.09]), f"{step}", GREY)
-    for colour, key in ((BLUE, "precision"), (GREEN, "coverage")):
-        heights = {name: value(some, "t2i", "average", key).mean().item() for name, some in (scored | curve).items()}
-        for row in ("teacher, 40 steps", "teacher, 4 steps"):
-            panel.line(torch.tensor([at(0, heights[row]), at(args.updates, heights[row])]), colour + "70", 0.8)
-        panel.label(torch.tensor(at(0, heights["teacher, 40 steps"] - 0.03)), f"{key}, teacher, 40 steps", colour)
-        panel.label(torch.tensor(at(0, heights["teacher, 4 steps"] - 0.03)), "its 4 steps, and the student, thick", colour)
-        panel.line(torch.tensor([at(step, heights[step]) for step in curve]), colour, 3)
-    canvas.resize((canvas.width // FINE, canvas.height // FINE), Image.LANCZOS).quantize(128).save(out / "dmd.png", optimize=True)
+    keys = ("precision", "coverage")
+    lines = {key: {step: mean(scored, key) for step, scored in curve.items()} for key in keys}
+    pictures.progress(picture, lines, {key: [mean(scored, key) for scored in list(found.values())[:2]] for key in keys})
+    pictures.reduced(picture).save(out / "dmd.png", optimize=True)
     frames[0].save(out / "dmd.gif", save_all=True, append_images=frames[1:] + frames[-1:] * 12, duration=140, loop=0)
-    lines = ["| | " + " | ".join(truth) + " |", "|---" * 6 + "|"]
-    for row, some in scored.items():
-        cells = [" / ".join(f"{some[c][key].mean():.3f}" for key in ("precision", "coverage", "distance")) for c in truth]
-        lines.append("| " + " | ".join([row, *cells]) + " |")
-    write(out / "dmd", [f"Precision / coverage / energy distance to exact samples, {args.seeds} seeds, {args.updates} updates", "", *lines], {})
+    result = {row: {c: {k: v.mean().item() for k, v in some[c].items()} for c in truth} for row, some in found.items()}
+    table = [
+        f"{args.seeds} seeds, {args.updates} updates: precision / coverage / energy distance to exact samples.",
+        "",
+    ]
+    table += ["| | " + " | ".join(truth) + " |", "|---" * (1 + len(truth)) + "|"]
+    for row, some in result.items():
+        cells = [" / ".join(f"{some[c][key]:.3f}" for key in (*keys, "distance")) for c in truth]
+        table.append("| " + " | ".join([row, *cells]) + " |")
+    write(out / "dmd", table, result)
 
 
 # ---- the command line ----------------------------------------------------------------------------------------------
