@@ -80,6 +80,11 @@ def reduced(picture: Image.Image, scale: float = 1.0) -> Image.Image:
     return picture.resize([round(side / FINE * scale) for side in picture.size], Image.LANCZOS)
 
 
+def save(picture: Image.Image, place: Path) -> None:
+    """As a PNG of 256 colours, a third as large."""
+    reduced(picture).quantize(256, Image.Quantize.MAXCOVERAGE).save(place, optimize=True)
+
+
 # ---- the six panels ------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +142,7 @@ def field(picture: Image.Image, real: Velocity, fake: Velocity, x_theta: Tensor,
         mean += dmd_gradient(real, fake, x_theta, xi, t).g / 60
     for x, g in zip(x_theta[:150], mean):
         panel.dots(x[None], BLACK, 2)
-        panel.arrow(x, x - 0.35 * g, GREEN)
+        panel.arrow(x, x - 0.25 * g, GREEN)
 
 
 def progress(
@@ -198,5 +203,5 @@ def chart(panels: dict[str, dict[str, list[tuple[float, float, float]]]], knob: 
                 panel.label((place_x, -1.1), f"{value:g}", GREY, "ma")
     legend = Panel(picture, 0, 0, "", "")
     for i, (label, colour) in enumerate(zip(labels, COLOURS)):
-        legend.write((24, SIDE + HEAD + 8 + 22 * i), f"■  {label}", colour, 15)
-    reduced(picture).save(place, optimize=True)
+        legend.write((24, SIDE + HEAD + 8 + 22 * i), label, colour, 15)
+    save(picture, place)
