@@ -4,7 +4,8 @@
     python -m toy.plane --experiment composition   the paper's claims: composition, teachers, mixture, all; or sweeps
 
 For every condition a teacher draws from a mixture of Gaussians, so there is no error of a teacher's network in a result.
-flow.py, dmd.py and recipe.py are used as they are. Experiments, sweeps and pictures are in toy/plane_experiments.py.
+flow.py, dmd.py and recipe.py are used as they are. The claims are in toy/plane_experiments.py, what was found is in
+results/plane/findings.md.
 
     S        seeds: students that train side by side, each with its own weights and draws, as one batched product
     N        samples of all seeds together, seed after seed: S times the batch; states are (N, 2)
@@ -142,7 +143,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Training:
-    """The optimisation: one for all rows. Ours, from pilots with seed 1 under the base teacher alone; tables use seed 0."""
+    """The optimisation: one for all rows. Ours, from pilots with seed 1; the tables use seed 0."""
 
     seeds: int = 32
     seed: int = 0  # of all draws
