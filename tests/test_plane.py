@@ -173,7 +173,7 @@ def test_main_job_with_tiny_numbers(tmp_path):
     plane_experiments.main(["--seeds", "1", "--updates", "2", "--out", str(tmp_path)])
     assert Image.open(tmp_path / "dmd.png").width == 1200
     assert Image.open(tmp_path / "dmd.gif").format == "GIF"
-    assert "student, 4 steps" in (tmp_path / "dmd.md").read_text()
+    assert "Student, 4 steps" in (tmp_path / "dmd.md").read_text()
 
 
 @pytest.mark.parametrize(
