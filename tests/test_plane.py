@@ -1,0 +1,206 @@
+"""The plane: closed forms against sampling and autograd, training against a teacher that one can check, and the commands."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+import recipe
+from dmd import rollout
+from flow import path, score_from_velocity
+from toy import plane, plane_experiments
+from toy.plane import Mixture, Network, Training, World, draw, drawn_by, evaluate, from_samples, measure, ring, train
+
+
+@pytest.mark.parametrize("t", [0.2, 0.6, 0.95])
+def test_velocity_is_the_mean_of_eps_minus_x(t):
+    """Among many pairs of data and noise, those that meet at z: weigh each x by how likely noise leads it there."""
+    rng = torch.Generator().manual_seed(0)
+    some = Mixture(ring(3, 1.0), 0.3, torch.tensor([[0.5, -0.2]]))
+    z = torch.tensor([[0.1, 0.3], [0.7, -0.6], [-0.4, 0.2]])
+    x = some.sample(100_000, rng)
+    eps = (z[:, None] - (1 - t) * x) / t  # (3, n, 2)
+    share = (-eps.square().sum(-1) / 2).softmax(1)  # (3, n)
+    expected = (share[..., None] * (eps - x)).sum(1)
+    found = Mixture(some.modes, some.sd, some.centre.expand(3, 2)).velocity(z, torch.full((3,), t))
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.0)
+
+
+def test_velocity_has_the_score_of_the_noised_mixture():
+    modes, sd, centre = ring(4, 1.5), 0.3, torch.randn(50, 2, generator=torch.Generator().manual_seed(1))
+    z, t = torch.randn(50, 2, generator=torch.Generator().manual_seed(2)).requires_grad_(), torch.linspace(0.05, 1, 50)
+    var = ((1 - t) ** 2 * sd**2 + t**2)[:, None]
+    means = (1 - t)[:, None, None] * (centre[:, None] + modes)  # (50, 4, 2)
+    log_p = (-(z[:, None] - means).square().sum(-1) / (2 * var)).logsumexp(1)
+    (score,) = torch.autograd.grad(log_p.sum(), z)
+    with torch.no_grad():
+        found = score_from_velocity(z, Mixture(modes, sd, centre).velocity(z, t), t)
+    torch.testing.assert_close(found, score, atol=1e-3, rtol=1e-3)
+
+
+def test_modes_of_each_seed():
+    """With other modes for each seed, every seed gets what its own mixture says."""
+    rng = torch.Generator().manual_seed(0)
+    modes, z, t = torch.randn(3, 5, 2, generator=rng), torch.randn(12, 2, generator=rng), torch.rand(12, generator=rng)
+    together = Mixture(modes, 0.2).velocity(z, t)
+    for seed in range(3):
+        mine = slice(4 * seed, 4 * seed + 4)
+        torch.testing.assert_close(together[mine], Mixture(modes[seed], 0.2).velocity(z[mine], t[mine]))
+
+
+def test_student_starts_as_the_base_teacher():
+    rng, world = torch.Generator().manual_seed(0), World()
+    noise, _, source, t = draw(world, 12, 1.0, rng)
+    for task, category in plane.CONDITIONS:
+        student = drawn_by(world, Network(3, rng))(task, category, source)
+        base = world.mixture("base", category, source).velocity
+        torch.testing.assert_close(student(noise, t), base(noise, t), rtol=0.0, atol=0.0)
+
+
+def test_seeds_are_separate():
+    """What one seed draws depends on its own weights and noise alone."""
+    rng, world = torch.Generator().manual_seed(0), World()
+    network = Network(2, rng)
+    network.weights[-1] = torch.randn(network.weights[-1].shape, generator=rng)
+    noise, _, source, t = draw(world, 8, 1.0, rng)
+    v = drawn_by(world, network)("edit", "object", source)
+    before = v(noise, t)
+    noise[4:] += 1
+    after = v(noise, t)
+    assert torch.equal(before[:4], after[:4]) and not torch.equal(before[4:], after[4:])
+
+
+def test_measures_of_exact_samples():
+    rng, truth = torch.Generator().manual_seed(0), Mixture(ring(4, 1.5), 0.3)
+    found = measure(truth.sample(8000, rng), truth, 8, rng)
+    assert found["precision"].mean().item() == pytest.approx(1 - math.exp(-4.5), abs=0.005)
+    assert found["fine"].mean().item() == pytest.approx(1 - math.exp(-0.5), abs=0.02)
+    assert found["coverage"].tolist() == [1.0] * 8
+    assert abs(found["distance"].mean().item()) < 0.005
+    missing = measure(Mixture(truth.modes[:3], 0.3).sample(8000, rng), truth, 8, rng)
+    assert missing["coverage"].tolist() == [0.75] * 8
+    assert missing["precision"].mean().item() > 0.98 and missing["distance"].mean().item() > 0.1
+
+
+class OneMode(World):
+    """Base and specialist with one mode each, at other places and of other widths."""
+
+    def mixture(self, teacher, category, source):
+        return Mixture(torch.tensor([[0.8, -0.4]]), 0.5) if teacher == "text" else Mixture(torch.zeros(1, 2), 1.0)
+
+
+def test_student_reaches_mean_and_variance_of_one_mode(monkeypatch):
+    """Trained at its last step alone, for a quick test: with all steps in turn it takes many times as long."""
+    monkeypatch.setattr(plane, "rollout", lambda v, noise, sigmas, k: rollout(v, noise, sigmas, 3))
+    row = recipe.Recipe("text", (10, 0), t2i={"text": 1}, specialists=recipe.specialists(1.0, 1.0, 1.0, 1.0))
+    args, world = Training(seeds=2, updates=250, lr=2e-3), OneMode()
+    ((_, student, _),) = train(world, row, args, {250})
+    noise, _, source, _ = draw(world, 4000, 1.0, torch.Generator().manual_seed(9))
+    before = plane.euler(plane.teacher(world)("t2i", "text", source), noise, plane.SIGMAS)
+    after = plane.euler(drawn_by(world, student)("t2i", "text", source), noise, plane.SIGMAS)
+    assert before.mean(0).abs().max() < 0.05 and before.std(0).min() > 0.59
+    torch.testing.assert_close(after.mean(0), torch.tensor([0.8, -0.4]), atol=0.06, rtol=0.0)
+    torch.testing.assert_close(after.std(0), torch.tensor([0.5, 0.5]), atol=0.06, rtol=0.0)
+
+
+def test_oracle_is_the_students_own_distribution():
+    """A student that is exact has samples whose kernel density is the teacher's, one kernel wider."""
+    one, rng = Mixture(torch.tensor([[0.3, 0.2]]), 0.4), torch.Generator().manual_seed(0)
+    exact = lambda z, t: z - one.sample(len(z), rng) if t[0] == 1 else one.velocity(z, t)  # noqa: E731
+    found = from_samples(exact, torch.randn(1, 4000, 2, generator=rng), seeds=2)
+    z, t = torch.randn(20, 2, generator=rng), torch.full((20,), 0.7)
+    wider = Mixture(one.modes, math.hypot(one.sd, found.sd)).velocity(z, t)
+    torch.testing.assert_close(found.velocity(z, t), wider, atol=0.1, rtol=0.0)
+
+
+def test_same_seeds_same_digits():
+    def weights(seed):
+        args = Training(seeds=2, seed=seed, updates=3)
+        return [network.weights[-1] for _, network, _ in train(World(), recipe.find("flash"), args, {3})][0]
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_rows_are_paired(monkeypatch):
+    """Every recipe sees the same draws."""
+    seen = {}
+    for name in ("e1-landscape", "flash"):
+        seen[name] = []
+
+        def record(*args, to=seen[name]):
+            to.append(draw(*args))
+            return to[-1]
+
+        monkeypatch.setattr(plane, "draw", record)
+        list(train(World(), recipe.find(name), Training(seeds=2, updates=3), set()))
+    pairs = list(zip(seen["e1-landscape"], seen["flash"], strict=True))
+    assert len(pairs) == 9 and all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other))
+
+
+def test_xi_moves_along_the_path():
+    """The world's edits are of landscapes: their source has the landscape's modes."""
+    _, xi, source, t = draw(World(), 4000, 1.0, torch.Generator().manual_seed(0))
+    assert (
+        measure(source, World().mixture("truth", "landscape", source), 4, torch.Generator())["precision"].min() > 0.97
+    )
+    assert path(source, xi, t).shape == source.shape and 0.02 <= t.min() and t.max() <= 0.98
+
+
+def test_verdicts():
+    assert plane_experiments.verdict([(0.3, 0.1), (0.2, 0.1)]) == "agree"
+    assert plane_experiments.verdict([(0.3, 0.1), (0.05, 0.1)]) == "cannot tell"
+    assert plane_experiments.verdict([(0.3, 0.1), (-0.2, 0.1)]) == "disagree"
+
+
+def test_experiment_and_sweep_with_tiny_numbers(tmp_path, capsys):
+    few = ["--seeds", "2", "--updates", "2", "--out", str(tmp_path)]
+    plane_experiments.main(["--experiment", "composition", *few])
+    plane_experiments.main(["--experiment", "oracle", *few])
+    table = json.loads((tmp_path / "composition.json").read_text())
+    claims = {**plane_experiments.PREMISES, **plane_experiments.TABLES["composition"].claims}
+    assert list(table["claims"]) == list(claims)
+    assert table["claims"]["Four plain steps lose at editing."]["precision"] == "agree"
+    assert "| E3 text |" in (tmp_path / "composition.md").read_text()
+    assert "- undistilled" in (tmp_path / "oracle.md").read_text()
+    assert Image.open(tmp_path / "oracle.png").width > 100
+    assert "written to" in capsys.readouterr().out
+
+
+def test_main_job_with_tiny_numbers(tmp_path):
+    plane_experiments.main(["--seeds", "1", "--updates", "2", "--out", str(tmp_path)])
+    assert Image.open(tmp_path / "dmd.png").width == 1200
+    assert Image.open(tmp_path / "dmd.gif").format == "GIF"
+    assert "Student, 4 steps" in (tmp_path / "dmd.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["--experiment", "painting"], "invalid choice: 'painting'"),
+        (["--seeds", "0"], "--seeds 0: must be at least 1"),
+        (["--updates", "-3"], "--updates -3: must be at least 1"),
+        (["--out", "FILE/plane"], "cannot be written"),
+    ],
+)
+def test_bad_input(words, complaint, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        plane_experiments.main([word.replace("FILE", str(tmp_path / "file")) for word in words])
+    assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_teachers_differ_as_the_world_says():
+    """Wider or narrower by its factor, and moved: read off the samples of 40 steps."""
+    world, few = World(blur=3.0, sharp=0.5, displaced=1.0), torch.Generator().manual_seed(0)
+    for name, width, moved in (("truth", 1.0, 0.0), ("base", 3.0, 0.0), ("text", 0.5, 0.12)):
+        some = world.mixture(name, "text", torch.zeros(1, 2))
+        x = some.sample(20_000, few)
+        assert x[:, 0].mean().item() == pytest.approx(moved, abs=0.03)
+        middle = x[(x - torch.tensor([moved, 0.0])).abs().max(1).values < 0.55]
+        if name != "base":  # the base's modes run into each other
+            assert middle.std(0).mean().item() == pytest.approx(0.12 * width, abs=0.01)
+    scores = evaluate(world, plane.teacher(world, specialised=True), plane.TEACHER_SIGMAS, 2)
+    assert scores["text"]["precision"].min() > 0.99
