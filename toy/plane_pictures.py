@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from dmd import dmd_gradient
-from flow import Velocity, euler, path
+from flow import Velocity, add_noise, euler
 from toy.plane import SIGMAS, Mixture, Model
 
 FINE = 3  # so many times larger
@@ -114,7 +114,7 @@ def one_gradient(picture: Image.Image, real: Velocity, fake: Velocity, x_theta: 
     x = x_theta[(x_theta[:300] - torch.tensor([0.3, 0.9])).norm(dim=1).argmin()]  # one between two modes
     xi, t = torch.tensor([0.9, -0.1]), torch.full((len(x_theta),), 0.5)
     _, x0_real, x0_fake = (one[0] for one in dmd_gradient(real, fake, x.expand_as(x_theta), xi.expand_as(x_theta), t))
-    x_t, better = path(x[None], xi[None], t[:1])[0], x + x0_real - x0_fake
+    x_t, better = add_noise(x[None], xi[None], t[:1])[0], x + x0_real - x0_fake
     panel.line(torch.stack([x, x_t]), GREY)
     panel.arrow(x_t, x0_real, BLUE)
     panel.arrow(x_t, x0_fake, RED)
