@@ -9,7 +9,7 @@ from PIL import Image
 
 import recipe
 from dmd import rollout
-from flow import path, score_from_velocity
+from flow import add_noise, score_from_velocity
 from toy import plane, plane_experiments
 from toy.plane import Mixture, Network, Training, World, draw, drawn_by, evaluate, from_samples, measure, ring, train
 
@@ -146,7 +146,7 @@ def test_xi_moves_along_the_path():
     assert (
         measure(source, World().mixture("truth", "landscape", source), 4, torch.Generator())["precision"].min() > 0.97
     )
-    assert path(source, xi, t).shape == source.shape and 0.02 <= t.min() and t.max() <= 0.98
+    assert add_noise(source, xi, t).shape == source.shape and 0.02 <= t.min() and t.max() <= 0.98
 
 
 def test_verdicts():
