@@ -302,7 +302,7 @@ def encode(args: Args) -> Pool:
     say("prompts: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     kinds = {"resolution": args.resolution, "empty": flows or args.guidance != 1, "targets": flows}
-    ours = {"share": (rank(), ranks()), "together": together}
+    ours = {"worker": (rank(), ranks()), "together": together}
     cache = args.cache or args.out / "conditions"
     return cached_pool(cache, prompts, args.checkpoint, dtype=dtype, device=args.device, **kinds, **ours)
 

@@ -3,7 +3,7 @@
     Entry         one encoded prompt: the states of its words, the latents of its sources (and of its target)
     Pool          entries; `choose` picks those of one micro-batch, which share a bucket
     encode_pool   prompts -> Pool, in memory
-    cached_pool   the same through a folder of safetensors shards: what an earlier start, or another process, has
+    cached_pool   the same through a folder of safetensors shards: what is there already is not encoded again
                   encoded is not encoded again, and tensors are mapped from the files, not copied into every process
 
 A BUCKET is what samples must have in common to be one tensor: the sizes of all sources and of the picture to draw. In
@@ -14,6 +14,7 @@ changed picture is another entry.
 import hashlib
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -190,24 +191,26 @@ def cached_pool(
     resolution: int,
     empty: bool = True,
     targets: bool = False,
-    share: tuple[int, int] = (0, 1),
+    worker: tuple[int, int] = (0, 1),
     together: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Pool:
-    """`encode_pool` through the shards in `folder`, whose tensors the pool then maps.
+    """Encode the prompts that `folder` does not have yet, keep them there, and map the tensors of all from its files.
 
-    share: (this process's number, how many processes share the work). together: a context that all of them leave at the
-    same time. The encoders are opened, in dtype on the device, where something is left to encode, and gone when this
-    returns. Which prompts are encoded in one batch depends on what is missing and not on the number of processes: else
-    the last bits of the states would, too.
+    worker: the number of this process, and how many processes divide the work. together: a context that all of them
+    leave at the same time. The encoders are opened in dtype on the device, only if there is something to encode, and
+    are freed at the end. Which prompts are encoded in one batch depends on what is missing, not on the number of
+    processes: that would change the last bits of the states.
     """
-    mine, processes = share
+    mine, processes = worker
+    with together():
+        shards(folder)  # its errors come before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     files = fingerprint(checkpoint)
     keys = [content_key(prompt, files, resolution, empty, targets) for prompt in prompts]
     with together():
         for shard in shards(folder)[mine::processes]:
-            if read_shard(shard, check=True) is None:
-                print(f"{shard}: torn; its prompts are encoded again")
+            if not read_shard(shard, check=True):
+                print(f"{shard}: damaged; its prompts are encoded again")
                 shard.unlink()
     with together():  # nobody may add a shard while others still look
         known = {key for shard in shards(folder) for key in read_shard(shard)}
@@ -250,7 +253,31 @@ def content_key(prompt: Prompt, encoders: str, resolution: int, empty: bool, tar
 
 
 def shards(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    """The files of entries in a cache folder, in order; none where it does not exist yet.
+
+    ValueError if the folder holds anything that `write_shard` did not write: damaged shards are deleted, so a folder with
+    other files is not used at all. A shard is known by its name and its header. A `.part` file is a shard that is being
+    written, perhaps by another run.
+    """
+    if not folder.exists():
+        return []
+    found = []
+    for path in sorted(folder.iterdir()):
+        if re.fullmatch(r"[0-9a-f]{32}\.safetensors", path.name) and read_header(path).keys() >= {"entries", "checksum"}:
+            found.append(path)
+        elif not re.fullmatch(r"[0-9a-f]{32}\.\d+\.part", path.name):
+            raise ValueError(f"{path}: not a file of encoded prompts; --cache takes a new folder, or one with nothing else")
+    return found
+
+
+def read_header(path: Path) -> dict:
+    """The notes in a safetensors file's header, even if the rest is cut off; {} where there are none."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            return json.loads(file.read(length) if length < path.stat().st_size else b"{}").get("__metadata__", {})
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
 
 
 def write_shard(folder: Path, entries: dict[str, Entry]) -> None:
@@ -271,10 +298,11 @@ def write_shard(folder: Path, entries: dict[str, Entry]) -> None:
     os.replace(part, path)
 
 
-def read_shard(path: Path, check: bool = False) -> dict[str, dict] | None:
-    """The fields of a shard's entries, by key; tensors are mapped, so that reading costs nothing before they are used.
+def read_shard(path: Path, check: bool = False) -> dict[str, dict]:
+    """The fields of a shard's entries, by key; {} if it is damaged.
 
-    None: not whole. A header that fits the file's length is always asked for; `check` reads every byte.
+    Tensors are mapped: nothing is read before it is used. The header must fit the file's length; `check` also reads every
+    byte.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -282,9 +310,9 @@ def read_shard(path: Path, check: bool = False) -> dict[str, dict] | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         notes = json.loads(header["entries"])
         if check and header["checksum"] != checksum(tensors):
-            return None
+            return {}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError):
-        return None
+        return {}
     found = {}
     for key, note in notes.items():
         found[key] = {

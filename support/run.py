@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from support import watch
+from support.conditions import shards
 from support.files import read_json, write_json, write_tensors
 from support.options import settle
 from support.ranks import by_first, rank, ranks, together
@@ -51,7 +52,7 @@ def _open_run(args) -> tuple[object, Path | None]:
     if not before and out.is_dir() and {f.name for f in out.iterdir()} - {"args.json", "conditions"}:  # a failed start
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
     args = settle(replace(args, dtype=args.dtype or before["dtype"]) if before else args)  # not measured a second time
-    find_teachers(args)  # its errors come before anything is written
+    find_teachers(args), shards(args.cache or out / "conditions")  # their errors come before anything is written
     now = json.loads(json.dumps(asdict(args), default=str))
     contents = {p: hashlib.sha256(p.read_bytes()).hexdigest()[:8] if p.is_file() else "missing" for p in args.prompts}
     now["prompts"] = [f"{path} ({content})" for path, content in contents.items()]

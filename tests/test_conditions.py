@@ -1,11 +1,14 @@
 """The cache of encoded prompts: what is in it is not encoded again, and what is not, or is torn, or has changed, is."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
 import reference
 import torch
+from safetensors.torch import save_file
 
 from recipe import read_prompts
 from support import conditions
@@ -111,3 +114,31 @@ def test_fingerprint_knows_the_weights(tmp_path):
     assert conditions.fingerprint(tmp_path) == before
     (tmp_path / "vae" / "a.safetensors").write_bytes(b"2")
     assert conditions.fingerprint(tmp_path) != before
+
+
+def test_a_folder_with_other_files_is_refused_and_keeps_them(checkpoint, prompts, tmp_path, encoded):
+    """Weights of somebody, a shard's name on other contents, a shard without its header, any other file."""
+    listed, folder = read_prompts([prompts]), tmp_path / "cache"
+    cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
+    shard = conditions.shards(folder)[0]
+    weights = tmp_path / "weights.safetensors"
+    save_file({"a": torch.ones(3)}, weights)
+    (folder / f"{'0' * 32}.{os.getpid()}.part").touch()  # a writer that was killed left it
+    damaged = shard.read_bytes()[:-1]
+    for name, content in {
+        "model.safetensors": weights.read_bytes(),
+        f"{'1' * 32}.safetensors": weights.read_bytes(),
+        f"{'2' * 32}.safetensors": shard.read_bytes()[:40],
+        f"{'3' * 32}.safetensors": b"",
+        "notes.txt": b"mine",
+    }.items():
+        (folder / name).write_bytes(content)
+        shard.write_bytes(damaged)  # ours, and yet it stays as it is, for the folder is not touched at all
+        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+        encoded.clear()
+        with pytest.raises(ValueError, match=rf"{re.escape(name)}: not a file of encoded prompts"):
+            cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before and not encoded
+        (folder / name).unlink()
+    cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
+    assert encoded and shard.read_bytes() != damaged
