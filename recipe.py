@@ -15,87 +15,13 @@ from m alone, and a resumed run needs no other state.
 Every number says where it is from: (section N) of Qwen-Image-Flash, arXiv 2606.03746, or "ours".
 """
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from PIL import Image
+from support.prompts import TASKS, Prompt, read_prompts  # noqa: F401 (also for who imports them from here)
 
-TASKS = ("t2i", "edit")
 RATIO_PARTS = 10  # the paper writes every ratio in tenths: 9:1, 7:3, 5:5 (section 5)
-
-
-# ---- prompts -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Prompt:
-    """One training case. Files give paths; the toy world gives pictures that it has just drawn."""
-
-    task: str  # "t2i" or "edit"
-    category: str  # any word; a recipe's composition and routing refer to it
-    prompt: str
-    images: list[Path | Image.Image] = field(default_factory=list)  # the sources of an edit, in the order of the prompt
-    target: Path | Image.Image | None = None  # the picture to learn; only the flow objective needs it
-
-
-def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
-    """Reads JSON lines {"task", "category", "prompt", "images", "target"}; paths are relative to the file's folder.
-
-    images is needed by an edit and forbidden for T2I; target is optional. Blank lines are skipped. Anything else that is
-    not as it should be (a key, a type, a picture that is not there) raises ValueError with file and line.
-    """
-    prompts = []
-    for file in map(Path, files):
-        if file.is_dir() or not file.exists():
-            raise FileNotFoundError(f"{file}: no such file; prompts are expected in it, one JSON object a line")
-        before = len(prompts)
-        # Lines are split as BYTES: str.splitlines also splits at U+2028 and others, which may stand inside a prompt.
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-            if line.strip():
-                try:
-                    prompts.append(_prompt(line, file.parent))
-                except ValueError as error:
-                    raise ValueError(f"{file}, line {number}: {error}") from None
-        if len(prompts) == before:
-            raise ValueError(f"{file}: no prompts in it; expected one JSON object a line")
-    return prompts
-
-
-def _prompt(line: bytes, folder: Path) -> Prompt:
-    try:
-        row = json.loads(line)
-    except ValueError as error:  # bad JSON and bad UTF-8 alike
-        # Of its own lines JSON has one, while the caller names the file's.
-        raise ValueError(f"not valid JSON: {error}".replace("line 1 ", "")) from None
-    if type(row) is not dict:
-        raise ValueError("a line must be a JSON object")
-    if unknown := row.keys() - {"task", "category", "prompt", "images", "target"}:
-        raise ValueError(f"unknown key {sorted(unknown)}; known are task, category, prompt, images, target")
-    for key in ("task", "category", "prompt"):
-        if key not in row:
-            raise ValueError(f"{key!r} is missing")
-    for key in row.keys() - {"images"}:
-        if not isinstance(row[key], str) or not row[key].strip():
-            raise ValueError(f"{key!r} must be a text that is not empty, not {row[key]!r}")
-    images = row.get("images", [])
-    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise ValueError(f"'images' must be a list of paths, not {images!r}")
-
-    if row["task"] not in TASKS:
-        raise ValueError(f"'task' must be one of {TASKS}, not {row['task']!r}")
-    if row["task"] == "edit" and not images:
-        raise ValueError("an edit needs its source pictures in 'images'")
-    if row["task"] == "t2i" and images:
-        raise ValueError("t2i takes no 'images'; is this an edit, or is the picture the 'target'?")
-    sources = [folder / image for image in images]
-    target = folder / row["target"] if "target" in row else None
-    for picture in [*sources, target] if target else sources:
-        if not picture.is_file():
-            raise ValueError(f"no picture at {picture}")
-    return Prompt(row["task"], row["category"], row["prompt"], sources, target)
 
 
 def categories(prompts: Iterable[Prompt]) -> dict[str, list[str]]:

@@ -3,8 +3,8 @@
     Entry         one encoded prompt: the states of its words, the latents of its sources (and of its target)
     Pool          entries; `choose` picks those of one micro-batch, which share a bucket
     encode_pool   prompts -> Pool, in memory
-    cached_pool   the same through a folder of safetensors shards: what is there already is not encoded again
-                  encoded is not encoded again, and tensors are mapped from the files, not copied into every process
+    cached_pool   the same through a folder of safetensors shards: what is there already is not encoded again, and
+                  tensors are mapped from the files, not copied into every process
 
 A BUCKET is what samples must have in common to be one tensor: the sizes of all sources and of the picture to draw. In
 the cache an entry is known by its CONTENT: the words, the pictures' bytes, the encoders' files and the resolution. A
@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from encoders.qwen3vl import Qwen3VL
 from encoders.vae import VAE
-from recipe import Prompt
 from support import pictures
 from support.files import write_tensors
+from support.prompts import Prompt
 
 GROUP = 32  # prompts that are encoded at once, and that share a shard
 ENOUGH = 8  # entries of one text length that make a micro-batch worth having without padding
@@ -263,10 +263,11 @@ def shards(folder: Path) -> list[Path]:
         return []
     found = []
     for path in sorted(folder.iterdir()):
-        if re.fullmatch(r"[0-9a-f]{32}\.safetensors", path.name) and read_header(path).keys() >= {"entries", "checksum"}:
+        header = read_header(path) if re.fullmatch(r"[0-9a-f]{32}\.safetensors", path.name) else {}
+        if {"entries", "checksum"} <= header.keys():
             found.append(path)
         elif not re.fullmatch(r"[0-9a-f]{32}\.\d+\.part", path.name):
-            raise ValueError(f"{path}: not a file of encoded prompts; --cache takes a new folder, or one with nothing else")
+            raise ValueError(f"{path}: not a file of encoded prompts; --cache takes a folder that holds nothing else")
     return found
 
 

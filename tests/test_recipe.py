@@ -9,6 +9,7 @@ from PIL import Image
 
 import recipe
 from recipe import RECIPES, Recipe, Specialist
+from support.prompts import fingerprint
 
 FAMILIES = ["scene", "enhance", "object", "text", "identity", "style"]
 WORLD = {"t2i": ["landscape", "portrait", "text"], "edit": FAMILIES}
@@ -234,6 +235,17 @@ def test_prompts_are_read(folder):
         (EDIT | {"images": [1]}, "'images' must be a list"),
         (EDIT | {"images": ["pictures/a.png", "pictures/c.png"]}, r"no picture at .*pictures/c.png"),
         (EDIT | {"target": "pictures"}, "no picture at .*pictures"),
+        (EDIT | {"images": ["x" * 5000]}, "File name too long"),
+        (EDIT | {"images": ["a\0b.png"]}, "no picture at"),
+        (EDIT | {"images": ["pictures/a.png"] * 11}, "11 pictures in 'images'"),
+        (r'{"task": "t2i", "category": "a", "prompt": "cat \ud83d"}', "'prompt' has half of a character"),
+        (r'{"task": "t2i", "category": "\ude00", "prompt": "cat"}', "'category' has half of a character"),
+        (r'{"task": "edit", "category": "a", "prompt": "b", "images": ["\ud83d.png"]}', "'images' has half of a char"),
+        (T2I | {"prompt": "cat" * 10_000}, "'prompt' has 30,000 characters"),
+        (T2I | {"prompt": "a <|image_pad|>"}, "which stands for a picture"),
+        ('{"task": "t2i", "category": "a", "prompt": "b", "prompt": "c"}', "stands there twice"),
+        ("[" * 100_000, "recursion"),
+        ('{"prompt": ' + "9" * 5000 + "}", "not valid JSON"),
     ],
 )
 def test_a_bad_line_is_named(folder, line, complaint):
@@ -248,5 +260,16 @@ def test_an_empty_or_missing_file(folder):
     (folder / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"empty\.jsonl: no prompts"):
         recipe.read_prompts([folder / "empty.jsonl"])
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file"):
-        recipe.read_prompts([folder / "none.jsonl"])
+    for name in ("none.jsonl", "pictures"):
+        with pytest.raises(FileNotFoundError, match=rf"{name}: no such file"):
+            recipe.read_prompts([folder / name])
+
+
+def test_the_fingerprint_of_prompts_knows_their_pictures(folder):
+    (folder / "one.jsonl").write_text(json.dumps(EDIT | {"target": "pictures/b.png"}))
+    before = fingerprint([folder / "one.jsonl"])
+    (folder / "one.jsonl").write_text("\n" + json.dumps(EDIT | {"target": "pictures/b.png"}))  # the same prompts
+    assert fingerprint([folder / "one.jsonl"]) == before
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4), "red").save(folder / "pictures" / name)
+        assert before != (before := fingerprint([folder / "one.jsonl"]))
