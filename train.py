@@ -28,22 +28,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-import dmd
-import flow
 import recipe as recipes
 from recipe import Recipe
-from support import options, plan, watch
-from support.batches import Batch, batches
-from support.conditions import Pool, cached_pool
-from support.export import export_run
+from support import options
 from support.options import option
-from support.ranks import by_first, everyone, joined, rank, ranks, say, together
-from support.run import find_teachers, located, noted_signals, open_run, save
-from support.trainee import Network, Trainee, frozen, learner
 
 TOY = Path(__file__).parent / "toy" / "checkpoint"
 
@@ -54,45 +42,45 @@ TOY = Path(__file__).parent / "toy" / "checkpoint"
 class Args:
     """The options of a run: value, allowed range, and the text of --help. The values are the laptop's distillation."""
 
-    objective: str = option("dmd", "dmd: distil a few-step student; flow: train a teacher")
+    objective: str = option("dmd", "dmd: distil a few-step student; flow: train a teacher", "dmd | flow")
     checkpoint: Path = option(TOY, "folder in the published layout, from which every network starts")
     prompts: tuple[Path, ...] = option((), "files of JSON lines; without any, the toy world's own prompts")
-    pool: int = option(1024, "without --prompts: number of toy prompts for each task", "[1, inf)")
-    recipe: str = option("flash", "composition, ratio and teachers, by its name in recipe.py")
+    pool: int = option(1024, "without --prompts: number of toy prompts for each task", "[1, 1e6]")
+    recipe: str = option("flash", "composition, ratio and teachers: " + ", ".join(recipes.RECIPES))
     out: Path | None = option(None, "folder of this run; default: runs/OBJECTIVE-RECIPE")
     cache: Path | None = option(None, "folder of encoded prompts, which runs may share; default: OUT/conditions")
     teacher: tuple[str, ...] = option((), "NAME=FOLDER_OR_LORA: specialised teachers besides the checkpoint's own")
-    lora_rank: int = option(0, "train LoRAs of this rank on one copy of the weights; 0: all weights", "[0, inf)")
-    guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: the checkpoint's", "[1, inf)")
-    resolution: int | None = option(None, "side of the pictures' area; default: the checkpoint's", "[32, inf)")
+    lora_rank: int = option(0, "train LoRAs of this rank on one copy of the weights; 0: all weights", "[0, 4096]")
+    guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: the checkpoint's", "[1, 100]")
+    resolution: int | None = option(None, "side of the pictures' area; default: the checkpoint's", "[32, 16384]")
     student_steps: int = option(4, "number of steps of the student, its NFE", "[1, 1000]")
-    steps: int = option(500, "updates of the student", "[1, inf)")
-    batch: int = option(12, "samples in an update, over all its micro-batches", "[1, inf)")
-    micro_batch: int = option(6, "samples that run at once, over all processes", "[1, inf)")
-    seed: int = option(0, "every random number follows from it", "(-inf, inf)")
+    steps: int = option(500, "updates of the student", "[1, 1e9]")
+    batch: int = option(12, "samples in an update, over all its micro-batches", "[1, 1e6]")
+    micro_batch: int = option(6, "samples that run at once, over all processes", "[1, 1e6]")
+    seed: int = option(0, "every random number follows from it", "[-9e18, 9e18]")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
-    save_every: int = option(50, "steps between two checkpoints", "[1, inf)")
-    panel_every: int = option(50, "steps between two panels", "[1, inf)")
-    device: str | None = option(None, "default: cuda if there is one")
-    dtype: str | None = option(None, "of the working weights, bfloat16 or float32; default: the faster one")
+    save_every: int = option(50, "steps between two checkpoints", "[1, 1e9]")
+    panel_every: int = option(50, "steps between two panels", "[1, 1e9]")
+    device: str | None = option(None, "cpu, mps, cuda or cuda:NUMBER; default: cuda if there is one")
+    dtype: str | None = option(None, "of the working weights; default: the faster one", "bfloat16 | float32")
     compile: bool = option(False, "torch.compile every block; the first step takes minutes")
     recompute: bool = option(False, "compute blocks again in the backward pass: less memory, a third more work")
     plan: bool = option(False, "print memory, work and time of such a run, and do nothing else")
-    gpus: int | None = option(None, "with --plan: number of processes", "[1, inf)")
-    peak_tflops: float | None = option(None, "of one GPU; default: known for a few, by name", "(0, inf)")
+    gpus: int | None = option(None, "with --plan: number of processes", "[1, 1e6]")
+    peak_tflops: float | None = option(None, "of one GPU; default: known for a few, by name", "(0, 1e6]")
     utilisation: float = option(0.4, "with --plan: the part of the peak that is reached", "(0, 1]")
 
     # The optimisation. Ours, from a prototype of the laptop's size, unless a source is named.
-    muon_lr: float = option(0.002, "Muon, for the blocks' matrices; 0: AdamW for those too", "[0, inf)")
-    lr: float = option(2e-4, "AdamW, for all other tensors", "[0, inf)")
-    fake_muon_lr: float = option(0.005, "of the fake score, higher because it has to keep up", "[0, inf)")
-    fake_lr: float = option(5e-4, "of the fake score", "[0, inf)")
-    fake_updates: int = option(2, "updates of the fake score before each of the student; DMD2: 5", "[1, inf)")
-    warmup: int = option(10, "steps over which the learning rates rise from 0", "[0, inf)")
+    muon_lr: float = option(0.002, "Muon, for the blocks' matrices; 0: AdamW for those too", "[0, 1]")
+    lr: float = option(2e-4, "AdamW, for all other tensors", "[0, 1]")
+    fake_muon_lr: float = option(0.005, "of the fake score, higher because it has to keep up", "[0, 1]")
+    fake_lr: float = option(5e-4, "of the fake score", "[0, 1]")
+    fake_updates: int = option(2, "updates of the fake score before each of the student; DMD2: 5", "[1, 1000]")
+    warmup: int = option(10, "steps over which the learning rates rise from 0", "[0, 1e9]")
     decay: float = option(0.4, "last part of the run, in which they fall to 0", "[0, 1]")
-    clip: float = option(1.0, "largest norm of a gradient (2.0 report, section 4)", "(0, inf)")
+    clip: float = option(1.0, "largest norm of a gradient (2.0 report, section 4)", "(0, 1e9]")
     ema: float = option(0.97, "decay of the averaged weights, which are exported; 0: no average", "[0, 1)")
-    time_shift: float = option(1.5, "moves p(t) towards noise; 1: not at all", "(0, inf)")
+    time_shift: float = option(1.5, "moves p(t) towards noise; 1: not at all", "[0.01, 100]")
     text_dropout: float = option(0.1, "flow: part of the samples without words (2.0 report, section 4)", "[0, 1]")
 
     @property
@@ -123,6 +111,29 @@ def defaults(objective: str, parameters: int, lora_rank: int) -> dict:
     return {} if parameters <= 1e9 else LARGE_LORA if lora_rank else LARGE
 
 
+def parse(argv: list[str] | None = None) -> Args:
+    return options.parse(argv, Args, defaults, __doc__)
+
+
+if __name__ == "__main__":  # torch takes seconds to import: --help comes before it, and Ctrl-C ends it with one line
+    options.end_quietly("train.py")
+    if {"-h", "--help"} & set(sys.argv):
+        parse()
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import dmd
+import flow
+from support import plan, watch
+from support.batches import Batch, batches
+from support.conditions import Pool, cached_pool
+from support.export import export_run
+from support.ranks import by_first, everyone, joined, rank, ranks, say, together
+from support.run import find_teachers, located, noted_signals, open_run, restore, save, settle
+from support.trainee import Network, Trainee, frozen, learner
+
 # ---- the updates -----------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +148,11 @@ class Job:
     teachers: dict[str, Network]  # frozen; "base" and the specialised ones
     trainee: Trainee  # the student, or with the flow objective the teacher in training
     fake: Trainee | None  # the fake score
+
+    @property
+    def trainees(self) -> dict[str, Trainee]:
+        """By the names of their files in a checkpoint."""
+        return {"student": self.trainee} | ({"fake": self.fake} if self.fake else {})
 
 
 def update_fake(job: Job, update: int, rate: float) -> watch.Record:
@@ -228,11 +244,8 @@ def start(args: Args, pool: Pool, state: Path | None) -> Job:
     if not flows:
         network = learner(args, "fake", base)
         job.fake = Trainee("fake score", network, args, args.fake_muon_lr, args.fake_lr, ema=0)
-    if state:
-        with together():
-            job.trainee.restore(sorted(state.glob("student-*.safetensors")))
-            if job.fake:
-                job.fake.restore(sorted(state.glob("fake-*.safetensors")))
+    if args.resume:
+        restore(args, state, job.trainees)
     return job
 
 
@@ -270,17 +283,13 @@ def train(args: Args, pool: Pool, state: Path | None) -> Path:
                     watch.draw_pictures(args, job.pool, network, records[-1], done)
             stop = max(everyone(signals[0] if signals else 0))
             if done % args.save_every == 0 or done == args.steps or stop:
-                save(args.out, done, {"student": job.trainee} | ({"fake": job.fake} if job.fake else {}))
+                save(args.out, done, job.trainees)
             if stop and done < args.steps:
                 bar.close()
                 say(f"stopped after step {done}; --resume goes on from there")
                 raise SystemExit(128 + stop)
     bar.close()
     return export_run(args, job.trainee, job.sigmas)
-
-
-def parse(argv: list[str] | None = None) -> Args:
-    return options.parse(argv, Args, defaults, __doc__)
 
 
 def encode(args: Args) -> Pool:
@@ -311,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     recipe = recipes.find(args.recipe)
     if args.plan:
-        args = options.settle(args)
+        args = settle(args)
         return say(plan.describe(args, recipe, args.gpus or ranks(), find_teachers(args)))
     with joined():
         args, state = open_run(args)

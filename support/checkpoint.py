@@ -87,10 +87,16 @@ def fingerprint(checkpoint: Path) -> str:
     digest = hashlib.sha256((checkpoint / "model_index.json").read_bytes())
     for folder, _, files in sorted(os.walk(checkpoint, followlinks=True)):
         for path in sorted(Path(folder, name) for name in files if Path(folder) != checkpoint):
-            with open(path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                digest.update(f"{path.relative_to(checkpoint)} {size}".encode())
-                for start in (0, max(0, size - 2**20)):
-                    file.seek(start)
-                    digest.update(file.read(2**20))
+            digest.update(str(path.relative_to(checkpoint)).encode() + ends(path))
     return digest.hexdigest()[:16]
+
+
+def ends(path: Path) -> bytes:
+    """A file's size, and its first and last 2^20 bytes."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        parts = [f" {size}".encode()]
+        for start in (0, max(0, size - 2**20)):
+            file.seek(start)
+            parts.append(file.read(2**20))
+    return b"".join(parts)

@@ -1,24 +1,20 @@
-"""Options: a dataclass field is a flag. Its default, its range and its help text stand beside each other."""
+"""Options: a dataclass field is a flag. Its default, its help text and its range stand beside each other.
+
+Nothing here imports torch, which takes seconds: --help answers at once.
+"""
 
 import argparse
-import math
-import time
+import os
+import sys
 from collections.abc import Callable
-from dataclasses import MISSING, field, fields, replace
+from dataclasses import field, fields
 from pathlib import Path
 from types import NoneType
 from typing import get_args
 
-import torch
-
-from model import MMDiTConfig
-from support import plan
-from support.checkpoint import read_index
-from support.ranks import ranks
-
 
 def option(default, text: str, within: str | None = None):
-    """A field of train.Args. within: the interval of a number, as in "[0, 1)" or "(0, inf)"."""
+    """A field of train.Args. within: an interval, as in "[0, 1)" or "(0, inf)", or the words there are: "dmd | flow"."""
     return field(default=default, metadata={"help": text, "within": within})
 
 
@@ -26,33 +22,45 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_range(name: str, value: float, within: str) -> None:
-    """ValueError, with the flag's name, unless the value is in the interval. NaN is in none."""
+def check_range(name: str, value: float | str, within: str) -> None:
+    """ValueError, with the flag's name, unless the value is one of the words or in the interval. NaN is in none."""
+    if "|" in within:
+        if value not in within.split(" | "):
+            raise ValueError(f"{flag(name)} {value}: expected is {within.replace('|', 'or')}")
+        return
     low, high = (float(end) for end in within[1:-1].split(","))
     above = value >= low if within[0] == "[" else value > low
     below = value <= high if within[-1] == "]" else value < high
-    if not (above and below and math.isfinite(value)):
+    if not (above and below):
         raise ValueError(f"{flag(name)} {value}: a number in {within} is expected")
 
 
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong flag as ValueError, without the usage of all flags before it."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message}; --help lists the options")
+
+
 def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int], dict], about: str):
-    """The command line as a `kind`, a dataclass of options.
+    """The command line as a `kind`, a dataclass of options. ValueError names the flag.
 
     defaults(objective, parameters, lora_rank) gives the values that differ from the dataclass's own. They are known only
-    after a first look at the flags that decide them.
+    after a first look at the flags that decide them. about: a docstring; --help shows its first paragraph, and the one
+    with commands.
     """
     own = {f.name: f.default for f in fields(kind)}
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--objective", choices=["dmd", "flow"], default=own["objective"])
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--objective", default=own["objective"])
     first.add_argument("--checkpoint", type=Path, default=own["checkpoint"])
     first.add_argument("--lora-rank", type=int, default=own["lora_rank"])
     given = first.parse_known_args(argv)[0]
-    config = given.checkpoint / "transformer" / "config.json"
-    parameters = plan.parameters(MMDiTConfig.from_json(config)) if config.is_file() else 0  # missing: `settle` says so
-    own |= defaults(given.objective, parameters, given.lora_rank)
+    own |= defaults(given.objective, count(given.checkpoint, own["checkpoint"]), given.lora_rank)
 
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=about, formatter_class=layout, allow_abbrev=False)
+    title, *paragraphs = about.split("\n\n")
+    examples = "\n\n".join(part for part in paragraphs if "python " in part or part.startswith("Exit status"))
+    usage, layout = "%(prog)s [options]", argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=title, epilog=examples, usage=usage, formatter_class=layout, allow_abbrev=False)
     for f in fields(kind):
         default, text = own[f.name], f.metadata["help"] + (f" [{own[f.name]}]" if own[f.name] else "")
         if f.type is bool:
@@ -60,37 +68,31 @@ def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int]
         else:
             one = next((t for t in get_args(f.type) if t is not NoneType), f.type)  # X | None, tuple[X, ...] -> X
             nargs = "+" if isinstance(f.default, tuple) else None
-            parser.add_argument(flag(f.name), type=one, default=default, nargs=nargs, help=text)
+            parser.add_argument(flag(f.name), type=one, default=default, nargs=nargs, help=text, metavar=one.__name__.upper())
     return kind(**vars(parser.parse_args(argv)))
 
 
-def settle(args):
-    """Check the options, and fill in what depends on the checkpoint and the machine. ValueError names the flag."""
-    for f in fields(args):
-        value, within = getattr(args, f.name), f.metadata.get("within", MISSING)
-        if within and value is not None:
-            check_range(f.name, value, within)
-    index = read_index(args.checkpoint)
-    if args.dtype not in (None, "bfloat16", "float32"):
-        raise ValueError(f"--dtype {args.dtype}: bfloat16 or float32 is expected")
-    if uneven := [size for size in args.sizes if size % ranks()]:
-        parts = f"--batch {args.batch} in --micro-batch {args.micro_batch} makes parts of {uneven[0]}"
-        raise ValueError(f"{parts} samples, not to be shared equally by {ranks()} processes; take multiples of these")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    guidance = float(index["guidance"] if args.guidance is None else args.guidance)
-    resolution, dtype = args.resolution or index["resolution"], args.dtype or faster_dtype(device)
-    return replace(args, out=args.home, guidance=guidance, resolution=resolution, device=device, dtype=dtype)
+def count(checkpoint: Path, small: Path) -> int:
+    """The number of a checkpoint's parameters; 0 for `small`, and where there is no config: who opens it says so."""
+    config = checkpoint / "transformer" / "config.json"
+    if checkpoint == small or not config.is_file():
+        return 0
+    from model import MMDiTConfig
+    from support import plan
+
+    return plan.parameters(MMDiTConfig.from_json(config))
 
 
-def faster_dtype(device: str) -> str:
-    """bfloat16 on a GPU. On a CPU the one that multiplies faster: some have no bf16 units and emulate them."""
+def end_quietly(program: str) -> None:
+    """From now on a Ctrl-C that nobody catches is one line and exit status 130, at any moment: while modules are imported,
+    too."""
 
-    def seconds(dtype: torch.dtype) -> float:
-        a, b, spent = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype), []
-        for _ in range(20):
-            start = time.perf_counter()
-            _ = a @ b
-            spent.append(time.perf_counter() - start)
-        return min(spent)  # the least disturbed one
+    def hook(kind: type, error: BaseException, trace) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            return sys.__excepthook__(kind, error, trace)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(130)
 
-    return "bfloat16" if device != "cpu" or seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
+    sys.excepthook = hook

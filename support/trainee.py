@@ -112,6 +112,9 @@ def frozen(args, places: dict[str, Path]) -> dict[str, Network]:
     return networks
 
 
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}  # what each optimiser remembers
+
+
 class Trainee:
     """A network in training: `weights` compute in the working dtype, fp32 `masters` learn, `average` is their EMA.
 
@@ -218,35 +221,51 @@ class Trainee:
             merge(alone, role_lora(model, self.network.role))
         return alone
 
-    def state(self) -> dict[str, Tensor]:
-        """All that the next update depends on, by name; of sharded tensors this rank's rows."""
-        found = {"updates": torch.tensor(self.updates)}
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next update depends on, by name, but for the number of updates. Not copied."""
+        found = {}
         for kind, tensors in (("master", self.masters), ("average", self.average)):
             found |= {f"{kind} {n}": t for n, t in zip(self.names, tensors, strict=False)}
         for n, master in zip(self.names, self.masters, strict=True):
             for optimizer in self.optimizers:
                 found |= {f"{kind} {n}": t for kind, t in optimizer.state.get(master, {}).items()}
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of these tensors on the CPU, and the number of updates; of sharded tensors this rank's rows."""
+        found = {"updates": torch.tensor(self.updates)} | self.tensors()
         return {name: own(t.detach()).to("cpu").contiguous() for name, t in found.items()}
 
     @torch.no_grad()
-    def restore(self, files: list[Path]) -> None:
-        """From `state` as any number of ranks wrote it: their rows together are the whole, of which this rank takes its own."""
-        masters = dict(zip(self.names, self.masters, strict=True))
-        averages = dict(zip(self.names, self.average, strict=False))
-        states = {m: o.state[m] for o in self.optimizers for m in o.param_groups[0]["params"]}
+    def restore(self, files: list[Path], updates: int) -> None:
+        """From `state` as any number of ranks wrote it after so many updates. Their rows together are the whole, and this
+        rank takes its own. ValueError: not exactly the names, shapes and types of `state`, or a value that is not finite."""
+        for optimizer in self.optimizers:  # as its first step would begin
+            for master in optimizer.param_groups[0]["params"]:
+                moments = dict.fromkeys(MOMENTS[type(optimizer)], master)
+                optimizer.state[master] = {kind: torch.zeros_like(like) for kind, like in moments.items()}
+                if isinstance(optimizer, torch.optim.AdamW):
+                    optimizer.state[master]["step"] = torch.zeros((), device=master.device)
+        self.updates, tensors = updates, self.tensors()
+        expected = {"updates": torch.tensor(updates)} | tensors
         with ExitStack() as stack:
             opened = [stack.enter_context(open_weights(file)) for file in files]
-            for name in opened[0].keys():
+            for path, file in zip(files, opened, strict=True):
+                if wrong := set(file.keys()) ^ expected.keys():
+                    which = "is missing" if min(wrong) in expected else "does not belong there"
+                    raise ValueError(f"{path}: {min(wrong)!r} {which} ({len(wrong)} such tensors)")
+            for name, target in expected.items():
                 parts = [file.get_tensor(name) for file in opened]
-                tensor = torch.cat(parts) if parts[0].ndim else parts[0]
-                kind, _, n = name.partition(" ")
-                if kind == "updates":
-                    self.updates = tensor.item()
-                    continue
-                target = {"master": masters, "average": averages}.get(kind, {}).get(n)
-                if target is None:  # one of the optimiser's
-                    like = masters[n] if tensor.ndim else tensor.to(masters[n].device)
-                    target = states[masters[n]][kind] = torch.zeros_like(like)
+                rows = sum(len(part) for part in parts if part.ndim)
+                fits = rows == (len(target) if target.ndim else 0)
+                fits &= all(
+                    (p.ndim, p.shape[1:], p.dtype) == (target.ndim, target.shape[1:], target.dtype) for p in parts
+                )
+                if not (fits and all(part.isfinite().all() for part in parts)):
+                    raise ValueError(f"{files[0]}: {name!r} has another shape or type than here, or is not finite")
+                tensor = torch.cat(parts) if target.ndim else parts[0]
+                if name == "updates" and tensor != target:
+                    raise ValueError(f"{files[0]}: after {tensor} updates; {updates} are expected")
                 if own(target) is not target:  # as FSDP2 divides: the last ranks may have fewer rows, or none
                     tensor = [*tensor.chunk(ranks()), *[tensor[:0]] * ranks()][rank()]
                 own(target).copy_(tensor)

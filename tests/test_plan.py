@@ -54,6 +54,9 @@ class Held(TorchDispatchMode):
 def checkpoint(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plan")
     MMDiT(SMALL).save_pretrained(folder / "transformer")
+    for name in ("vae", "text_encoder", "processor", "scheduler"):
+        (folder / name).mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     (folder / "model_index.json").write_text(
         '{"_class_name": "QwenImage21Pipeline", "resolution": 192, "guidance": 2.0}'
     )

@@ -33,8 +33,7 @@ from support import conditions, watch
 from support import trainee as trainees_file
 from support.batches import generator
 from support.conditions import encode_pool
-from support.options import settle
-from support.run import whole_checkpoints
+from support.run import settle, whole_checkpoints
 
 STEPS = 3
 
@@ -523,11 +522,12 @@ def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, comm
     assert (out / "args.json").read_bytes() == note
     with pytest.raises(ValueError, match="other: no run to go on with"):
         train.open_run(make_args(checkpoint, tmp_path / "other", resume=True))
-    mine = shutil.copy(prompts, tmp_path / "mine.jsonl")
+    shutil.copytree(prompts.parent, tmp_path / "mine")
+    mine = tmp_path / "mine" / "prompts.jsonl"
     train.open_run(make_args(checkpoint, tmp_path / "fourth", prompts=(mine,)))
     train.open_run(make_args(checkpoint, tmp_path / "fourth", prompts=(mine,), resume=True))
-    mine.write_bytes(mine.read_bytes().replace(b" ", b"  ", 1))
-    with pytest.raises(ValueError, match=r"--prompts is .*mine.jsonl \(.* was started with .*mine.jsonl \("):
+    mine.write_bytes(mine.read_bytes().replace(b"wizard", b"witch", 1))
+    with pytest.raises(ValueError, match="a prompt or its picture is not what the run in .* was started with"):
         train.open_run(make_args(checkpoint, tmp_path / "fourth", prompts=(mine,), resume=True))
     with pytest.raises(OSError):
         train.open_run(make_args(checkpoint, prompts / "run"))  # a folder inside a file cannot be made

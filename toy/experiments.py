@@ -33,8 +33,7 @@ from sample import Pipeline
 from support.checkpoint import fingerprint
 from support.conditions import Pool, encode_pool
 from support.files import read_json, write_json
-from support.options import faster_dtype
-from support.run import find_teachers, open_run, whole_checkpoints
+from support.run import faster_dtype, find_teachers, open_run, whole_checkpoints
 from toy import bench as benches
 from toy import judge, world
 from toy.bench import Sampler
