@@ -23,14 +23,13 @@ Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and 
 
 import gc
 import os
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import recipe as recipes
 from recipe import Recipe
-from support import options
+from support import options, program
 from support.options import option
 
 TOY = Path(__file__).parent / "toy" / "checkpoint"
@@ -115,10 +114,8 @@ def parse(argv: list[str] | None = None) -> Args:
     return options.parse(argv, Args, defaults, __doc__)
 
 
-if __name__ == "__main__":  # torch takes seconds to import: --help comes before it, and Ctrl-C ends it with one line
-    options.end_quietly("train.py")
-    if {"-h", "--help"} & set(sys.argv):
-        parse()
+if __name__ == "__main__":
+    program.start("train.py", parse)  # before torch is imported, which takes seconds
 
 import torch
 from torch import Tensor
@@ -336,9 +333,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (FloatingPointError, ValueError, OSError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)  # the checkpoints are from before it
+    main()

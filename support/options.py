@@ -4,13 +4,13 @@ Nothing here imports torch, which takes seconds: --help answers at once.
 """
 
 import argparse
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
 from types import NoneType
 from typing import get_args
+
+from support.program import check_range
 
 
 def option(default, text: str, within: str | None = None):
@@ -22,17 +22,12 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_range(name: str, value: float | str, within: str) -> None:
-    """ValueError, with the flag's name, unless the value is one of the words or in the interval. NaN is in none."""
-    if "|" in within:
-        if value not in within.split(" | "):
-            raise ValueError(f"{flag(name)} {value}: expected is {within.replace('|', 'or')}")
-        return
-    low, high = (float(end) for end in within[1:-1].split(","))
-    above = value >= low if within[0] == "[" else value > low
-    below = value <= high if within[-1] == "]" else value < high
-    if not (above and below):
-        raise ValueError(f"{flag(name)} {value}: a number in {within} is expected")
+def check(name: str, value: float | str, within: str) -> None:
+    """ValueError, with the flag's name, unless the value is one of the words or in the interval."""
+    if "|" not in within:
+        check_range(flag(name), value, within)
+    elif value not in within.split(" | "):
+        raise ValueError(f"{flag(name)} {str(value)[:60]}: expected is {within.replace('|', 'or')}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,7 +63,9 @@ def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int]
         else:
             one = next((t for t in get_args(f.type) if t is not NoneType), f.type)  # X | None, tuple[X, ...] -> X
             nargs = "+" if isinstance(f.default, tuple) else None
-            parser.add_argument(flag(f.name), type=one, default=default, nargs=nargs, help=text, metavar=one.__name__.upper())
+            parser.add_argument(
+                flag(f.name), type=one, default=default, nargs=nargs, help=text, metavar=one.__name__.upper()
+            )
     return kind(**vars(parser.parse_args(argv)))
 
 
@@ -81,18 +78,3 @@ def count(checkpoint: Path, small: Path) -> int:
     from support import plan
 
     return plan.parameters(MMDiTConfig.from_json(config))
-
-
-def end_quietly(program: str) -> None:
-    """From now on a Ctrl-C that nobody catches is one line and exit status 130, at any moment: while modules are imported,
-    too."""
-
-    def hook(kind: type, error: BaseException, trace) -> None:
-        if not issubclass(kind, KeyboardInterrupt):
-            return sys.__excepthook__(kind, error, trace)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: stopped by Ctrl-C", file=sys.stderr)
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(130)
-
-    sys.excepthook = hook

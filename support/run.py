@@ -19,7 +19,7 @@ import torch
 from support import checkpoint, prompts, watch
 from support.conditions import shards
 from support.files import open_weights, read_json, write_json, write_tensors
-from support.options import check_range, flag
+from support.options import check, flag
 from support.ranks import by_first, rank, ranks, say, together
 from support.trainee import Trainee
 
@@ -36,7 +36,7 @@ def settle(args):
     for f in fields(args):
         value, within = getattr(args, f.name), f.metadata["within"]
         if within and value is not None:
-            check_range(f.name, value, within)
+            check(f.name, value, within)
     index = checkpoint.read_index(args.checkpoint)
     if uneven := [size for size in args.sizes if size % ranks()]:
         parts = f"--batch {args.batch} in --micro-batch {args.micro_batch} makes parts of {uneven[0]}"

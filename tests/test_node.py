@@ -277,7 +277,7 @@ def test_one_rank_stops_all(runs):
     ] * 2  # rank 1 alone had the signal
     assert [f.name for f in whole_checkpoints(runs / "two-stopped")] == ["00000001"]
     for end in noted(runs, "two-uneven"):
-        assert end["ended"].startswith("ValueError: --batch 4 in --micro-batch 3 makes parts of 3 samples, not")
+        assert end["ended"].startswith("ValueError: --batch 4 in --micro-batch 3 makes parts of 3 samples, which")
 
 
 def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):

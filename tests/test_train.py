@@ -29,10 +29,11 @@ import train
 from model import Condition, MMDiT
 from recipe import read_prompts
 from sample import Pipeline
-from support import conditions, watch
+from support import conditions, options, watch
 from support import trainee as trainees_file
 from support.batches import generator
 from support.conditions import encode_pool
+from support.files import write_tensors
 from support.run import settle, whole_checkpoints
 
 STEPS = 3
@@ -545,3 +546,249 @@ def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, comm
     run = [sys.executable, train.__file__, *command, "--out", str(out)]  # the folder is taken
     ended = subprocess.run(run, capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.startswith("train.py: ") and ended.stderr.count("\n") == 1
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+NUMBERS = [f for f in fields(train.Args) if f.metadata["within"] and "|" not in f.metadata["within"]]
+
+
+def nonsense(f) -> list[str]:
+    """Values that are outside of the field's range, or no numbers."""
+    low, high = (float(end) for end in f.metadata["within"][1:-1].split(","))
+    whole = "int" in str(f.type)
+    below, above = (int(low) - 1, int(high) * 2) if whole else (low - 1e-3, high * 1.001)
+    ends = [low] * f.metadata["within"].startswith("(") + [high] * f.metadata["within"].endswith(")")
+    return [str(x) for x in (below, above, *ends, 2**63, -(2**63), 10**400, -(10**400))] + [
+        "nan",
+        "inf",
+        "-inf",
+        "x",
+        "",
+    ]
+
+
+def test_every_number_has_a_range():
+    kinds = [f for f in fields(train.Args) if "int" in str(f.type) or "float" in str(f.type)]
+    assert kinds == NUMBERS and len(kinds) == 25
+    for f in kinds:
+        assert f.default is None or options.check(f.name, f.default, f.metadata["within"]) is None
+
+
+@pytest.mark.parametrize("f", NUMBERS, ids=lambda f: f.name)
+def test_nonsense_is_refused_before_anything_is_written(f, checkpoint, tmp_path, monkeypatch):
+    """Through main: the error names the flag. --plan refuses the same."""
+    monkeypatch.setattr(options, "count", lambda checkpoint, small: 0)
+    common = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "run"), "--device", "cpu", "--dtype", "float32"]
+    for value in nonsense(f):
+        for more in ([], ["--plan"]):
+            with pytest.raises(ValueError, match=options.flag(f.name)):
+                train.main([*common, *more, f"{options.flag(f.name)}={value}"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        ("--dtype float16", "--dtype float16: expected is bfloat16 or float32"),
+        ("--objective dmd2", "--objective dmd2: expected is dmd or flow"),
+        ("--device meta", "--device meta: expected is cpu"),
+        ("--device cuda:99", "--device cuda:99: this machine has"),
+        ("--resolution 16", "--resolution 16: a number in"),
+        ("--teacher edit", "--teacher edit: NAME="),
+        ("--teacher base=toy", "--teacher base=toy: NAME="),
+        ("--teacher edit=tests", "--teacher edit=tests: no transformer folder"),
+        ("--recipe flush", "unknown recipe 'flush'"),
+        ("--stepz 3", "unrecognized arguments: --stepz 3"),
+        ("--prompts", "--prompts: expected at least one"),
+    ],
+)
+@pytest.mark.parametrize("plan", ["", " --plan"])
+def test_other_flags_are_refused_before_anything_is_written(checkpoint, tmp_path, monkeypatch, words, complaint, plan):
+    monkeypatch.chdir(Path(train.__file__).parent)
+    with pytest.raises(ValueError, match=complaint):
+        train.main([*words.split(), "--checkpoint", str(checkpoint), "--out", str(tmp_path / "run"), *plan.split()])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["scheduler", "processor", "text_encoder", "vae", "transformer"])
+def test_a_checkpoint_that_lacks_a_part_is_refused_at_the_start(checkpoint, tmp_path, part):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    shutil.rmtree(folder / part)
+    with pytest.raises((ValueError, OSError), match=f"checkpoint/{part}"):
+        train.open_run(make_args(folder, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, pools, tmp_path_factory) -> Path:
+    """A run of two steps, with masters apart from the weights, both optimisers, and its own copy of the checkpoint."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(checkpoint, folder / "checkpoint")
+    args = make_args(folder / "checkpoint", folder / "run", steps=2, batch=2, fake_updates=1, dtype="bfloat16")
+    args, state = train.open_run(args)
+    train.train(args, pools["dmd"], state)
+    return folder
+
+
+def tamper(change: str, state: Path, tmp: Path) -> None:
+    """One kind of damage to the folder of a checkpoint's state, or to what the run was started with."""
+    student, fake = state / "student-0000-of-0001.safetensors", state / "fake-0000-of-0001.safetensors"
+    tensors, run = load_file(student), state.parent.parent
+    name = {
+        "master": "master time_text_embed.timestep_embedder.linear_1.weight",
+        "average": "average proj_out.weight",
+        "moment": "exp_avg proj_out.weight",
+        "momentum": "momentum_buffer transformer_blocks.0.attn.to_q.weight",
+        "updates": "updates",
+    }.get(change)
+    if name:
+        name = name if name in tensors else next(n for n in sorted(tensors) if n.startswith(name.split()[0]))
+        del tensors[name]
+    name = next(n for n in sorted(tensors) if n.startswith("exp_avg ") and len(set(tensors[n].shape)) == 2)
+    if change == "stray tensor":
+        tensors["master nothing"] = torch.zeros(1)
+    elif change == "broadcast":
+        tensors[name] = tensors[name][:1].clone()
+    elif change == "transposed":
+        tensors[name] = tensors[name].T.contiguous()
+    elif change == "a number":
+        tensors[name] = torch.zeros(())
+    elif change == "integers":
+        tensors[name] = tensors[name].int()
+    elif change == "NaN":
+        tensors[name].view(-1)[-1] = torch.nan
+    elif change == "count":
+        tensors["updates"] += 1
+    write_tensors(student, tensors, {"network": "student"})
+    if change == "empty file":
+        fake.write_bytes(b"")
+    elif change == "no file":
+        fake.unlink()
+    elif change == "other network":
+        shutil.copy(student, fake)
+    elif change == "other network without average":
+        write_tensors(fake, load_file(fake), {"network": "student"})
+    elif change == "stray file":
+        (state / "notes.txt").touch()
+    elif change == "another rank":
+        shutil.copy(fake, state / "fake-0001-of-0002.safetensors")
+    elif change == "no checkpoints":
+        shutil.rmtree(state.parent)
+    elif change == "weights":
+        file = tmp / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        weights["proj_out.weight"] += 1
+        write_tensors(file, weights)
+    elif change == "teacher":
+        file = tmp / "checkpoint" / "teachers" / "edit" / "config.json"
+        file.write_text(file.read_text() + " ")
+    elif change == "args":
+        (run / "args.json").write_text("{}")
+    elif change == "args list":
+        (run / "args.json").write_text('{"arguments": [], "contents": {}}')
+    elif change == "occupied":
+        shutil.rmtree(run / "student")
+        (run / "student").mkdir()
+        (run / "student" / "thesis.txt").touch()
+
+
+DAMAGE = (
+    "master, average, moment, momentum, updates, stray tensor, broadcast, transposed, a number, integers, NaN, count, "
+)
+DAMAGE += (
+    "empty file, no file, other network, other network without average, stray file, another rank, no checkpoints, "
+)
+DAMAGE += "weights, teacher, args, args list, occupied, fewer steps"
+
+
+@pytest.mark.parametrize("change", DAMAGE.split(", "))
+def test_resume_refuses_what_the_run_did_not_write(finished, pools, tmp_path, change):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run" / "args.json").write_text(
+        (finished / "run" / "args.json").read_text().replace(str(finished), str(tmp_path))
+    )
+    state = whole_checkpoints(tmp_path / "run")[0]
+    tamper(change, state, tmp_path)
+
+    def resume(steps: int) -> None:
+        numbers = dict(steps=steps, batch=2, fake_updates=1, dtype=None, resume=True)
+        args, state = train.open_run(make_args(tmp_path / "checkpoint", tmp_path / "run", **numbers))
+        train.train(args, pools["dmd"], state)
+
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises((ValueError, OSError)) as error:
+        resume(1 if change == "fewer steps" else 3)
+    assert str(tmp_path) in str(error.value) or "--steps" in str(error.value)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_finished_run_goes_on_and_says_from_where(finished, pools, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run" / "args.json").write_text(
+        (finished / "run" / "args.json").read_text().replace(str(finished), str(tmp_path))
+    )
+    for steps in (2, 3):
+        numbers = dict(steps=steps, batch=2, fake_updates=1, dtype=None, resume=True)
+        args, state = train.open_run(make_args(tmp_path / "checkpoint", tmp_path / "run", **numbers))
+        train.train(args, pools["dmd"], state)
+        said = capsys.readouterr().out
+        assert f"goes on after step 2 of {steps}" in said and "student: from an earlier end of this run" in said
+    assert newest(tmp_path / "run")[0] == 3 and len(metrics(tmp_path / "run")) == 3
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["arguments"]["steps"] == 3
+
+
+@pytest.mark.parametrize("kind", ["masters", "average", "moment"])
+def test_what_is_not_finite_is_neither_saved_nor_exported(checkpoint, pools, tmp_path, monkeypatch, kind):
+    """At the last step, where no loss is left to show it."""
+    update = train.Trainee.update
+
+    def poisoned(self, rate):
+        norm = update(self, rate)
+        if self.name == "student" and self.updates == 2:
+            adam = self.optimizers[0]
+            moment = adam.state[adam.param_groups[0]["params"][0]]["exp_avg"]
+            tensor = {"masters": self.masters[-1], "average": (self.average or [None])[-1], "moment": moment}[kind]
+            tensor.detach().view(-1)[-1] = torch.nan
+        return norm
+
+    monkeypatch.setattr(train.Trainee, "update", poisoned)
+    monkeypatch.setattr(watch, "draw_pictures", lambda *arguments: None)
+    args, state = train.open_run(make_args(checkpoint, tmp_path / "run", steps=2, save_every=1, batch=2))
+    with pytest.raises(FloatingPointError, match=r"no checkpoint of step 2 \(student: .* is not finite\); .*00000001"):
+        train.train(args, pools["dmd"], state)
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000001"]
+    assert not (tmp_path / "run" / "student").exists()
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_help_is_short_and_quick():
+    began = time.perf_counter()
+    ended = subprocess.run(
+        [sys.executable, "-X", "importtime", train.__file__, "--help"], capture_output=True, text=True
+    )
+    assert ended.returncode == 0 and "torch" not in ended.stderr and time.perf_counter() - began < 3
+    for words in ("python train.py --plan --gpus 8", "specialised-first-step", "[500]"):
+        assert words in ended.stdout
+
+
+@pytest.mark.parametrize("moment", ["importing", "encoding"])
+def test_ctrl_c_before_training_is_one_line(command, tmp_path, moment):
+    run = [sys.executable, train.__file__, *command, "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if moment == "importing":
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+    else:
+        assert process.stdout.readline().startswith("prompts: ")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert [line for line in stderr.replace("\r", "\n").splitlines() if line.strip() and "encode" not in line] == [
+        "train.py: stopped by Ctrl-C"
+    ]
