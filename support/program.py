@@ -31,7 +31,7 @@ def start(name: str, parse: Callable[[], object]) -> None:
             return sys.__excepthook__(kind, error, trace)
         if os.environ.get("RANK", "0") == "0":
             text = "stopped by Ctrl-C" if status == 130 else " ".join(str(error).split())
-            print(f"{name}: {text}", file=sys.stderr)
+            print(f"{name}: {text}", file=sys.__stderr__)  # torch.distributed swaps sys.stderr for a buffer here
         sys.exit(status)
 
     sys.excepthook = end
