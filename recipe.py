@@ -1,18 +1,16 @@
 """The paper's subject: not WHICH loss distils a student, but what it is fed. Three axes, as plain data.
 
-    1. data composition      which categories of prompts the student sees, in which shares          (section 3)
+    1. data composition      which categories of prompts the student sees, and in which ratio       (section 3)
     2. teacher routing       which teacher scores which student step, under which condition         (section 4)
-    3. task mixture          how many T2I micro-batches to how many editing ones                    (section 5)
+    3. task mixture          the ratio of T2I to editing                                            (section 5)
 
-A recipe is realised exactly, or it is an error: a ratio that does not add up, or prompts that the files do not hold, stop
-the run before it starts and are never quietly replaced. The only exception: a teacher that a checkpoint lacks leaves its
-weight to the base, and the caller says so (`recipe.teachers - loaded` are the names to print).
+A recipe is followed exactly, or the run does not start: a wrong ratio and missing prompts are errors. There is one
+exception. Where a checkpoint lacks a teacher, the base teacher takes its weight, and the run says so.
 
-ONE micro-batch is ONE task and ONE category. So lambda is a plain number in each micro-batch, all ranks run the same
-teachers, and the pictures of a batch share their layout. Nothing here is random: what the m-th micro-batch holds follows
-from m alone, and a resumed run needs no other state.
+ONE micro-batch has ONE task and ONE category. So lambda is the same for the whole micro-batch, and all processes run the
+same teachers. Nothing here is random: the task and category of the m-th micro-batch follow from m alone.
 
-Every number says where it is from: (section N) of Qwen-Image-Flash, arXiv 2606.03746, or "ours".
+Each number names its source: (section N) of Qwen-Image-Flash, arXiv 2606.03746, or "ours".
 """
 
 import math
@@ -25,7 +23,7 @@ RATIO_PARTS = 10  # the paper writes every ratio in tenths: 9:1, 7:3, 5:5 (secti
 
 
 def categories(prompts: Iterable[Prompt]) -> dict[str, list[str]]:
-    """The categories that occur, by task, sorted: what Recipe.resolve wants to know of the data."""
+    """The categories that occur, by task, sorted; for Recipe.resolve."""
     prompts = list(prompts)
     return {task: sorted({p.category for p in prompts if p.task == task}) for task in TASKS}
 
@@ -35,10 +33,9 @@ def categories(prompts: Iterable[Prompt]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Specialist:
-    """The share of one specialised teacher in the real score: lambda_{k,m}(c) of Eq. 5, as a table.
+    """A rule for one specialised teacher: its weight in the real score, lambda_{k,m}(c) of Eq. 5.
 
-    It speaks under its own conditions only. A specialist that also scores what it was not made for drags that down, even
-    when it speaks late.
+    Outside of its condition the teacher has weight 0: a teacher harms what it was not trained for.
     """
 
     teacher: str  # its name in the checkpoint's teachers/ folder
@@ -49,59 +46,58 @@ class Specialist:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One point on the three axes. Making one checks it: what does not add up raises ValueError."""
+    """A choice on each of the three axes. ValueError if its numbers do not add up."""
 
     name: str
     ratio: tuple[int, int]  # T2I : Edit, in tenths of the micro-batches
     t2i: dict[str, int] = field(default_factory=dict)  # category -> parts; empty: all that have prompts, equally
-    edit: dict[str, int] = field(default_factory=dict)  # likewise for the editing families
-    specialists: tuple[Specialist, ...] = ()  # what they leave of 1 is the base teacher's, T_0
+    edit: dict[str, int] = field(default_factory=dict)  # the same for edits
+    specialists: tuple[Specialist, ...] = ()  # the base teacher, T_0, has the rest of the weight
     first_step_weight: float = 0.0  # of dmd.first_step_loss; 0 is without (section 6.1)
 
     def __post_init__(self):
-        def check(right: bool, complaint: str) -> None:
-            if not right:
-                raise ValueError(f"recipe {self.name!r}: {complaint}")
+        def whole(parts: Iterable[int], least: int) -> bool:
+            return all(type(part) is int and part >= least for part in parts)
 
-        parts = [*self.ratio, *self.t2i.values(), *self.edit.values()]
-        check(all(isinstance(part, int) for part in parts), f"ratio and compositions are whole parts, not {parts}")
-        check(
-            len(self.ratio) == 2 and min(self.ratio) >= 0 and sum(self.ratio) == RATIO_PARTS,
-            f"the T2I:Edit ratio {self.ratio} must be two parts that add up to {RATIO_PARTS}",
-        )
-        check(all(part > 0 for part in parts[2:]), "a composition leaves a category out; it does not give it 0 parts")
-        check(0 <= self.first_step_weight < float("inf"), f"first_step_weight {self.first_step_weight} must be >= 0")
+        wrong = ""
+        if len(self.ratio) != 2 or not whole(self.ratio, 0) or sum(self.ratio) != RATIO_PARTS:
+            wrong = f"the T2I:Edit ratio {self.ratio} must be two whole parts that add up to {RATIO_PARTS}"
+        elif not whole([*self.t2i.values(), *self.edit.values()], 1):
+            wrong = "a composition has whole parts from 1 on; leave a category out to have none of it"
+        elif not 0 <= self.first_step_weight < math.inf:
+            wrong = f"first_step_weight {self.first_step_weight} must be a number from 0 on"
         for s in self.specialists:
-            check(s.teacher != "base", "the base teacher takes what specialists leave, and has no rule of its own")
-            check(s.task in TASKS, f"the task of teacher {s.teacher!r} must be one of {TASKS}, not {s.task!r}")
-            check(len(s.by_quarter) == 4, f"teacher {s.teacher!r} needs four lambdas, one a quarter: {s.by_quarter}")
-        for task in TASKS:  # Eq. 6 for every k and every condition that a rule tells apart, None being all the others
-            for category in (None, *(s.category for s in self.specialists)):
+            if s.teacher == "base" or s.task not in TASKS or len(s.by_quarter) != 4:
+                wrong = f"{s}: the teacher is not 'base', the task is t2i or edit, and there are four lambdas"
+        if wrong:
+            raise ValueError(f"recipe {self.name!r}: {wrong}")
+        for task in TASKS:
+            for category in (None, *(s.category for s in self.specialists)):  # None: any that has no rule of its own
                 for k in range(4):
-                    self.weights(k, 4, task, category)
+                    self.weights(k, 4, task, category)  # checks Eq. 6
 
     @property
     def teachers(self) -> set[str]:
-        """Names of the specialised teachers that have a say (the base always has)."""
+        """The specialised teachers whose weight is above 0 somewhere."""
         return {s.teacher for s in self.specialists if any(s.by_quarter)}
 
     def weights(self, k: int, steps: int, task: str, category: str | None) -> dict[str, float]:
         """lambda_{k,m}(c) (Eq. 5): teacher -> weight, for student step k of 0 .. steps - 1; zeros are left out.
 
-        >= 0 and together 1 (Eq. 6), or ValueError. A student of one step has only a first quarter: step-wise routing is
-        then the base alone.
+        The weights are >= 0 and their sum is 1 (Eq. 6), or ValueError. The only step of a one-step student is in the
+        first quarter.
         """
         quarter = 4 * k // steps
-        shares = {}
+        weights = {}
         for s in self.specialists:
             if s.task == task and s.category in (None, category):
-                shares[s.teacher] = shares.get(s.teacher, 0.0) + s.by_quarter[quarter]
-        shares["base"] = 1.0 - sum(shares.values())
-        if not all(share > -1e-9 for share in shares.values()):  # "not all >" rather than "any <": NaN fails too
+                weights[s.teacher] = weights.get(s.teacher, 0.0) + s.by_quarter[quarter]
+        weights["base"] = 1.0 - sum(weights.values())
+        if not all(weight > -1e-9 for weight in weights.values()):  # "not all >" rather than "any <": NaN fails too
             where = f"{task}, category {category or '(any other)'}, quarter {quarter}"
-            shares = {teacher: round(share, 6) for teacher, share in shares.items()}
-            raise ValueError(f"recipe {self.name!r}: for {where} the lambdas are not >= 0 with a sum of 1: {shares}")
-        return {teacher: share for teacher, share in shares.items() if share > 1e-9}
+            weights = {teacher: round(weight, 6) for teacher, weight in weights.items()}
+            raise ValueError(f"recipe {self.name!r}: for {where} the lambdas are not >= 0 with a sum of 1: {weights}")
+        return {teacher: weight for teacher, weight in weights.items() if weight > 1e-9}
 
     def turn(self, m: int) -> tuple[str, str, int]:
         """(task, category, n) of the m-th micro-batch, of a resolved recipe.
@@ -118,9 +114,9 @@ class Recipe:
     def resolve(self, available: dict[str, Iterable[str]], teachers: Iterable[str]) -> "Recipe":
         """This recipe on a certain data set, with certain teachers: the one to train with.
 
-        available: task -> categories that have prompts (see `categories`). An empty composition becomes every one of
-        them in equal parts; a task or category without prompts raises ValueError. Rules for teachers that are not among
-        `teachers` (names) are dropped, which leaves their weight to the base.
+        available: task -> categories that have prompts (see `categories`). An empty composition becomes all of them, in
+        equal parts. ValueError for a task or category without prompts. The base takes the weight of teachers that are
+        not among `teachers`, a list of names.
         """
         compositions = {}
         for task, parts, composition in zip(TASKS, self.ratio, (self.t2i, self.edit), strict=True):
@@ -143,8 +139,8 @@ class Recipe:
 
 
 def spread(parts: dict[str, int]) -> list[str]:
-    """The shortest round with these parts, as even as can be: next is always the word that is furthest behind its share,
-    so that none ever gets a whole turn ahead. {"t2i": 7, "edit": 3} -> t e t t t e t t e t; 5 and 5 -> t e."""
+    """The shortest round with these parts, spread evenly: each turn goes to the word that is furthest behind its part.
+    {"t2i": 7, "edit": 3} -> t e t t t e t t e t; 5 and 5 -> t e."""
     common, total, order = math.gcd(*parts.values()), sum(parts.values()), []
     for i in range(1, total // common + 1):
         order.append(max(parts, key=lambda word: parts[word] * i - order.count(word) * total))
@@ -152,7 +148,7 @@ def spread(parts: dict[str, int]) -> list[str]:
 
 
 def nth_word(parts: dict[str, int], i: int) -> tuple[str, int]:
-    """The i-th word of the endlessly repeated round, and how often it came before."""
+    """The i-th word when the round is repeated without end, and how often the word came before."""
     order = spread(parts)
     rounds, place = divmod(i, len(order))
     word = order[place]
@@ -163,13 +159,12 @@ def nth_word(parts: dict[str, int], i: int) -> tuple[str, int]:
 
 
 def specialists(*by_quarter: float) -> tuple[Specialist, ...]:
-    """Our two specialised teachers, each for what it was fine-tuned on. How many the paper has, and for what, it does
-    not say: both are ours. The strategies below differ in WHEN a specialist speaks, never in for whom."""
+    """Our two specialised teachers, each for what it was fine-tuned on. The paper does not say how many it has, and for
+    what. The strategies below differ only in the steps at which the specialists have weight."""
     return (Specialist("text", "t2i", "text", by_quarter), Specialist("edit", "edit", None, by_quarter))
 
 
-# Section 4: the base anchors the early steps, specialists come in later; its lambdas are not published. Ours: early
-# steps lay out the picture, where a specialist's narrow modes do harm; late steps draw the detail it is good at.
+# Section 4: the base teacher alone in the early steps, specialists later. The lambdas are not published; these are ours.
 STEP_WISE = specialists(0.0, 0.0, 0.5, 1.0)
 SPECIALISED_ONLY = specialists(1.0, 1.0, 1.0, 1.0)  # section 4, finding 2a: rises, then degrades
 AVERAGE = specialists(0.5, 0.5, 0.5, 0.5)  # ours: the control that mixes, but not by step
@@ -196,15 +191,15 @@ RECIPES = {
         Recipe("mix-7-3", (7, 3), specialists=STEP_WISE),
         Recipe("mix-5-5", (5, 5), specialists=STEP_WISE),
         Recipe("mix-0-10", (0, 10), specialists=STEP_WISE),
-        # The default: what the paper ends with. Ratio 5:5 (section 5) and step-wise routing (section 4). Its composition
-        # is not published; ours: every category, equally, since a teacher for text has a say only where there is text.
+        # The default, what the paper ends with: ratio 5:5 (section 5) and step-wise routing (section 4). Its composition
+        # is not published; ours: every category, equally.
         Recipe("flash", (5, 5), specialists=STEP_WISE),
     ]
 }
 
 
 def find(name: str) -> Recipe:
-    """A named recipe, or ValueError with the names there are."""
+    """The recipe of this name, or ValueError with all names."""
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
     return RECIPES[name]
