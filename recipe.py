@@ -35,7 +35,8 @@ def categories(prompts: Iterable[Prompt]) -> dict[str, list[str]]:
 class Specialist:
     """A rule for one specialised teacher: its weight in the real score, lambda_{k,m}(c) of Eq. 5.
 
-    Outside of its condition the teacher has weight 0: a teacher harms what it was not trained for.
+    A rule for a category goes before the rules for its whole task: there, only the rules for the category count. Rules
+    for the same condition add up. Without a rule a teacher has weight 0: it harms what it was not trained for.
     """
 
     teacher: str  # its name in the checkpoint's teachers/ folder
@@ -88,10 +89,10 @@ class Recipe:
         first quarter.
         """
         quarter = 4 * k // steps
+        rules = [s for s in self.specialists if s.task == task and s.category in (None, category)]
         weights = {}
-        for s in self.specialists:
-            if s.task == task and s.category in (None, category):
-                weights[s.teacher] = weights.get(s.teacher, 0.0) + s.by_quarter[quarter]
+        for s in [s for s in rules if s.category is not None] or rules:
+            weights[s.teacher] = weights.get(s.teacher, 0.0) + s.by_quarter[quarter]
         weights["base"] = 1.0 - sum(weights.values())
         if not all(weight > -1e-9 for weight in weights.values()):  # "not all >" rather than "any <": NaN fails too
             where = f"{task}, category {category or '(any other)'}, quarter {quarter}"
@@ -115,8 +116,8 @@ class Recipe:
         """This recipe on a certain data set, with certain teachers: the one to train with.
 
         available: task -> categories that have prompts (see `categories`). An empty composition becomes all of them, in
-        equal parts. ValueError for a task or category without prompts. The base takes the weight of teachers that are
-        not among `teachers`, a list of names.
+        equal parts. ValueError for a task or category without prompts. The rules for teachers that are not among
+        `teachers`, a list of names, get the weight 0: the base takes their part.
         """
         compositions = {}
         for task, parts, composition in zip(TASKS, self.ratio, (self.t2i, self.edit), strict=True):
@@ -135,7 +136,8 @@ class Recipe:
                 )
             compositions[task] = composition or dict.fromkeys(found, 1)
         teachers = set(teachers)
-        return replace(self, **compositions, specialists=tuple(s for s in self.specialists if s.teacher in teachers))
+        rules = [s if s.teacher in teachers else replace(s, by_quarter=(0.0,) * 4) for s in self.specialists]
+        return replace(self, **compositions, specialists=tuple(rules))
 
 
 def spread(parts: dict[str, int]) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -167,9 +168,9 @@ def rule(*by_quarter, teacher="text", task="t2i", category="text"):
         ({"specialists": (rule(0, 0, 0.5), rule(0, 0, 0.5, 1))}, "four lambdas"),
         ({"specialists": (rule(0, 0, 0, 1, teacher="base"),)}, "not 'base'"),
         ({"specialists": (rule(0, 0, 0, 1, task="video"),)}, "'video'.*the task is t2i or edit"),
-        # Each is right on its own; under the one condition that both speak to, they sum to 1.2.
+        # Each is right on its own; under the one condition that both have, they sum to 1.2.
         (
-            {"specialists": (rule(0, 0.6, 0, 0), rule(0, 0.6, 0, 0, teacher="b", category=None))},
+            {"specialists": (rule(0, 0.6, 0, 0), rule(0, 0.6, 0, 0, teacher="b"))},
             "quarter 1.*base': -0.2",
         ),
     ],
@@ -180,11 +181,39 @@ def test_what_does_not_add_up_is_refused(change, complaint):
 
 
 def test_two_specialists_may_share_a_condition():
-    sharp = rule(0, 0.25, 0, 0.5, teacher="sharp", category=None)
-    r = Recipe("mine", (5, 5), specialists=(rule(0, 0.5, 0, 0.5), sharp))
+    r = Recipe("mine", (5, 5), specialists=(rule(0, 0.5, 0, 0.5), rule(0, 0.25, 0, 0.5, teacher="sharp")))
     assert r.weights(1, 4, "t2i", "text") == {"base": 0.25, "text": 0.5, "sharp": 0.25}
-    assert r.weights(1, 4, "t2i", "portrait") == {"base": 0.75, "sharp": 0.25}
     assert r.weights(3, 4, "t2i", "text") == {"text": 0.5, "sharp": 0.5}
+    assert r.weights(3, 4, "t2i", "portrait") == {"base": 1}
+
+
+@pytest.mark.parametrize("rules, base", [(recipe.STEP_WISE, [1, 1, 0.5, 0]), (recipe.AVERAGE, [0.5] * 4)])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_specific_rule_goes_before_the_general_one(rules, base, first):
+    """In any order; the base keeps its part, and a teacher that is missing leaves its part to the base, not to others."""
+    style = Specialist("style", "edit", "style", tuple(1 - part for part in base))
+    r = Recipe("mine", (5, 5), specialists=(style, *rules) if first else (*rules, style))
+    for k in range(4):
+        for category, teacher in (("style", "style"), ("scene", "edit")):
+            expected = {"base": base[k], teacher: 1 - base[k]}
+            assert r.weights(k, 4, "edit", category) == {name: w for name, w in expected.items() if w}
+        without = r.resolve(WORLD, LOADED)
+        assert without.teachers == {"text", "edit"} and without.weights(k, 4, "edit", "style") == {"base": 1}
+        assert without.weights(k, 4, "edit", "scene") == r.weights(k, 4, "edit", "scene")
+
+
+def test_the_third_teacher_of_the_readme():
+    """Its lines as they stand there, in the table of recipes."""
+    text = (Path(recipe.__file__).parent / "README.md").read_text()
+    lines = text.split("## A third teacher")[1].split("```python\n")[1].split("```")[0]
+    own, student = eval(f"[{lines}]", vars(recipe))
+    assert own.resolve(WORLD, []).turn(5) == ("edit", "style", 5)
+    r = student.resolve(WORLD, ["text", "edit", "style"])
+    assert r.teachers == {"text", "edit", "style"} and r.ratio == (5, 5)
+    rows = [[r.weights(k, 4, "edit", category) for k in range(4)] for category in ("style", "scene")]
+    assert rows[0] == [{"base": 1}, {"base": 1}, {"base": 0.5, "style": 0.5}, {"style": 1}]
+    assert rows[1] == [{"base": 1}, {"base": 1}, {"base": 0.5, "edit": 0.5}, {"edit": 1}]
+    assert r.weights(3, 4, "t2i", "text") == {"text": 1}
 
 
 # ---- prompt files ----
