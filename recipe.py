@@ -103,10 +103,10 @@ class Recipe:
     def turn(self, m: int) -> tuple[str, str, int]:
         """(task, category, n) of the m-th micro-batch, of a resolved recipe.
 
-        n counts the earlier micro-batches of this task and category: with size B, this one takes the prompts
-        n B .. (n + 1) B of that category's shuffled list, so that all are seen equally often. Any RATIO_PARTS turns in a
-        row hold the ratio exactly, and likewise the categories within a task; both are spread as evenly as can be.
-        Count the student's micro-batches and the fake score's separately.
+        n counts the earlier micro-batches of this task and category. It chooses the prompts: after each epoch of a
+        category all its prompts were seen equally often, as far as a micro-batch can be (`batches.chosen` says where it
+        cannot). Any RATIO_PARTS turns in a row hold the ratio exactly, and so do the categories within a task; both are
+        spread evenly. The student's micro-batches and the fake score's are counted separately.
         """
         task, i = nth_word(dict(zip(TASKS, self.ratio, strict=True)), m)
         category, n = nth_word({"t2i": self.t2i, "edit": self.edit}[task], i)

@@ -57,9 +57,9 @@ def batches(args, pool: Pool, recipe, purpose: str, update: int) -> Iterator[Bat
     student would see one task for ever.
     """
     for micro, size in enumerate(args.sizes):
-        task, category, _ = recipe.turn(update * len(args.sizes) + micro)
+        task, category, n = recipe.turn(update * len(args.sizes) + micro)
         rngs = [generator(args.seed, update, micro * args.micro_batch + i, purpose) for i in range(size)]
-        entries = pool.choose(rngs, task, category)
+        entries = chosen(args, pool, purpose, task, category, n)[:size]
         mine = slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
         length, k, wordless = max(len(e.states) for e in entries), None, False  # padded as the whole is, on every rank
         rng = generator(args.seed, update, micro, purpose + " micro-batch")
@@ -69,6 +69,42 @@ def batches(args, pool: Pool, recipe, purpose: str, update: int) -> Iterator[Bat
             lowest = 1 if recipe.first_step_weight and args.student_steps > 1 else 0  # step 0 has a loss of its own
             k = torch.randint(lowest, args.student_steps, (), generator=rng).item()
         yield make_batch(args, entries[mine], rngs[mine], length, k, wordless, size / args.batch)
+
+
+def chosen(args, pool: Pool, purpose: str, task: str, category: str, n: int) -> list[Entry]:
+    """The entries of a category's n-th micro-batch (of `purpose`), args.micro_batch of them, all of one class.
+
+    They follow from seed and n alone. In an epoch each class gives as many micro-batches as it can fill, in a shuffled
+    order; what is left of it comes first in the next epoch. Within a class entries come in a shuffled order, a new one
+    when all were seen. So within a class the counts never differ by more than one, and after any number of epochs all
+    entries were seen that often or once less. There are two exceptions. A class with fewer entries than a micro-batch
+    waits for several epochs, and then comes several times at once. And where micro_batch does not divide the batch, the
+    smaller micro-batch leaves some entries out.
+    """
+    classes, size = pool.classes[task, category], args.micro_batch
+    key, entries = f"{purpose} {task} {category}", sum(map(len, classes))
+
+    def full(epochs: int) -> list[int]:
+        """The micro-batches that each class fills in so many epochs."""
+        return [epochs * len(members) // size for members in classes]
+
+    epoch = n * size // entries
+    while sum(full(epoch + 1)) <= n:
+        epoch += 1
+    before, after = full(epoch), full(epoch + 1)
+    turns = torch.tensor([c for c in range(len(classes)) for _ in range(after[c] - before[c])])
+    turns = turns[torch.randperm(len(turns), generator=generator(args.seed, epoch, 0, key))].tolist()
+    i = n - sum(before)  # in this epoch
+    c = turns[i]
+    members, first = classes[c], (before[c] + turns[:i].count(c)) * size
+    found, orders = [], {}
+    for place in range(first, first + size):
+        round, j = divmod(place, len(members))
+        if round not in orders:
+            rng = generator(args.seed, round, c, f"{key} class")
+            orders[round] = torch.randperm(len(members), generator=rng).tolist()
+        found.append(members[orders[round][j]])
+    return found
 
 
 def make_batch(

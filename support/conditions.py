@@ -1,7 +1,7 @@
 """What the frozen encoders make of every prompt, computed once: entries, the pool they are drawn from, and its cache.
 
     Entry         one encoded prompt: the states of its words, the latents of its sources (and of its target)
-    Pool          entries; `choose` picks those of one micro-batch, which share a bucket
+    Pool          entries by task and category, and the classes that a micro-batch is taken from
     encode_pool   prompts -> Pool, in memory
     cached_pool   the same through a folder of safetensors shards: what is there already is not encoded again, and
                   tensors are mapped from the files, not copied into every process
@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ from support.files import write_tensors
 from support.prompts import Prompt
 
 GROUP = 32  # prompts that are encoded at once, and that share a shard
-ENOUGH = 8  # entries of one text length that make a micro-batch worth having without padding
+ENOUGH = 8  # entries that are worth a class of their own
 
 
 @dataclass
@@ -61,35 +62,30 @@ class Pool:
     def __init__(self, entries: list[Entry]):
         self.entries = entries
         self.places: dict[tuple[str, str], list[Entry]] = defaultdict(list)
-        self.near: dict[tuple, list[Entry]] = {}  # neighbours, by (task, category, bucket, text length)
         for entry in entries:
             self.places[entry.task, entry.category].append(entry)
-
-    def choose(self, rngs: list[torch.Generator], task: str, category: str) -> list[Entry]:
-        """The entries of one micro-batch, one for each generator: the first of any bucket, the others its neighbours."""
-        first = pick(self.places[task, category], rngs[0])
-        others = self.neighbours(first)
-        return [first, *(pick(others, rng) for rng in rngs[1:])]
-
-    def neighbours(self, entry: Entry) -> list[Entry]:
-        """Whom an entry may share a micro-batch with: its task, category and bucket, and its text's length.
-
-        Padding is masked, but it counts: the target's rotary position is behind the batch's longest text, and a network
-        trained there is asked to draw elsewhere when the prompt comes alone. So lengths are equal where ENOUGH entries
-        have this one (always, in the toy). Where prompts are few and long, they are the ENOUGH nearest in length instead,
-        padded to the longest: a few positions off, and better than to see one prompt sixteen times.
-        """
-        length, key = len(entry.states), (entry.task, entry.category, entry.bucket, len(entry.states))
-        if key not in self.near:
-            place = [e for e in self.places[entry.task, entry.category] if e.bucket == entry.bucket]
-            equal = [e for e in place if len(e.states) == length]
-            nearest = sorted(place, key=lambda e: abs(len(e.states) - length))[:ENOUGH]
-            self.near[key] = equal if len(equal) >= ENOUGH else nearest
-        return self.near[key]
+        self.classes = {place: classes(found) for place, found in self.places.items()}
 
 
-def pick(place: list[Entry], rng: torch.Generator) -> Entry:
-    return place[torch.randint(len(place), (), generator=rng).item()]
+def classes(entries: list[Entry]) -> list[list[Entry]]:
+    """One category's entries, divided into those that may come in one micro-batch: of one bucket and one text length.
+
+    Padding is masked, but it counts: the target's rotary position is behind the batch's longest text, and a network
+    trained there is asked to draw elsewhere when the prompt comes alone. So the texts of a class are equally long where
+    ENOUGH entries have this length (always, in the toy). The others are put together by length, ENOUGH at a time, and
+    padded to the longest: a few positions off, but no micro-batch has the same prompt many times.
+    """
+    buckets: dict[tuple, dict[int, list[Entry]]] = defaultdict(lambda: defaultdict(list))
+    for entry in entries:
+        buckets[entry.bucket][len(entry.states)].append(entry)
+    found = []
+    for lengths in buckets.values():
+        found += [equal for equal in lengths.values() if len(equal) >= ENOUGH]
+        rare = [entry for length in sorted(lengths) if len(lengths[length]) < ENOUGH for entry in lengths[length]]
+        parts = max(1, len(rare) // ENOUGH)  # the last one has the rest, too
+        cuts = [i * ENOUGH for i in range(parts)] + [len(rare)]
+        found += [rare[start:stop] for start, stop in pairwise(cuts) if start < stop]
+    return found
 
 
 # ---- encoding --------------------------------------------------------------------------------------------------------

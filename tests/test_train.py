@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ from recipe import read_prompts
 from sample import Pipeline
 from support import conditions, options, watch
 from support import trainee as trainees_file
-from support.batches import generator
+from support.batches import chosen
 from support.conditions import encode_pool
 from support.files import write_tensors
 from support.run import settle, whole_checkpoints
@@ -385,12 +386,13 @@ def test_pool_holds_what_the_pipeline_would_encode(checkpoint, prompts, pools):
 
 def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp_path):
     """The same sample has the same noises and time in micro-batches of any size; any of the four changes them."""
+    pool = train.Pool([e for e in pools["dmd"].entries if e.size == (4, 4)])  # of one shape
     recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
 
     def draws(purpose="fake", update=4, micro_batch=4, seed=0) -> list[tuple]:
         args = settle(make_args(checkpoint, tmp_path, batch=8, micro_batch=micro_batch, seed=seed))
         found = []
-        for batch in train.batches(args, pools["dmd"], recipe, purpose, update):
+        for batch in train.batches(args, pool, recipe, purpose, update):
             assert len(batch.t) == batch.fraction * 8 <= micro_batch
             found += zip(batch.t.tolist(), batch.noise.mean((1, 2, 3)).tolist(), batch.xi.mean((1, 2, 3)).tolist())
         assert len(set(found)) == 8
@@ -420,20 +422,58 @@ def test_micro_batches_are_not_padded_where_lengths_are_common(checkpoint, pools
 
 def test_rare_lengths_meet_their_neighbours(pools):
     """Of 40 prompts with a length each, a micro-batch holds neighbours, padded to the longest by a few tokens; and where
-    eight share one length, these alone. Buckets never mix."""
+    eight have one length, these alone. Buckets never mix."""
     like = next(e for e in pools["dmd"].entries if e.task == "t2i")
     other = next(e for e in pools["dmd"].entries if e.task == "edit")
     words = [replace(like, states=torch.ones(length, 64)) for length in [*range(20, 60), *[300] * 8]]
     edits = [replace(other, category=like.category, task="t2i", states=torch.ones(30, 64))]  # another bucket
     pool = train.Pool(words + edits)
-    seen = set()
-    for seed in range(200):
-        rngs = [generator(seed, 0, i, "test") for i in range(6)]
-        drawn = pool.choose(rngs, like.task, like.category)
+    args, seen = SimpleNamespace(seed=0, micro_batch=6), set()
+    for n in range(50):
+        drawn = chosen(args, pool, "fake", like.task, like.category, n)
         lengths = [len(e.states) for e in drawn]
         assert len({e.bucket for e in drawn}) == 1 and max(lengths) - min(lengths) <= conditions.ENOUGH
-        seen.update(lengths)
-    assert seen == {len(e.states) for e in words}  # each prompt is met
+        seen.update(map(id, drawn))
+    assert seen == set(map(id, words + edits))  # each prompt is met
+
+
+@pytest.mark.parametrize("lengths, size", [((10,) * 50, 6), ((10,) * 50, 50), ((3,) * 5, 8), ((7,), 3)])
+def test_prompts_of_one_class_are_seen_equally_often_at_any_time(pools, lengths, size):
+    like = next(e for e in pools["dmd"].entries if e.task == "t2i")
+    pool = train.Pool([replace(like, states=torch.ones(length, 4)) for length in lengths])
+    counts, args = Counter({id(e): 0 for e in pool.entries}), SimpleNamespace(seed=3, micro_batch=size)
+    orders = []
+    for n in range(60):
+        orders.append([id(e) for e in chosen(args, pool, "student", like.task, like.category, n)])
+        counts.update(orders[-1])
+        assert max(counts.values()) - min(counts.values()) <= 1 and sum(counts.values()) == (n + 1) * size
+    if size == 50:  # whole epochs, each in another order
+        assert len(set(map(tuple, orders))) == 60
+    for other in (SimpleNamespace(seed=4, micro_batch=size), args):  # another seed, another network
+        purpose = "student" if other is not args else "fake"
+        again = [[id(e) for e in chosen(other, pool, purpose, like.task, like.category, n)] for n in range(60)]
+        assert len(lengths) == 1 or again != orders
+
+
+def test_after_any_number_of_epochs_counts_differ_by_at_most_one(pools):
+    """Over several lengths and buckets; a class that is smaller than a micro-batch comes as often in the long run."""
+    like = next(e for e in pools["dmd"].entries if e.task == "t2i")
+    sizes = {10: 23, 12: 8, 15: 40}
+    entries = [replace(like, states=torch.ones(length, 4)) for length, n in sizes.items() for _ in range(n)]
+    entries += [replace(like, states=torch.ones(5, 4), size=(2, 8)) for _ in range(9)]
+    rare = [replace(like, states=torch.ones(5, 4), size=(8, 2)) for _ in range(2)]
+    pool, size = train.Pool(entries + rare), 6
+    counts, n, args = Counter(), 0, SimpleNamespace(seed=1, micro_batch=size)
+    for epoch in range(1, 40):
+        for _ in range(
+            sum(epoch * len(c) // size - (epoch - 1) * len(c) // size for c in pool.classes["t2i", like.category])
+        ):
+            batch = chosen(args, pool, "fake", "t2i", like.category, n)
+            assert len({(e.bucket, len(e.states)) for e in batch}) == 1
+            counts.update(map(id, batch))
+            n += 1
+        assert {counts[id(e)] for e in entries} <= {epoch - 1, epoch}
+        assert all(epoch - 3 <= counts[id(e)] <= epoch for e in rare)
 
 
 def test_metrics_tell_times_and_tasks_apart(monkeypatch, tmp_path):
