@@ -27,14 +27,14 @@ from safetensors.torch import load_file
 import dmd
 import flow
 import train
-from model import Condition, MMDiT
+from model import Condition, MMDiT, MMDiTConfig
 from recipe import read_prompts
 from sample import Pipeline
 from support import conditions, options, watch
 from support import trainee as trainees_file
 from support.batches import chosen
 from support.conditions import encode_pool
-from support.files import write_tensors
+from support.files import save_config, write_tensors
 from support.run import settle, whole_checkpoints
 
 STEPS = 3
@@ -539,6 +539,24 @@ def test_non_finite_stops_before_the_update(checkpoint, pools, tmp_path, monkeyp
         train.train(args, pools[objective], state)
     assert ("k = None" in str(error.value)) == (objective == "flow")
     assert newest(args.out)[0] == 1 and not (args.out / "student").exists()
+
+
+@pytest.mark.parametrize("objective", ["dmd", "flow"])
+@pytest.mark.parametrize("rank", [0, 32])
+def test_a_network_of_billions_has_numbers_of_its_own(tmp_path, objective, rank):
+    """Nothing of the toy's: AdamW, small rates, recomputation. The 7B's config alone decides, and flags go before it."""
+    save_config(MMDiTConfig(), tmp_path / "transformer" / "config.json", "QwenImage21Transformer2DModel")
+    words = ["--checkpoint", str(tmp_path), "--objective", objective, "--lora-rank", str(rank)]
+    args = train.parse(words)
+    assert args.muon_lr == args.fake_muon_lr * (objective == "dmd") == 0 and args.recompute
+    assert (args.lr, args.micro_batch) == ((1e-4, 2) if rank else (1e-5, 8))
+    assert args.batch == 32 and args.dtype == "bfloat16" and args.objective == objective
+    for f in NUMBERS:
+        if getattr(args, f.name) is not None:
+            options.check(f.name, getattr(args, f.name), f.metadata["within"])
+    assert train.parse([*words, "--lr", "3e-6"]).lr == 3e-6
+    small = train.parse(words[2:])
+    assert small.muon_lr > 0 and not small.recompute
 
 
 @pytest.mark.parametrize("objective", ["dmd", "flow"])
