@@ -5,9 +5,9 @@
     update_flow       the flow objective: a teacher learns from pictures
     train             the loop: several fake updates, one of the student, then the log, the pictures and the checkpoint
 
-Every prompt is encoded once, before the first update, and the encoders are freed. A STEP is one update of the student
-(or, with the flow objective, of the teacher). A MICRO-BATCH is one turn of the recipe: one task, one category, one k. All
-processes share it in equal parts. Every random number follows from (seed, step, sample, purpose), so a resumed run needs
+Every prompt is encoded once, before the first update; then the encoders are freed. A STEP is one update of the student
+(or, with the flow objective, of the teacher). A MICRO-BATCH is one turn of the recipe: one task, one category, one k. Each
+process has an equal part of it. Every random number follows from (seed, step, sample, purpose), so a resumed run needs
 only its step.
 
     python train.py                                                  the laptop run
@@ -17,7 +17,8 @@ only its step.
     torchrun --nproc_per_node=8 train.py --checkpoint DIR --prompts mine.jsonl        all weights, sharded
     python train.py --lora-rank 32 --checkpoint DIR --prompts mine.jsonl              LoRA roles on one GPU
 
-Exit status: 0 finished; 2 bad input; 1 a value that is not finite; 130 and 143 after Ctrl-C and SIGTERM, which save.
+Exit status: 0 finished; 2 bad input; 1 a value that is not finite; 130 and 143 after Ctrl-C and SIGTERM, which save
+the steps that are done.
 Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and dmd.py.
 """
 
@@ -47,7 +48,7 @@ class Args:
     pool: int = option(1024, "without --prompts: number of toy prompts for each task", "[1, 1e6]")
     recipe: str = option("flash", "composition, ratio and teachers: " + ", ".join(recipes.RECIPES))
     out: Path | None = option(None, "folder of this run; default: runs/OBJECTIVE-RECIPE")
-    cache: Path | None = option(None, "folder of encoded prompts, which runs may share; default: OUT/conditions")
+    cache: Path | None = option(None, "folder of encoded prompts, for several runs; default: OUT/conditions")
     teacher: tuple[str, ...] = option((), "NAME=FOLDER_OR_LORA: specialised teachers besides the checkpoint's own")
     lora_rank: int = option(0, "train LoRAs of this rank on one copy of the weights; 0: all weights", "[0, 4096]")
     guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: the checkpoint's", "[1, 100]")
@@ -147,7 +148,7 @@ from support.trainee import Network, Trainee, frozen, learner
 
 @dataclass
 class Job:
-    """What the updates work with. Networks are played by velocities v(z, t), see flow.py."""
+    """What the updates work with. flow.py and dmd.py see a network as its velocity v(z, t)."""
 
     args: Args
     pool: Pool  # the encoded prompts
@@ -179,7 +180,7 @@ def update_fake(job: Job, update: int, rate: float) -> watch.Record:
 
 
 def update_student(job: Job, update: int, rate: float) -> watch.Record:
-    """One update of the student, against g. Teachers and fake score are evaluated without gradient."""
+    """One update of the student, along -g. Teachers and fake score are evaluated without gradient."""
     record = watch.Record("loss", "grad_norm")
     for batch in batches(job.args, job.pool, job.recipe, "student", update):
         student = job.trainee.network.velocity(batch.condition)
@@ -204,7 +205,7 @@ def real_velocity(job: Job, batch: Batch) -> flow.Velocity:
     guided = {}
     for name in weights:
         conditional, w = job.teachers[name].velocity(batch.condition), job.args.guidance
-        # Guidance leads away from what the teacher draws from the same sources without words.
+        # The unconditional side of guidance has the same sources, but no words.
         guided[name] = conditional if w == 1 else flow.guided(conditional, job.teachers[name].velocity(batch.empty), w)
     return dmd.mixture(weights, guided)
 
@@ -237,7 +238,7 @@ def update_flow(job: Job, update: int, rate: float) -> watch.Record:
 
 
 def start(args: Args, pool: Pool, state: Path | None) -> Job:
-    """Open the networks; `state` is the checkpoint to go on from."""
+    """Open the networks. state: the checkpoint that a resumed run goes on from."""
     flows = args.objective == "flow"
     found = {} if flows else find_teachers(args)
     recipe = recipes.find(args.recipe)
@@ -258,7 +259,7 @@ def start(args: Args, pool: Pool, state: Path | None) -> Job:
 
 
 def rate_at(args: Args, step: int) -> float:
-    """The part of the learning rates that counts at this step: it rises at the start and falls at the end of a run."""
+    """The factor of all learning rates at this step. It rises at the start of a run and falls at its end."""
     rate = min(1, (step + 1) / args.warmup) if args.warmup else 1.0
     return rate * min(1, (args.steps - step) / (args.decay * args.steps)) if args.decay else rate
 
@@ -266,8 +267,8 @@ def rate_at(args: Args, step: int) -> float:
 def train(args: Args, pool: Pool, state: Path | None) -> Path:
     """Train on the pool. args and state come from open_run. Returns out/student, or out/transformer (flow).
 
-    SystemExit(128 + signal) after a Ctrl-C or SIGTERM, when all is saved. FloatingPointError, before the update, where
-    a loss or gradient is not finite.
+    After Ctrl-C or SIGTERM the step is finished and saved, then SystemExit(128 + signal). FloatingPointError if a loss or
+    gradient is not finite (before the update), or a weight (before it is saved).
     """
     job, first = start(args, pool, state), int(state.name) if state else 0
     bar = tqdm(range(first, args.steps), args.objective, args.steps, initial=first, unit="step", disable=rank() > 0)
@@ -301,7 +302,7 @@ def train(args: Args, pool: Pool, state: Path | None) -> Path:
 
 
 def encode(args: Args) -> Pool:
-    """The run's prompts, encoded: each once, and kept in the run's conditions/ or --cache."""
+    """The run's prompts, encoded. They are kept in the run's conditions/, or in --cache."""
     flows = args.objective == "flow"
     recipe = recipes.find(args.recipe)
     if args.prompts:

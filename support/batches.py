@@ -16,8 +16,8 @@ from support.ranks import rank, ranks
 
 
 def generator(seed: int, step: int, number: int, purpose: str) -> torch.Generator:
-    """The source of every random draw in this file. It depends on these four alone, so neither a resumed run nor another
-    number of processes changes a draw; and it is the CPU's everywhere, so a GPU draws the same numbers."""
+    """Makes all random numbers of this file. They depend on these four alone: a resumed run and another number of
+    processes get the same ones. The generator is the CPU's, so that a GPU gets the same ones, too."""
     digest = hashlib.blake2b(f"{seed}/{step}/{number}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -51,10 +51,10 @@ class Batch:
 def batches(args, pool: Pool, recipe, purpose: str, update: int) -> Iterator[Batch]:
     """The micro-batches of one update, this rank's part of each. args: train.Args; recipe: recipe.Recipe, resolved.
 
-    One task, category and bucket in each, and for DMD one k, because the teachers' weights depend on them: so they are
-    the same on all ranks, and so is the number of forwards. The networks (`purpose`) count their own updates. Were
-    student and fake score to share one count, then at a ratio of 1:1 and five fake updates for each of the student, the
-    student would see one task for ever.
+    Each has one task, one category and one bucket, and for DMD one k. The teachers' weights depend on these, so all ranks
+    run the same networks equally often. The student's updates and the fake score's (`purpose`) are counted separately.
+    With one count for both, a ratio of 1:1 and five fake updates for each of the student, the student would have the
+    same task in every update.
     """
     for micro, size in enumerate(args.sizes):
         task, category, n = recipe.turn(update * len(args.sizes) + micro)
@@ -116,8 +116,8 @@ def make_batch(
     wordless: bool = False,
     fraction: float = 1.0,
 ) -> Batch:
-    """Entries of one bucket, and for each the generator that its noises and its time are drawn from, in this order; texts
-    are padded to the longest, or to `length`."""
+    """One micro-batch of entries of one bucket. rngs: for each entry a generator, of noise, xi and time in this order.
+    Texts are padded to the longest, or to `length`."""
     device, dtype, shape = args.device, getattr(torch, args.dtype), (64, *entries[0].size)
     noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
     xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)

@@ -7,8 +7,8 @@
                   tensors are mapped from the files, not copied into every process
 
 A BUCKET is what samples must have in common to be one tensor: the sizes of all sources and of the picture to draw. In
-the cache an entry is known by its CONTENT: the words, the pictures' bytes, the encoders' files and the resolution. A
-changed picture is another entry.
+the cache the key of an entry is a hash of its CONTENT: the words, the pictures' bytes, the encoders' files and the
+resolution. So a changed picture is encoded again.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from support import pictures
 from support.files import write_tensors
 from support.prompts import Prompt
 
-GROUP = 32  # prompts that are encoded at once, and that share a shard
+GROUP = 32  # prompts that are encoded at once, and kept in one shard
 ENOUGH = 8  # entries that are worth a class of their own
 
 
@@ -109,10 +109,10 @@ def encode_pool(
     empty: bool = True,
     targets: bool = False,
 ) -> Pool:
-    """Encode every prompt once, with `encoders.encoder` and `encoders.vae`; the pool keeps the prompts' order.
+    """Encode every prompt once, with `encoders.encoder` and `encoders.vae`. The pool keeps the prompts' order.
 
-    empty: also each prompt's twin without words, for guidance and text dropout. targets: also the target pictures, where
-    a missing one is a ValueError.
+    empty: encode also an empty prompt with the same sources, for guidance and text dropout. targets: encode also the
+    target pictures; a missing one is a ValueError.
     """
     done, bar = {}, tqdm(prompts, desc="encode", unit="prompt", leave=False)
     for group in groups(bar, resolution, targets):
@@ -122,7 +122,7 @@ def encode_pool(
 
 
 def groups(prompts: Iterable[Prompt], resolution: int, targets: bool) -> Iterator[list[tuple[int, Prompt]]]:
-    """Numbered prompts whose pictures come to equal sizes, GROUP at a time; the smaller rests at the end."""
+    """Numbered prompts whose pictures get equal sizes, GROUP at a time; at the end the smaller groups that are left."""
     waiting = defaultdict(list)
     for number, prompt in enumerate(prompts):
         if targets and prompt.target is None:
@@ -226,7 +226,7 @@ def cached_pool(
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """A hash of every file that the entries depend on."""
+    """A hash of the encoders' files, on which the entries depend."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(p for name in ("processor", "text_encoder", "vae") for p in (checkpoint / name).rglob("*")):
         if path.is_file():
@@ -278,13 +278,15 @@ def read_header(path: Path) -> dict:
 
 
 def write_shard(folder: Path, entries: dict[str, Entry]) -> None:
-    """One file of entries by key, whole or not at all; its header holds what is no tensor, and a checksum of the rest."""
+    """Write entries by key as one file, whole or not at all. Its header has what is no tensor, and a checksum."""
     tensors, notes = {}, {}
     for key, entry in entries.items():
         tensors |= {f"{key}.states": entry.states} | {f"{key}.{i}": z for i, z in enumerate(entry.sources)}
         tensors |= {f"{key}.{n}": t for n in ("empty", "target") if (t := getattr(entry, n)) is not None}
         notes[key] = {"slots": entry.slots, "size": entry.size, "sources": len(entry.sources)}
-    tensors = {name: t.contiguous().clone() for name, t in tensors.items()}  # a file's tensors may not share memory
+    tensors = {
+        name: t.contiguous().clone() for name, t in tensors.items()
+    }  # each tensor of a file needs memory of its own
     path = folder / f"{hashlib.blake2b(''.join(entries).encode(), digest_size=16).hexdigest()}.safetensors"
     part = path.with_suffix(f".{os.getpid()}.part")
     try:

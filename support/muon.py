@@ -1,10 +1,10 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the step is the matrix of gradients made orthogonal.
 
-AdamW scales every number by its own history; Muon asks that a matrix change as much in every direction, so that the rare
-directions of a gradient are learnt as fast as the common ones. The toy's networks learn with it in a fraction of AdamW's steps.
+AdamW scales each number by its own history. Muon changes a matrix equally in all directions, so the rare directions of a
+gradient are learnt as fast as the common ones. The toy's networks need a fraction of AdamW's steps with it.
 
-`torch.optim.Muon` does the same (tests/test_muon.py holds the two together), but orthogonalises in bfloat16, and a processor
-without bfloat16 units takes 5.3 seconds for that where fp32 takes 0.3: more than everything else in a step of the toy.
+`torch.optim.Muon` does the same (tests/test_muon.py compares the two), but in bfloat16. On a processor without bfloat16
+units that takes 5.3 seconds, and 0.3 in fp32: more than everything else in a step of the toy.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""One process or many: all that knows of ranks, and of weights that are spread over them."""
+"""One process or many: the ranks, and weights that are divided among them (FSDP2)."""
 
 import os
 import warnings
@@ -21,11 +21,11 @@ def ranks() -> int:
 
 @contextmanager
 def joined() -> Iterator[None]:
-    """Within, the processes that torchrun started are one group; a process of its own needs none."""
+    """Within, the processes that torchrun started are one group. A single process needs none."""
     if outermost := "RANK" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on "cuda" is this process's own
-        # Patient, because ranks wait while rank 0 writes a student. Notes among them travel by gloo, tensors by nccl.
+        # Two hours, because ranks wait while rank 0 writes a student. Objects are sent by gloo, tensors by nccl.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     try:
@@ -57,7 +57,7 @@ def together() -> Iterator[None]:
 
 
 def by_first(work: Callable):
-    """What `work` returns to rank 0, which alone does it."""
+    """Do the work on rank 0 alone. All ranks get its result."""
     result = None
     with together():
         result = work() if rank() == 0 else None
@@ -65,8 +65,8 @@ def by_first(work: Callable):
 
 
 def shard(model: nn.Module, args) -> None:
-    """FSDP2: a rank keeps its rows of every tensor, and a block's are gathered, in the working dtype, while it computes.
-    What is kept stays as it was loaded, fp32 for a network that learns; gradients come back as their fp32 mean."""
+    """FSDP2: a rank keeps its rows of every tensor. A block's tensors are gathered in the working dtype while it computes.
+    The kept rows have the dtype they were loaded in, fp32 for a network that learns. Gradients are averaged in fp32."""
     from torch.distributed.device_mesh import init_device_mesh  # these take seconds to import; a laptop does not wait
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -75,7 +75,7 @@ def shard(model: nn.Module, args) -> None:
         "mesh": init_device_mesh(torch.device(args.device).type, (ranks(),)),
         # The network casts its inputs itself; z and t in bf16 would be rounded too early.
         "mp_policy": MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32, cast_forward_inputs=False),
-        # The root's too: by default what it gathered stays, and after a forward without backward outlives an update.
+        # For the root, too. By default it keeps what it gathered, and after a forward without backward it would be stale.
         "reshard_after_forward": True,
     }
     for block in model.transformer_blocks:

@@ -23,7 +23,7 @@ from support.options import check, flag
 from support.ranks import by_first, rank, ranks, say, together
 from support.trainee import Trainee
 
-# What may differ when a run goes on: it changes no number of the run, or only how far it goes.
+# What may differ in a resumed run: it changes no number, or only how far the run goes.
 FREE = {"resume", "out", "steps", "save_every", "panel_every", "device", "compile", "recompute", "cache"}
 FREE |= {"plan", "gpus", "peak_tflops", "utilisation"}
 
@@ -98,9 +98,8 @@ def find_teachers(args) -> dict[str, Path]:
 def open_run(args) -> tuple[object, Path | None]:
     """Settle the arguments and open the run's folder: the arguments, and the checkpoint to go on from (None: the start).
 
-    A folder that holds anything is only ever continued, with --resume, the same arguments and the same contents of
-    prompts, checkpoint and teachers. Else it is a ValueError, before anything is written. What a resumed run changes in
-    its folder waits for `restore`.
+    A folder that is not empty needs --resume, the same arguments, and the same contents of prompts, checkpoint and
+    teachers. Else it is a ValueError, before anything is written. A resumed run changes its folder only in `restore`.
     """
     return by_first(lambda: _open_run(args))
 
@@ -274,7 +273,7 @@ def state_files(folder: Path, names: list[str]) -> dict[str, list[Path]]:
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within, Ctrl-C and SIGTERM only add their number to the list; who works there ends when it suits."""
+    """Within, Ctrl-C and SIGTERM only add their number to the list. The loop looks at it after each step."""
     noted: list[int] = []
     before = {s: signal.signal(s, lambda number, frame: noted.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -23,7 +23,7 @@ from support.ranks import average_over_ranks, everyone, own, rank, ranks, shard,
 
 
 class Network(NamedTuple):
-    """A model, and the role that it plays where several share its weights (None: the weights alone)."""
+    """A model, and its role, where several networks are LoRAs on the same weights (None: the weights alone)."""
 
     model: MMDiT
     role: str | None = None
@@ -36,10 +36,10 @@ class Network(NamedTuple):
         return {f"{layer}.{x}": p for layer, (a, b, _) in lora.items() for x, p in (("A", a), ("B", b))}
 
     def velocity(self, condition: Condition) -> Velocity:
-        """The network under one condition, v(z, t), as flow.py and dmd.py take it. Good until the weights change.
+        """The network under one condition, v(z, t), for flow.py and dmd.py. Valid until the weights change.
 
-        Without gradient, keys and values of text and sources are computed once, at the first call, and serve all further
-        calls: the first steps of a rollout, and x_t under the fake score. With gradient they are part of the graph.
+        In calls without gradient, keys and values of text and sources are computed once and used again: in the first
+        steps of a rollout, and for x_t under the fake score. In calls with gradient they are part of the graph.
         """
         model, prefix = self.model, None
 
@@ -68,7 +68,7 @@ def load(args, folder: Path, dtype: torch.dtype) -> MMDiT:
 
 
 def recompute(model: MMDiT) -> None:
-    """From now on blocks keep no activations: the backward pass computes them again. It saves memory and costs time."""
+    """Let blocks keep no activations: the backward pass computes them again. That saves memory and costs time."""
 
     def forward(block_forward: Callable, *arguments) -> tuple:
         if not torch.is_grad_enabled():
@@ -86,7 +86,7 @@ def recompute(model: MMDiT) -> None:
 
 
 def learner(args, name: str, base: Network | None) -> Network:
-    """A network to train: with weights of its own in fp32, or as a fresh LoRA on those of `base`."""
+    """A network to train: own weights in fp32, or, with a `base`, a new LoRA on the base's weights."""
     if base is None:
         return Network(load(args, args.checkpoint / "transformer", torch.float32))
     add_role(base.model, name, new_lora(base.model, args.lora_rank, rng=generator(args.seed, 0, 0, name)))
@@ -95,7 +95,7 @@ def learner(args, name: str, base: Network | None) -> Network:
 
 def frozen(args, places: dict[str, Path]) -> dict[str, Network]:
     """Networks that never learn, in the working dtype: "base" and the specialised teachers by name. A teacher that is a
-    LoRA file shares the base's weights."""
+    LoRA file becomes a role on the base's weights."""
     dtype = getattr(torch, args.dtype)
     networks = {"base": Network(load(args, args.checkpoint / "transformer", dtype))}
     for name, place in places.items():
@@ -118,9 +118,9 @@ MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer
 class Trainee:
     """A network in training: `weights` compute in the working dtype, fp32 `masters` learn, `average` is their EMA.
 
-    Masters, because bf16 has 8 bits: an update below 1/512 of its weight is rounded away, and most are. An fp32 network,
-    a LoRA's factors and the rows that a rank keeps under FSDP are their own masters. Muon trains the blocks' matrices
-    (but not a LoRA's), AdamW the rest.
+    Masters are needed because bf16 has 8 bits: most updates are below 1/512 of their weight and would be rounded away.
+    An fp32 network, a LoRA's factors and a rank's rows under FSDP are fp32 already; they are their own masters. Muon
+    trains the matrices of the blocks (but not a LoRA's), AdamW the rest.
     """
 
     def __init__(self, name: str, network: Network, args, muon_lr: float, lr: float, ema: float):
@@ -134,7 +134,6 @@ class Trainee:
             self.masters = [w.detach() for w in self.weights]  # hold the fp32 storage when the model is cast
             network.model.to(getattr(torch, args.dtype))
         self.average = [m.detach().clone() for m in self.masters] if ema else []
-        self.optimizers: list[torch.optim.Optimizer] = []
         matrices = muon_lr and network.role is None
         muon, rest = [], []
         for n, m in zip(self.names, self.masters, strict=True):
@@ -146,8 +145,8 @@ class Trainee:
         self.contents: list[str] = []  # of the gradient, for an error: task, k and t
 
     def backward(self, losses: Tensor, batch: Batch) -> None:
-        """Add the mean of losses, (B,) or (), to the gradient, times the batch's part of the update. The gradient is kept
-        in fp32 between micro-batches."""
+        """Add the gradient of the mean of losses, (B,) or (), weighted by the batch's fraction of the update. Between
+        micro-batches the gradient is kept in fp32."""
         with together():
             if not losses.isfinite().all():
                 bad = batch.t[~losses.isfinite()] if losses.ndim else batch.t
@@ -160,7 +159,8 @@ class Trainee:
         self.contents.append(f"{batch.where()}, t = {batch.t.tolist()}")
 
     def update(self, rate: float) -> float:
-        """Clip, one step at `rate` times the learning rates, average. Returns the gradient's norm before clipping."""
+        """Clip the gradient, take a step at `rate` times the learning rates, update the average. Returns the gradient's
+        norm before clipping."""
         if not self.sharded:  # sharded ones are averaged in the backward pass
             average_over_ranks([m.grad for m in self.masters])
         norm = whole(nn.utils.clip_grad_norm_(self.masters, self.clip)).item()
@@ -175,7 +175,7 @@ class Trainee:
         self.contents.clear()
         with torch.no_grad():
             self.refresh()
-            if self.ema:  # a young average forgets faster, or a short run would export its initial weights
+            if self.ema:  # at first the decay is smaller: else a short run would export mostly its initial weights
                 decay = min(self.ema, (1 + self.updates) / (10 + self.updates))
                 torch._foreach_lerp_(list(map(own, self.average)), list(map(own, self.masters)), 1 - decay)
         return norm
@@ -186,7 +186,7 @@ class Trainee:
 
     @contextmanager
     def averaged(self) -> Iterator[Network]:
-        """Within, the network is its own average. The two change places, which takes no memory."""
+        """Within, the network has its averaged weights. Masters and average are swapped, which takes no memory."""
         self.swap()
         try:
             yield self.network
@@ -202,7 +202,7 @@ class Trainee:
         self.refresh()
 
     def export(self) -> MMDiT | None:
-        """The network on the CPU, in bf16, by itself, a LoRA merged; to rank 0, the others help to gather it."""
+        """The network on the CPU in bf16, a LoRA merged. Only rank 0 gets it; the others help to gather it."""
         model = self.network.model
         if self.network.role is None:
             tensors = {}
@@ -238,8 +238,9 @@ class Trainee:
 
     @torch.no_grad()
     def restore(self, files: list[Path], updates: int) -> None:
-        """From `state` as any number of ranks wrote it after so many updates. Their rows together are the whole, and this
-        rank takes its own. ValueError: not exactly the names, shapes and types of `state`, or a value that is not finite."""
+        """Take over the files that any number of ranks wrote from `state` after so many updates: joined, their rows are
+        the whole, of which this rank takes its own. ValueError unless names, shapes, types and the number of updates are
+        exactly those of `state` here, and all values are finite."""
         for optimizer in self.optimizers:  # as its first step would begin
             for master in optimizer.param_groups[0]["params"]:
                 moments = dict.fromkeys(MOMENTS[type(optimizer)], master)

@@ -1,4 +1,4 @@
-"""What a run shows: a line of metrics for each step, the progress line, pictures. Nothing here changes a weight."""
+"""What a run shows: a line of metrics for each step, the progress line, pictures. It changes no weight."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from support.ranks import by_first, everyone, rank, together
 
 @dataclass
 class Record:
-    """What one update leaves for the log and the pictures."""
+    """What the log and the pictures need of one update."""
 
     loss_name: str
     norm_name: str
@@ -46,14 +46,14 @@ class Record:
         return self.losses[-1][0]
 
 
-BINS = 5  # of t: the loss by time is the first place to look when a run goes wrong
+BINS = 5  # of t: when a run goes wrong, look at the loss by time first
 
 
 def metrics_line(records: list[Record], everyone: Callable[[list], list], **numbers) -> dict:
     """One step's line of metrics.jsonl, about the samples of all processes.
 
-    `everyone` gives what every process has of a list. Losses are means over samples, by t and by task; a gradient's norm
-    is the one of the last update.
+    everyone: gives the lists of all processes. Losses are means over samples, by t and by task. A gradient's norm is that
+    of the last update.
     """
     mine = [(r.loss_name, b.task, losses.tolist(), b.t.tolist()) for r in records for b, losses in r.losses]
     found: dict[str, list[tuple[str, float, int]]] = {}  # name -> (task, loss, bin of t) of each sample
@@ -79,7 +79,7 @@ def metrics_line(records: list[Record], everyone: Callable[[list], list], **numb
 
 
 class Diary:
-    """metrics.jsonl and TensorBoard's files of a run; `write` adds a step. Rank 0 alone writes."""
+    """metrics.jsonl and TensorBoard's files of a run. `write` adds a step. Only rank 0 writes."""
 
     def __init__(self, args, recipe):
         self.args, self.recipe, self.began = args, recipe, time.perf_counter()
@@ -94,7 +94,7 @@ class Diary:
         self.metrics.close()
 
     def write(self, step: int, rate: float, records: list[Record], config: MMDiTConfig) -> str:
-        """Add a step that has just ended; returns what the progress line says."""
+        """Add a step that has just ended. Returns the text of the progress line."""
         seconds = time.perf_counter() - self.began
         pace = {"seconds": round(seconds, 4), "images_per_second": round(self.args.batch / seconds, 2)}
         pace |= {"mfu": plan.utilisation(self.args, config, self.recipe, records, seconds)}
@@ -110,7 +110,7 @@ class Diary:
 
 
 def memory(device: str) -> float:
-    """The most that this process has held so far, in GB: on its GPU, or of the machine's memory."""
+    """The most memory that this process has held so far, in GB: of its GPU, or of the machine."""
     kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return round((torch.cuda.max_memory_allocated() if device.startswith("cuda") else kept) / 1e9, 2)
 
@@ -124,7 +124,7 @@ def record(line: dict, metrics: TextIO, board) -> None:
 
 
 def summary(line: dict) -> str:
-    """What the progress line says beside the time left."""
+    """The text of the progress line, without the time left."""
     norms = [name for name in ("fake_grad_norm", "grad_norm") if name in line]
     norms = ", ".join(f"{name.replace('_', ' ')} {line[name]:.2f}" for name in norms)
     mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.0%}"
@@ -151,8 +151,8 @@ def open_board(out: Path):
 
 @torch.no_grad()
 def paint(vae: Path, device: str, rows: dict[str, Iterable[Tensor]], heads: list[str], path: Path) -> None:
-    """One picture of rows of latents, (64, h, w) each, row below row, each with its name before it and `heads` above the
-    columns (an empty list: nothing). Rows without latents are left out. The VAE is not kept between two: memory."""
+    """Decode rows of latents, (64, h, w) each, into one picture: each row has its name on the left, each column its head
+    above (heads may be empty). Rows without latents are left out. The VAE is not kept in memory between two pictures."""
     decoder = VAE.from_pretrained(vae, device=device)
     decoded = {name: [to_pictures(decoder.decode(z[None].float()))[0] for z in row] for name, row in rows.items()}
     shown = {name: row for name, row in decoded.items() if row}
@@ -176,8 +176,8 @@ def paint(vae: Path, device: str, rows: dict[str, Iterable[Tensor]], heads: list
 
 @torch.no_grad()
 def draw_pictures(args, pool: Pool, network, record: Record, step: int) -> None:
-    """panels/STEP.png, of the record's last micro-batch; and grid.png: two prompts of every category, edits below their
-    last source. All ranks draw, since the weights may be spread over them, and the first one paints."""
+    """Write panels/STEP.png, from the record's last micro-batch, and grid.png: two prompts of every category, edits below
+    their last source. The weights may be divided among the ranks, so all of them draw; the first one decodes."""
     flows, grid = args.objective == "flow", {"t2i": [], "source": [], "edit": []}
     sigmas = flow.student_sigmas(20 if flows else args.student_steps)
     chosen = [entry for place in pool.places.values() for entry in place[:2]]
