@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -89,6 +90,11 @@ def fingerprint(checkpoint: Path) -> str:
         for path in sorted(Path(folder, name) for name in files if Path(folder) != checkpoint):
             digest.update(str(path.relative_to(checkpoint)).encode() + ends(path))
     return digest.hexdigest()[:16]
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """A hash of files' names, and of the ends of their contents. It changes with the weights."""
+    return hashlib.sha256(b"".join(p.name.encode() + ends(p) for p in sorted(paths) if p.is_file())).hexdigest()[:16]
 
 
 def ends(path: Path) -> bytes:

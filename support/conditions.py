@@ -31,6 +31,7 @@ from tqdm import tqdm
 from encoders.qwen3vl import Qwen3VL
 from encoders.vae import VAE
 from support import pictures
+from support.checkpoint import files_fingerprint
 from support.files import write_tensors
 from support.prompts import Prompt
 
@@ -227,12 +228,7 @@ def cached_pool(
 
 def fingerprint(checkpoint: Path) -> str:
     """A hash of the encoders' files, on which the entries depend."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for name in ("processor", "text_encoder", "vae") for p in (checkpoint / name).rglob("*")):
-        if path.is_file():
-            with open(path, "rb") as file:
-                digest.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
-    return digest.hexdigest()
+    return files_fingerprint(p for name in ("processor", "text_encoder", "vae") for p in (checkpoint / name).rglob("*"))
 
 
 def content_key(prompt: Prompt, encoders: str, resolution: int, empty: bool, targets: bool) -> str:

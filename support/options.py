@@ -4,6 +4,7 @@ Nothing here imports torch, which takes seconds: --help answers at once.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import field, fields
 from pathlib import Path
@@ -44,6 +45,9 @@ def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int]
     after a first look at the flags that decide them. about: a docstring; --help shows its first paragraph, and the one
     with commands.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if wrong := [word for word in argv if word.endswith("=--")]:  # argparse takes it for an empty list
+        raise ValueError(f"{wrong[0]}: a value is expected")
     own = {f.name: f.default for f in fields(kind)}
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--objective", default=own["objective"])

@@ -1,6 +1,5 @@
 """A run's folder: its arguments, its checkpoints, its specialised teachers, and the signals that end it."""
 
-import hashlib
 import json
 import os
 import platform
@@ -126,7 +125,8 @@ def _open_run(args) -> tuple[object, Path | None]:
     read_json(args.checkpoint / "scheduler" / "scheduler_config.json")
     shards(args.cache or out / "conditions")
     contents = {"the checkpoint": checkpoint.fingerprint(args.checkpoint)}
-    contents |= {f"teacher {name}": fingerprint(place) for name, place in find_teachers(args).items()}
+    for name, place in find_teachers(args).items():
+        contents[f"teacher {name}"] = checkpoint.files_fingerprint(place.iterdir() if place.is_dir() else [place])
     contents |= {"a prompt or its picture": prompts.fingerprint(args.prompts)} if args.prompts else {}
     started = start_record(args)
 
@@ -161,15 +161,6 @@ def start_record(args) -> dict:
     here = {"host": platform.node(), "pid": os.getpid(), "processes": ranks()}
     arguments = json.loads(json.dumps(asdict(args), default=str))
     return {"arguments": arguments, "versions": versions, "source": watch.source(), "started": here}
-
-
-def fingerprint(place: Path) -> str:
-    """Of a teacher's file, or of its folder's files. It changes with the weights."""
-    digest = hashlib.sha256()
-    for path in sorted(place.iterdir()) if place.is_dir() else [place]:
-        if path.is_file():
-            digest.update(path.name.encode() + checkpoint.ends(path))
-    return digest.hexdigest()[:16]
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
