@@ -109,9 +109,7 @@ LARGE_FLOW |= dict(micro_batch=8, recompute=True, dtype="bfloat16")  # ours, for
 LARGE_FLOW |= dict(steps=2000)  # ours: as many as the paper's students take (section 3)
 LARGE_FLOW |= dict(ema=0.99)  # ours: the longest that was seen with students
 LARGE_FLOW |= dict(warmup=20, decay=0.0, time_shift=3.0, panel_every=100)  # ours; clip and text_dropout: 2.0 report
-LARGE_FLOW_LORA = LARGE_FLOW | dict(
-    micro_batch=2, lr=1e-4
-)  # ours: one GPU's memory; LightX2V's rate of a student's LoRA
+LARGE_FLOW_LORA = LARGE_FLOW | dict(micro_batch=2, lr=1e-4)  # ours: one GPU's memory; LightX2V's rate of a LoRA
 
 
 def defaults(objective: str, parameters: int, lora_rank: int) -> dict:
@@ -311,9 +309,7 @@ def encode(args: Args) -> Pool:
         from toy.world import prompts_for  # a run on your own prompts does not need the toy
 
         if args.resolution != 128:
-            raise ValueError(
-                f"--resolution {args.resolution}: the toy world's own prompts have 128; give --prompts FILE"
-            )
+            raise ValueError(f"--resolution {args.resolution}: the toy's own prompts have 128; give --prompts FILE")
         prompts = prompts_for(recipe, args.pool, args.seed, targets=flows)
     recipe.resolve(recipes.categories(prompts), ())  # what is missing is said before the encoding
     counts = Counter(f"{prompt.task} {prompt.category}" for prompt in prompts)

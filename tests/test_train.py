@@ -598,7 +598,7 @@ def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, comm
     with pytest.raises(ValueError, match="has no target"):
         lines = [p for p in read_prompts([prompts]) if p.task == "t2i"]
         encode_pool(Pipeline.from_pretrained(checkpoint), [replace(lines[0], target=None)], 64, targets=True)
-    with pytest.raises(ValueError, match=r"--resolution 64: the toy world's own prompts have 128"):
+    with pytest.raises(ValueError, match=r"--resolution 64: the toy's own prompts have 128"):
         train.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "third")])
 
     run = [sys.executable, train.__file__, *command, "--out", str(out)]  # the folder is taken
