@@ -315,10 +315,8 @@ def encode(args: Args) -> Pool:
     counts = Counter(f"{prompt.task} {prompt.category}" for prompt in prompts)
     say("prompts: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    kinds = {"resolution": args.resolution, "empty": flows or args.guidance != 1, "targets": flows}
-    ours = {"worker": (rank(), ranks()), "together": together}
-    cache = args.cache or args.out / "conditions"
-    return cached_pool(cache, prompts, args.checkpoint, dtype=dtype, device=args.device, **kinds, **ours)
+    cache, empty = args.cache or args.out / "conditions", flows or args.guidance != 1
+    return cached_pool(cache, prompts, args.checkpoint, dtype, args.device, args.resolution, empty, targets=flows)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,8 +16,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +33,7 @@ from support import pictures
 from support.checkpoint import files_fingerprint
 from support.files import write_tensors
 from support.prompts import Prompt
+from support.ranks import rank, ranks, together
 
 GROUP = 32  # prompts that are encoded at once, and kept in one shard
 ENOUGH = 8  # entries that are worth a class of their own
@@ -104,11 +104,7 @@ class Encoders:
 
 
 def encode_pool(
-    encoders: "Encoders",
-    prompts: Iterable[Prompt],
-    resolution: int,
-    empty: bool = True,
-    targets: bool = False,
+    encoders: "Encoders", prompts: Iterable[Prompt], resolution: int, empty: bool = True, targets: bool = False
 ) -> Pool:
     """Encode every prompt once, with `encoders.encoder` and `encoders.vae`. The pool keeps the prompts' order.
 
@@ -188,24 +184,20 @@ def cached_pool(
     resolution: int,
     empty: bool = True,
     targets: bool = False,
-    worker: tuple[int, int] = (0, 1),
-    together: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Pool:
     """Encode the prompts that `folder` does not have yet, keep them there, and map the tensors of all from its files.
 
-    worker: the number of this process, and how many processes divide the work. together: a context that all of them
-    leave at the same time. The encoders are opened in dtype on the device, only if there is something to encode, and
-    are freed at the end. Which prompts are encoded in one batch depends on what is missing, not on the number of
-    processes: that would change the last bits of the states.
+    All ranks divide the work. The encoders are opened in dtype on the device, only if there is something to encode, and
+    are freed at the end. Which prompts are encoded in one batch depends on what is missing, not on the number of ranks:
+    that would change the last bits of the states.
     """
-    mine, processes = worker
     with together():
         shards(folder)  # its errors come before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     files = fingerprint(checkpoint)
     keys = [content_key(prompt, files, resolution, empty, targets) for prompt in prompts]
     with together():
-        for shard in shards(folder)[mine::processes]:
+        for shard in shards(folder)[rank() :: ranks()]:
             if not read_shard(shard, check=True):
                 print(f"{shard}: damaged; its prompts are encoded again")
                 shard.unlink()
@@ -213,11 +205,11 @@ def cached_pool(
         known = {key for shard in shards(folder) for key in read_shard(shard)}
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
     with together():
-        work = list(groups(missing.values(), resolution, targets))
-        names, total = list(missing), sum(map(len, work[mine::processes]))
+        work = list(groups(missing.values(), resolution, targets))[rank() :: ranks()]
+        names, total = list(missing), sum(map(len, work))
         encoders = Encoders.from_pretrained(checkpoint, dtype, device) if total else None
-        with tqdm(total=total, desc="encode", unit="prompt", leave=False, disable=mine > 0 or not total) as bar:
-            for group in work[mine::processes]:
+        with tqdm(total=total, desc="encode", unit="prompt", leave=False, disable=rank() > 0 or not total) as bar:
+            for group in work:
                 entries = encode(encoders, [prompt for _, prompt in group], resolution, empty, targets)
                 write_shard(folder, {names[number]: entry for (number, _), entry in zip(group, entries, strict=True)})
                 bar.update(len(group))

@@ -82,12 +82,11 @@ class Diary:
     """metrics.jsonl and TensorBoard's files of a run. `write` adds a step. Only rank 0 writes."""
 
     def __init__(self, args, recipe):
-        self.args, self.recipe, self.began = args, recipe, time.perf_counter()
+        self.args, self.recipe = args, recipe
 
     def __enter__(self) -> "Diary":
         self.board = open_board(self.args.out) if rank() == 0 else None
         self.metrics = open(self.args.out / "metrics.jsonl" if rank() == 0 else os.devnull, "a")
-        self.began = time.perf_counter()
         return self
 
     def __exit__(self, *_) -> None:

@@ -297,9 +297,7 @@ def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):
     prompts = [Prompt("t2i", "text", str(number)) for number in range(9)]
 
     def work():
-        worker = (train.rank(), train.ranks())
-        arguments = dict(worker=worker, together=train.together)
-        pool = cached_pool(tmp_path / str(worker[1]), prompts, checkpoint, torch.float32, "cpu", 64, False, **arguments)
+        pool = cached_pool(tmp_path / str(train.ranks()), prompts, checkpoint, torch.float32, "cpu", 64, empty=False)
         assert [int(entry.states[0, 0]) for entry in pool.entries] == list(range(9))
 
     groups = []
