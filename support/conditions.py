@@ -11,6 +11,7 @@ the cache the key of an entry is a hash of its CONTENT: the words, the pictures'
 resolution. So a changed picture is encoded again.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -214,6 +215,8 @@ def cached_pool(
                 write_shard(folder, {names[number]: entry for (number, _), entry in zip(group, entries, strict=True)})
                 bar.update(len(group))
         del encoders
+        gc.collect()
+        torch.cuda.empty_cache()
     found = {key: parts for shard in shards(folder) for key, parts in read_shard(shard).items()}
     return Pool([Entry(prompt.task, prompt.category, **found[key]) for key, prompt in zip(keys, prompts, strict=True)])
 
