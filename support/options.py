@@ -70,7 +70,8 @@ def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int]
             parser.add_argument(
                 flag(f.name), type=one, default=default, nargs=nargs, help=text, metavar=one.__name__.upper()
             )
-    return kind(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def count(checkpoint: Path, small: Path) -> int:
