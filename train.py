@@ -17,8 +17,7 @@ only its step.
     torchrun --nproc_per_node=8 train.py --checkpoint DIR --prompts mine.jsonl        all weights, sharded
     python train.py --lora-rank 32 --checkpoint DIR --prompts mine.jsonl              LoRA roles on one GPU
 
-Exit status: 0 finished; 2 bad input; 1 a value that is not finite; 130 and 143 after Ctrl-C and SIGTERM, which save
-the steps that are done.
+Exit status: 0 finished; 2 bad input; 1 a value is not finite; 130 and 143 after Ctrl-C and SIGTERM, which save the run.
 Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and dmd.py.
 """
 
@@ -154,8 +153,7 @@ class Job:
     fake: Trainee | None  # the fake score
 
     @property
-    def trainees(self) -> dict[str, Trainee]:
-        """By the names of their files in a checkpoint."""
+    def trainees(self) -> dict[str, Trainee]:  # by the names of their files in a checkpoint
         return {"student": self.trainee} | ({"fake": self.fake} if self.fake else {})
 
 
