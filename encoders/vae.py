@@ -17,8 +17,7 @@ Reference for behaviour: `AutoencoderKLQwenImage21` of diffusers 0.42.1; tests/t
 """
 
 import re
-from dataclasses import dataclass, field
-from math import isfinite
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from support.files import config_from_json, load_weights, save_config, save_weights
+from support.files import config_from_json, load_weights, save_config, save_weights, within
 
 STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
 TILE = 64  # latent pixels: pictures of up to 1024 x 1024 are decoded whole, larger ones in parts of that size
@@ -36,24 +35,24 @@ TILE = 64  # latent pixels: pictures of up to 1024 x 1024 are decoded whole, lar
 class VAEConfig:
     """The keys of vae/config.json, with the published values as defaults (the latents' statistics excepted).
 
-    Raises ValueError, naming the key, where a value is impossible or asks for a network that this file does not build.
+    ValueError names the key whose value is impossible, or asks for a network that is not built here.
     """
 
-    base_dim: int = 96  # channels of the encoder's first level
-    # Channels of the decoder's last level; null: base_dim. (A factory, as a plain 144 would forbid null in the file.)
-    decoder_base_dim: int | None = field(default_factory=lambda: 144)
-    z_dim: int = 64
-    dim_mult: tuple[int, ...] = (1, 2, 4, 8, 8)  # channels of a level / base_dim; every level but the last halves
-    num_res_blocks: int = 2  # in a level of the encoder; the decoder's levels have one more
+    base_dim: int = within(96, "[1, 4096]")  # channels of the encoder's first level
+    decoder_base_dim: int | None = within(144, "[1, 4096]")  # of the decoder's last level; null: base_dim
+    z_dim: int = within(64, "[1, 4096]")
+    # Channels of a level / base_dim. Every level but the last halves the sides.
+    dim_mult: tuple[int, ...] = within((1, 2, 4, 8, 8), "[1, 256]")
+    num_res_blocks: int = within(2, "[1, 64]")  # in a level of the encoder; the decoder's levels have one more
     attn_scales: tuple[float, ...] = ()
     temperal_downsample: tuple[bool, ...] = (False, True, True, True)  # (sic) which halvings are of time, too
     dropout: float = 0.0
     # Mean and deviation of each latent channel over many pictures. The published 64 come with the checkpoint.
-    latents_mean: tuple[float, ...] = (0.0,) * 64
-    latents_std: tuple[float, ...] = (1.0,) * 64
+    latents_mean: tuple[float, ...] = within((0.0,) * 64, "[-1e6, 1e6]")
+    latents_std: tuple[float, ...] = within((1.0,) * 64, "[1e-6, 1e6]")
     is_residual: bool = True
-    in_channels: int = 4
-    out_channels: int = 4
+    in_channels: int = within(4, "[4, 4]")  # RGBA
+    out_channels: int = within(4, "[4, 4]")
     patch_size: int | None = None
     scale_factor_temporal: int = 8  # this and the next only describe: what the network
     scale_factor_spatial: int = 16  # really does follows from dim_mult, see `factor`
@@ -65,29 +64,18 @@ class VAEConfig:
             setattr(self, key, tuple(getattr(self, key)))
         for key, built in {"is_residual": True, "attn_scales": (), "dropout": 0.0, "patch_size": None}.items():
             if getattr(self, key) != built:
-                raise ValueError(f"{key} is {getattr(self, key)!r}: only {built!r}, as published, is built here")
-        for key in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "dim_mult"):
-            value = getattr(self, key)
-            numbers = value if key == "dim_mult" else (value,)
-            if not numbers or not all(type(n) is int and n > 0 for n in numbers):
-                raise ValueError(f"{key} is {value!r}: whole numbers above 0 are expected")
-        halvings = len(self.dim_mult) - 1
-        if [type(t) for t in self.temperal_downsample] != [bool] * halvings:
-            raise ValueError(
-                f"temperal_downsample is {self.temperal_downsample}: {halvings} true or false are expected"
-            )
-        for key, numbers in {"latents_mean": self.latents_mean, "latents_std": self.latents_std}.items():
-            if len(numbers) != self.z_dim or not all(type(n) in (int, float) and isfinite(n) for n in numbers):
-                raise ValueError(
-                    f"{key} must be z_dim = {self.z_dim} finite numbers, not these {len(numbers)}: {numbers}"
-                )
-        if min(self.latents_std) <= 0:
-            raise ValueError(f"latents_std holds {min(self.latents_std)}: deviations are above 0")
+                raise ValueError(f"{key} is {getattr(self, key)!r}; only {built!r}, as published, is built here")
+        if not 2 <= len(self.dim_mult) <= 8:
+            raise ValueError(f"dim_mult has {len(self.dim_mult)} levels; 2 to 8 are expected")
+        lengths = {"temperal_downsample": len(self.dim_mult) - 1, "latents_mean": self.z_dim, "latents_std": self.z_dim}
+        for key, length in lengths.items():
+            if len(getattr(self, key)) != length:
+                raise ValueError(f"{key} has {len(getattr(self, key))} values; by the other keys {length} are expected")
         # The shortcuts regroup channels, which works for whole groups only.
         whole_down = all(c * 4**space * 2**time % o == 0 for c, o, space, time in self.encoder_levels())
         whole_up = all(o * 4 * 2**time % c == 0 for c, o, space, time in self.decoder_levels() if space)
         if not whole_down or not whole_up:
-            raise ValueError(f"dim_mult is {self.dim_mult}: the channels of two neighbours do not divide into groups")
+            raise ValueError(f"dim_mult is {self.dim_mult}; the channels of two neighbours do not divide into groups")
 
     @property
     def factor(self) -> int:
@@ -293,9 +281,8 @@ class Decoder(nn.Module):
         """The part of the picture that belongs to rows and columns [start, stop) of the grid x (B, d, h, w)."""
         margins = [1]  # what conv_out sees beyond its own pixel, and before it what each level must be given
         for block in reversed(self.up_blocks):
-            doubled = (
-                (margins[0] + 2) // 2 if block.doubles_space else margins[0]
-            )  # one more for the upsampler's kernel
+            # One more for the upsampler's kernel.
+            doubled = (margins[0] + 2) // 2 if block.doubles_space else margins[0]
             margins.insert(0, doubled + 2 * len(block.resnets))
         scale, top, left = 1, 0, 0  # of x against the latent grid; where x begins, in its own pixels
 
@@ -337,8 +324,7 @@ class VAE(nn.Module):
             raise ValueError(
                 f"images {tuple(images.shape)}: (B, {channels}, H, W) is expected, H and W multiples of {factor}"
             )
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, z, h, w) each
-        return mean, logvar
+        return self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, z, h, w) each
 
     def decode_raw(self, z: Tensor, tile: int = TILE) -> Tensor:
         """images (B, 4, 16h, 16w), not clamped, of latents z (B, 64, h, w) that are not normalised; in tiles of `tile`

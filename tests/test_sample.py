@@ -26,10 +26,10 @@ from encoders.qwen3vl import Qwen3VL
 from model import MMDiT
 from sample import Pipeline
 from support.export import export
-from support.files import read_json
+from support.files import aside, files_in, may_write, read_json, write_json
 from support.lora import new_lora
 from support.lora_files import export_lora, write_lora
-from support.pictures import open_picture
+from support.pictures import open_picture, save
 
 PROMPT = "A capybara wearing a wizard hat"
 TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
@@ -343,13 +343,91 @@ def test_export_overwrites_nothing_else(base, tmp_path):
     student = MMDiT.from_pretrained(base / "transformer")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("three years of work")
-    for out in tmp_path / "notes", tmp_path / "notes" / "thesis.txt", base:
-        with pytest.raises(ValueError, match=str(out)):
-            export(base, student, [1.0, 0.5], out)
+    checkpoint = shutil.copytree(base, tmp_path / "checkpoint")  # published: it has a model_index.json, but no mark
+    there = tree(tmp_path)
+    for out in tmp_path / "notes", tmp_path / "notes" / "thesis.txt", base, checkpoint:
+        for overwrite in False, True:
+            with pytest.raises(ValueError, match=str(out)):
+                export(base, student, [1.0, 0.5], out, overwrite=overwrite)
     for sigmas in [], [0.5, 1.0], [1.0, 0.0], [1.5], [1.0, float("nan")]:
         with pytest.raises(ValueError, match="sigmas"):
             export(base, student, sigmas, tmp_path / "student")
-    assert [p.name for p in tmp_path.rglob("*")] == ["notes", "thesis.txt"]
+    assert tree(tmp_path) == there
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files_in(folder) if (folder / name).is_file()}
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_an_export_may_replace(base, tmp_path, link):
+    """A folder that an export wrote, with the same settings or on demand, and never with anything else in it."""
+    student, out = MMDiT.from_pretrained(base / "transformer"), tmp_path / "student"
+    export(base, student, [1.0], out, link=link, made={"lora": ["a"]})
+    export(base, student, [1.0, 0.5], out, link=link, made={"lora": ["a"]})
+    assert read_json(out / "model_index.json")["sample_sigmas"] == [1.0, 0.5]
+    with pytest.raises(ValueError, match=f"{out}: exists.*--overwrite"):
+        export(base, student, [1.0], out, link=link, made={"lora": ["b"]})
+    export(base, student, [1.0], out, link=link, made={"lora": ["b"]}, overwrite=True)
+    (out / "transformer" / "NOTES.txt").write_text("mine")
+    with pytest.raises(ValueError, match="student: transformer/NOTES.txt in it was not written by an export"):
+        export(base, student, [1.0, 0.5], out, link=link, made={"lora": ["b"]}, overwrite=True)
+    assert read_json(out / "model_index.json")["sample_sigmas"] == [1.0]
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_failed_export_leaves_what_was_there(base, tmp_path, monkeypatch):
+    """A disk that is full in the middle, and Ctrl-C: the folder is as before, and nothing stands beside it."""
+    student, out = MMDiT.from_pretrained(base / "transformer"), tmp_path / "student"
+    export(base, student, [1.0], out)
+    there = tree(tmp_path)
+    for error in OSError(28, "No space left on device"), KeyboardInterrupt():
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "copyfile", lambda *_, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(type(error)) as raised:
+                export(base, student, [1.0, 0.5], out)
+        assert isinstance(error, KeyboardInterrupt) or f"{out}: cannot be written" in str(raised.value)
+        assert tree(tmp_path) == there and [p.name for p in tmp_path.iterdir()] == ["student"]
+    # A run that was killed between the two renames left the old folder under another name.
+    (out).rename(tmp_path / ".student.qwen-image-flash.old")
+    with pytest.raises(ValueError), aside(out):
+        raise ValueError
+    assert tree(tmp_path) == there
+
+
+def test_weights_that_are_not_finite_are_not_exported(base, tmp_path):
+    student = MMDiT.from_pretrained(base / "transformer")
+    with torch.no_grad():
+        student.img_in.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="student: img_in.weight holds values that are not finite"):
+        export(base, student, [1.0], tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_others_are_not_replaced(tmp_path):
+    """May a picture, a LoRA, a JSON file be written: nothing there, ours with these settings, ours with others, theirs."""
+    made, other = {"seed": 1, "sizes": (1, 2)}, {"seed": 2}
+    save(picture(8, 8), tmp_path / "ours.png", made)
+    write_lora(tmp_path / "ours.safetensors", {}, made=made)
+    write_json(tmp_path / "ours.json", {"_made": made})
+    picture(8, 8).save(tmp_path / "theirs.png", pnginfo=None)
+    (tmp_path / "theirs.safetensors").write_bytes(b"weights")
+    (tmp_path / "theirs.json").write_text("[1]")
+    there = tree(tmp_path)
+    for end in "png", "safetensors", "json":
+        may_write(tmp_path / "new" / f"folder.{end}", made)
+        may_write(tmp_path / f"ours.{end}", made)
+        for name, settings in ("ours", other), ("ours", None), ("theirs", made), ("theirs", None):
+            with pytest.raises(ValueError, match=f"{name}.{end}: exists.*--overwrite"):
+                may_write(tmp_path / f"{name}.{end}", settings)
+            may_write(tmp_path / f"{name}.{end}", settings, overwrite=True)
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        may_write(tmp_path / "new")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        may_write(tmp_path / "ours.png", folder=True)
+    with pytest.raises(OSError, match="cannot be written"):
+        may_write(tmp_path / "ours.png" / "x.png")
+    assert tree(tmp_path) == there
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,7 +507,9 @@ def test_command_line(base, tmp_path, shifted):
         {"task": "edit", "category": "any", "prompt": "red", "images": ["source.webp"]},
     ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sample.main([*command, "--prompt-file", str(tmp_path / "prompts.jsonl")])
+    with pytest.raises(ValueError, match="out-1.png: exists.*--overwrite"):
+        sample.main([*command, "--prompt-file", str(tmp_path / "prompts.jsonl")])
+    sample.main([*command, "--prompt-file", str(tmp_path / "prompts.jsonl"), "--overwrite"])
     assert difference(Image.open(tmp_path / "out-1.png"), shifted.ours("红色", steps=3)) == 0
     assert json.loads(Image.open(tmp_path / "out-1.png").text["parameters"])["prompt"] == "红色"
     assert difference(Image.open(tmp_path / "out-2.png"), shifted.ours("red", tmp_path / "source.webp", steps=3)) == 0
@@ -466,16 +546,16 @@ def test_students_from_the_command_line(base, tmp_path, capsys):
     picture(40, 90, 2, "RGBA").save(tmp_path / "tall.png")
     for file in factors, tmp_path / "again-comfyui.safetensors":
         sample.main(["--checkpoint", str(base), "--lora", str(file), "--prompt", PROMPT, "--image",
-                     str(tmp_path / "tall.png"), "--seed", "5", "--out", str(tmp_path / "out.png"), *cpu])  # fmt: skip
+                     str(tmp_path / "tall.png"), "--seed", "5", "--out", str(tmp_path / "out.png"), "--overwrite",
+                     *cpu])  # fmt: skip
         close = np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - np.asarray(drawn)).mean()
         assert close < 3  # of 255: bf16 files, merged
 
 
-def test_readme_commands(base, tmp_path, monkeypatch):
-    """The section on published checkpoints, its commands as they stand there: a picture, an edit, students."""
-    text = (Path(sample.__file__).parent / "README.md").read_text()
-    section = text.split("## Published checkpoints")[1].split("\n## ")[0]
-    commands = [shlex.split(line)[2:] for line in section.splitlines() if "/python sample.py" in line]
+def test_documented_commands(base, tmp_path, monkeypatch):
+    """The page on published checkpoints, its commands as they stand there: a picture, an edit, students."""
+    text = (Path(sample.__file__).parent / "docs" / "checkpoints.md").read_text()
+    commands = [shlex.split(line)[2:] for line in text.splitlines() if "/python sample.py" in line]
     monkeypatch.chdir(tmp_path)
     Path("Qwen-Image-2.1").symlink_to(base)
     network = MMDiT.from_pretrained(base / "transformer")
@@ -509,22 +589,36 @@ def test_command_line_errors(base, tmp_path):
     write_lora(lora, new_lora(MMDiT.from_pretrained(base / "transformer"), 2), [1.0, 0.5])
     for arguments, message in (
         (["--out", "out.jpg"], "out.jpg"),
-        (["--out", str(tmp_path / "none" / "out.png")], "no folder"),
+        (["--out", f"{lora}/out.png"], f"{lora}/out.png: cannot be written"),
+        (["--out", f"{tmp_path}/a.png", "--device", "meta"], "--device meta: torch cannot use it"),
         (["--num-images", "0"], "--num-images 0"),
         (["--prompt-file", "x"], "either --prompt"),
-        (["--device", "abacus"], "device abacus"),
+        (["--device", "abacus"], "--device abacus: torch cannot use it"),
         (["--image", str(tmp_path / "none.png")], "none.png: no such picture"),
         (["--lora", str(tmp_path / "none.safetensors:0.5")], "none.safetensors: no such LoRA file"),
         (["--aspect", "16/9"], "--aspect 16/9: W:H"),
         (["--aspect", "1:0"], "--aspect 1:0"),
         (["--aspect", "1:1", "--width", "64"], "no --height or --width"),
         (["--sigmas", "0.5", "1"], "sigmas"),
-        (["--guidance", "nan"], "guidance nan"),
+        (["--guidance", "nan"], "--guidance nan"),
         (["--negative-prompt", "a dog"], "negative prompt 'a dog'"),
         (["--resolution", "0", "--aspect", "1:1"], "--resolution 0"),
         (["--resolution=-64", "--height", "64", "--width", "64"], "--resolution -64"),
         (["--image", *[str(tmp_path.with_suffix(".png"))] * 11], "11 source pictures"),
-        (["--lora", f"{lora}:nan"], f"{lora}: the LoRA's scale is nan"),
+        (["--lora", f"{lora}:nan"], f"--lora {lora}: the scale nan"),
+        (["--lora", f"{lora}:1e39"], r"the scale 1e\+39: a number in"),
+        (["--width", "10000000"], "--width 10000000: a number in"),
+        (["--width", str(2**63)], "--width 9223372036854775808: a number in"),
+        (["--width", "16384", "--height", "16384"], "at most 16777216 are drawn.* 4 GiB"),
+        (["--steps", str(2**63 - 1)], "--steps 9223372036854775807"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--aspect", "1e5:1"], "--aspect 1e5:1"),
+        (["--aspect", "9" * 400 + ":1"], "--aspect 999"),
+        (["--aspect", "1000:1"], "--aspect 1000:1"),
+        (["--prompt", "a" * 100_000], "100000 letters; at most 8000"),
+        (["--prompt", "cat \ud83d"], "--prompt 'cat .*half a letter"),
+        (["--prompt-file", ""], "either --prompt"),
+        (["--fit", "squeeze"], "--fit: invalid choice"),
         (["--lora", str(lora), "--steps", "40"], r"40 steps: .* a LoRA file .* fix them to 2, at \[1.0, 0.5\]"),
         (["--link"], "--link is for --export of a folder"),
         (["--rank", "2"], "--rank is for --export OUT.safetensors"),
@@ -532,6 +626,8 @@ def test_command_line_errors(base, tmp_path):
     ):
         with pytest.raises((ValueError, OSError), match=message):
             sample.main(["--checkpoint", str(base), "--prompt", PROMPT, *arguments])
+    with pytest.raises(ValueError, match="--prompt-file"):
+        sample.main(["--checkpoint", str(base), "--prompt-file", ""])
     for arguments, message in (
         (["--export", str(tmp_path / "student")], "no few-step student"),
         (["--export", str(tmp_path / "s.safetensors"), "--sigmas", "1", "0.5"], "--base"),
