@@ -331,8 +331,13 @@ class Pipeline:
 
             z = flow.euler(step, z.to(self.device, self.dtype), sigmas)  # (B, 64, h, w) in fp32
         check_stage("the MMDiT's latents", z, self.dtype)
-        with self.at_work(self.vae) as vae:  # one picture at a time: it is now that pixels take memory
-            return [to_pictures(vae.decode(one.to(self.dtype)))[0] for one in z.split(1)]
+        pictures = []
+        with self.at_work(self.vae) as vae:
+            for one in z.split(1):  # one at a time: it is now that pixels take memory
+                image = vae.decode(one.to(self.dtype))  # (1, 4, 16h, 16w)
+                check_stage("the decoded pixels", image, image.dtype)
+                pictures += to_pictures(image)
+        return pictures
 
 
 def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> None:

@@ -385,8 +385,9 @@ class Processor:
         settings = read_json(path)
         settings = settings.get("image_processor", settings)
         size = settings.get("size") if isinstance(settings, dict) else None
-        content = settings | size if isinstance(size, dict) else {}
-        self.settings = build_config(PixelSettings, content, f"{path}: ")
+        if not isinstance(size, dict):
+            raise ValueError(f"{path}: 'size' is missing or not an object")
+        self.settings = build_config(PixelSettings, settings | size, f"{path}: ")
 
     def pixels(self, image: Image.Image) -> Tensor:
         """One picture as (3, H, W), in [-1, 1] with the published mean and deviation of 0.5. Transparency shows white.
