@@ -49,15 +49,14 @@ from encoders.qwen3vl import Qwen3VL
 from encoders.vae import VAE
 from model import Condition, MMDiT
 from recipe import read_prompts
-from support.checkpoint import Scheduler, check_fit, check_sigmas, open_device, read_index
+from support.checkpoint import Scheduler, check_parts, check_sigmas, open_device, read_index
 from support.export import export_student
 from support.files import config_from_json, finite, may_write
 from support.lora import LoRA, merge
 from support.lora_files import read_lora
 from support.pictures import MOST_SOURCES, MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The pipeline
+# ---- The pipeline ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -106,7 +105,7 @@ class Pipeline:
         encoder = Qwen3VL.from_pretrained(directory, dtype, "meta")
         vae = VAE.from_pretrained(directory / "vae", dtype, "meta")
         mmdit = MMDiT.from_pretrained(directory / "transformer", dtype, "meta")
-        check_fit(directory, mmdit.config, vae.config, encoder.config)
+        check_parts(directory, mmdit.config, vae.config, encoder.config)
         opened = [(path, *read_lora(path, mmdit), scale) for path, scale in loras or []]
         if sigmas is None:
             students = [own for _, _, own, _ in opened if own is not None]
@@ -147,10 +146,7 @@ class Pipeline:
     def mmdit(self) -> MMDiT:
         mmdit = MMDiT.from_pretrained(self.directory / "transformer", self.dtype, self.home)
         for path, lora, scale in self.loras:
-            try:
-                merge(mmdit, lora, scale)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
+            merge(mmdit, lora, scale, str(path))
         return mmdit
 
     def free_encoder(self) -> None:
@@ -223,10 +219,8 @@ class Pipeline:
         if steps is not None and steps < 1:
             raise ValueError(f"steps {steps}: at least 1 is needed")
         if own is not None and steps not in (None, len(own)):
-            raise ValueError(
-                f"{steps} steps: the checkpoint, a LoRA file or given sigmas fix them to {len(own)}, at {own}; leave "
-                f"the number out"
-            )
+            fixed = f"the checkpoint, a LoRA file or given sigmas fix them to {len(own)}, at {own}"
+            raise ValueError(f"{steps} steps: {fixed}; leave the number out")
         return self.scheduler.sigmas(own or steps or 40, tokens)
 
     @torch.no_grad()
@@ -348,8 +342,7 @@ def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{stage} are not finite in {str(dtype).removeprefix('torch.')}; {advice}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- The command line ------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -368,6 +361,8 @@ def main(arguments: list[str] | None = None) -> None:
     width, height = args.width, args.height
     if args.shape:
         width, height = sides(*args.shape, args.resolution or pipeline.resolution, "--aspect")
+    if width and height:
+        latent_grid(height, width, pipeline.resolution)  # what is wrong with the size is said before the work
     settings = {
         "steps": len(pipeline.sigmas(args.steps, tokens=1)) - 1,
         "guidance": pipeline.guidance if args.guidance is None else args.guidance,

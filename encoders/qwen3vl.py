@@ -45,8 +45,7 @@ TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", SL
 MOST_LETTERS = 8000  # of a prompt; attention's memory grows with the square
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -138,8 +137,7 @@ def _section(path: str | Path, content: dict, name: str, kind: type, understood:
     return build_config(kind, section, f"{path}: {name}.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rotary positions, for both towers
+# ---- Rotary positions, for both towers -------------------------------------------------------------------------------
 
 
 def rotary_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
@@ -155,8 +153,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # (..., P, D)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Vision tower
+# ---- Vision tower ----------------------------------------------------------------------------------------------------
 
 
 class VisionAttention(nn.Module):
@@ -264,8 +261,7 @@ class VisionTower(nn.Module):
         return rearrange(x, "n e (h a) (w b) -> n (h w a b) e", a=m, b=m)  # (N, P, E)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Language model
+# ---- Language model --------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -344,8 +340,7 @@ class LanguageModel(nn.Module):
         return x  # (B, L, C)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts and pictures in, states out
+# ---- Prompts and pictures in, states out -----------------------------------------------------------------------------
 
 
 @dataclass

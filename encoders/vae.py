@@ -84,15 +84,16 @@ class VAEConfig:
 
     def encoder_levels(self) -> list[tuple[int, int, bool, bool]]:
         """(channels in, channels out, halves space, halves time) of every level, in the order of the forward pass."""
-        dims = [self.base_dim * m for m in (1, *self.dim_mult)]
-        times = (*self.temperal_downsample, False)
-        return [(dims[i], dims[i + 1], i < len(times) - 1, times[i]) for i in range(len(times))]
+        return self._levels(self.base_dim, (1, *self.dim_mult), self.temperal_downsample)
 
     def decoder_levels(self) -> list[tuple[int, int, bool, bool]]:
         """(channels in, channels out, doubles space, doubles time) likewise: the encoder's mirror image."""
-        dims = [self.decoder_base_dim * m for m in (self.dim_mult[-1], *self.dim_mult[::-1])]
-        times = (*self.temperal_downsample[::-1], False)
-        return [(dims[i], dims[i + 1], i < len(times) - 1, times[i]) for i in range(len(times))]
+        multiples = (self.dim_mult[-1], *self.dim_mult[::-1])
+        return self._levels(self.decoder_base_dim, multiples, self.temperal_downsample[::-1])
+
+    def _levels(self, base: int, multiples: tuple[int, ...], times: tuple[bool, ...]):
+        dims = [base * m for m in multiples]
+        return list(zip(dims[:-1], dims[1:], [True] * len(times) + [False], (*times, False), strict=True))
 
 
 class Norm(nn.Module):
@@ -159,15 +160,9 @@ class Mid(nn.Module):
         return self.resnets[1](x)  # (B, d, h, w)
 
 
-class Resample(nn.Module):
+def resample(first: nn.Module, conv: nn.Conv2d) -> nn.ModuleDict:
     """A change of size, then a convolution, under the published name `resample.1`."""
-
-    def __init__(self, first: nn.Module, conv: nn.Conv2d):
-        super().__init__()
-        self.resample = nn.Sequential(first, conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resample(x)  # (B, C, H/2, W/2) or (B, C, 2H, 2W)
+    return nn.ModuleDict({"resample": nn.Sequential(first, conv)})
 
 
 class Down(nn.Module):
@@ -179,7 +174,7 @@ class Down(nn.Module):
         self.resnets = nn.ModuleList(Resnet(dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks))
         if halves_space:
             # Zeros to the right and below only: output i looks at pixels 2i to 2i + 2. padding=1 would start at 2i - 1.
-            self.downsampler = Resample(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out_dim, out_dim, 3, stride=2))
+            self.downsampler = resample(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out_dim, out_dim, 3, stride=2))
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Space (and time) to channels, ordered (channel, frame, row, column); then means of consecutive groups.
@@ -198,7 +193,7 @@ class Down(nn.Module):
         for resnet in self.resnets:
             y = resnet(y)  # (B, o, H, W)
         if self.halves_space:
-            y = self.downsampler(y)  # (B, o, H/2, W/2)
+            y = self.downsampler["resample"](y)  # (B, o, H/2, W/2)
         return y + self.shortcut(x)  # (B, o, H/2, W/2)
 
 
@@ -211,7 +206,7 @@ class Up(nn.Module):
         self.resnets = nn.ModuleList(Resnet(dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1))
         if doubles_space:
             conv = nn.Conv2d(out_dim, out_dim, 3, padding=1)
-            self.upsampler = Resample(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv)
+            self.upsampler = resample(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Every channel repeated, then spread as (channel, frame, row, column) over space (and time).
@@ -228,7 +223,7 @@ class Up(nn.Module):
         for resnet in self.resnets:
             y = resnet(y)  # (B, o, H, W)
         if self.doubles_space:
-            y = self.upsampler(y) + self.shortcut(x)  # (B, o, 2H, 2W)
+            y = self.upsampler["resample"](y) + self.shortcut(x)  # (B, o, 2H, 2W)
         return y  # (B, o, 2H, 2W)
 
 
@@ -355,15 +350,13 @@ class VAE(nn.Module):
 
     def video_weights(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the published tensors that only a second frame would meet."""
+        down = [("encoder.down_blocks", "downsampler", 1, level) for level in enumerate(self.config.encoder_levels())]
+        up = [("decoder.up_blocks", "upsampler", 2, level) for level in enumerate(self.config.decoder_levels())]
         shapes = {}
-        for i, (_, dim, _, time) in enumerate(self.config.encoder_levels()):
+        for blocks, sampler, frames, (i, (_, dim, _, time)) in down + up:  # up, one frame becomes two
             if time:
-                name = f"encoder.down_blocks.{i}.downsampler.time_conv"
-                shapes |= {f"{name}.weight": (dim, dim, 1, 1), f"{name}.bias": (dim,)}
-        for i, (_, dim, _, time) in enumerate(self.config.decoder_levels()):
-            if time:  # one frame becomes two
-                name = f"decoder.up_blocks.{i}.upsampler.time_conv"
-                shapes |= {f"{name}.weight": (2 * dim, dim, 1, 1), f"{name}.bias": (2 * dim,)}
+                name = f"{blocks}.{i}.{sampler}.time_conv"
+                shapes |= {f"{name}.weight": (frames * dim, dim, 1, 1), f"{name}.bias": (frames * dim,)}
         return shapes
 
     @classmethod

@@ -94,7 +94,7 @@ def read_index(directory: str | Path) -> dict:
     return index
 
 
-def check_fit(directory: Path, mmdit, vae, encoder) -> None:
+def check_parts(directory: Path, mmdit, vae, encoder) -> None:
     """The three networks' configs against each other; ValueError names the numbers that must be equal."""
     for what, one, other in (
         ("transformer in_channels and out_channels", mmdit.in_channels, mmdit.out_channels),

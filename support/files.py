@@ -25,8 +25,7 @@ from support.program import inside, short
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # types of weights, as safetensors calls them
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What may be written where
+# ---- What may be written where ---------------------------------------------------------------------------------------
 
 
 def may_write(path: str | Path, made: dict | None = None, overwrite: bool = False, folder: bool = False) -> None:
@@ -114,8 +113,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# JSON and configs
+# ---- JSON and configs ------------------------------------------------------------------------------------------------
 
 
 def parse_json(text: str | bytes) -> object:
@@ -211,8 +209,7 @@ def save_config(config, path: str | Path, class_name: str) -> None:
     write_json(path, {"_class_name": class_name, **asdict(config)})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights
+# ---- Weights ---------------------------------------------------------------------------------------------------------
 
 
 def load_weights(

@@ -112,14 +112,14 @@ def playing(model: nn.Module, role: str | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, lora: LoRA, scale: float = 1.0) -> None:
+def merge(model: nn.Module, lora: LoRA, scale: float = 1.0, file: str = "the LoRA") -> None:
     """Change the weights themselves by `scale` times `lora`; computed in fp32, rounded once. ValueError: one overflows."""
     for name, (a, b, alpha) in lora.items():
         weight = model.get_submodule(name).weight
         change = b.to(weight.device).float() @ a.to(weight.device).float()  # (out, in)
         weight.copy_(weight.float() + scale * alpha / len(a) * change)
         if not finite(weight):
-            raise ValueError(f"the LoRA's change of {name} at scale {scale} is not finite in {weight.dtype}")
+            raise ValueError(f"{file}: its change of {name} at scale {scale} is not finite in {weight.dtype}")
 
 
 @torch.no_grad()

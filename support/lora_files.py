@@ -124,15 +124,9 @@ def comfyui_path(path: str | Path) -> Path:
     return Path(path).with_stem(f"{Path(path).stem}-comfyui")
 
 
-def export_lora(
-    path: str | Path,
-    lora: LoRA,
-    sigmas: list[float],
-    dtype: torch.dtype = torch.bfloat16,
-    made: dict | None = None,
-) -> list[Path]:
+def export_lora(path: str | Path, lora: LoRA, sigmas: list[float], made: dict | None = None) -> list[Path]:
     """A LoRA student in both spellings: `path`, and beside it NAME-comfyui.safetensors. Returns the two paths."""
     files = {"diffusers": Path(path), "comfyui": comfyui_path(path)}
     for spelling, file in files.items():
-        write_lora(file, lora, sigmas, spelling, dtype, made)
+        write_lora(file, lora, sigmas, spelling, made=made)
     return list(files.values())

@@ -82,30 +82,27 @@ def turn(picture: Image.Image) -> Transpose | None:
 
 def _upright(picture: Image.Image, name: str) -> Image.Image:
     picture.load()  # first: some formats come out of their decoder upright, and their mark then is gone
+    profile = picture.info.get("icc_profile")
     if (method := turn(picture)) is not None:
-        icc = picture.info.get("icc_profile")
         picture = picture.transpose(method)
-        picture.info = {"icc_profile": icc} if icc else {}
     if picture.mode.startswith("I"):  # I;16 and its byte orders; I is what older files of 16 bits open as
         grey = np.asarray(picture).astype(np.float64) / 257  # 65535 -> 255
-        icc, picture = picture.info.get("icc_profile"), Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
-        picture.info = {"icc_profile": icc} if icc else {}
+        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
     if picture.mode in ("F", "LAB"):  # floats without a known range; a mode that Pillow converts to wrong colours
         raise ValueError(f"mode {picture.mode} has no sure colours; save it as RGB")
     rgba = picture.convert("RGBA")
-    if profile := picture.info.get("icc_profile"):
-        rgba = _srgb(picture, rgba, profile, name)
+    if profile:
+        base = {"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")  # the kind of colours it speaks of
+        rgba = _srgb(picture if base == "CMYK" else rgba.convert(base), rgba, profile, name)
     rgba.info = {}  # mark and profile have been applied; nobody may apply them again
     return rgba
 
 
-def _srgb(picture: Image.Image, rgba: Image.Image, profile: bytes, name: str) -> Image.Image:
-    """The picture, whose plain conversion is `rgba`, in sRGB instead of the colours of its profile."""
-    base = {"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")
+def _srgb(colours: Image.Image, rgba: Image.Image, profile: bytes, name: str) -> Image.Image:
+    """`rgba` in sRGB instead of the colours of the profile, which speaks of `colours`."""
     try:
-        colours = rgba.convert(base) if base != "CMYK" else picture
-        own = ImageCms.ImageCmsProfile(BytesIO(profile))
-        colours = ImageCms.profileToProfile(colours, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        own, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
+        colours = ImageCms.profileToProfile(colours, own, srgb, outputMode="RGB")
     except Exception as error:
         notice("profile", f"{name}: its colour profile is broken and not applied ({error})")
         return rgba

@@ -73,12 +73,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         group = parser.add_argument_group(title)
         for flag, (keywords, _) in flags.items():
             group.add_argument(flag, **keywords)
-    args = parser.parse_args(arguments)
-
-    given = {flag for flag in DRAWING | EXPORTING | BOTH if value(args, flag) != parser.get_default(dest(flag))}
+    args, given = parser.parse_args(arguments), []  # given: the flags whose values are not their defaults
     for flag, (_, within) in (DRAWING | EXPORTING | BOTH).items():
-        numbers = value(args, flag)
-        for number in numbers if isinstance(numbers, list) else [numbers]:
+        name = flag[2:].replace("-", "_")
+        value = vars(args)[name]
+        given += [flag] if value != parser.get_default(name) else []
+        for number in value if isinstance(value, list) else [value]:
             if within and number is not None:
                 check_range(flag, number, within)
     lora = args.export is not None and Path(args.export).suffix == ".safetensors"
@@ -95,14 +95,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def dest(flag: str) -> str:
-    return flag[2:].replace("-", "_")
-
-
-def value(args: argparse.Namespace, flag: str):
-    return vars(args)[dest(flag)]
-
-
 def check_drawing(args: argparse.Namespace) -> None:
     """What to draw, its shape and its file. Sets `args.shape`, the two numbers of --aspect or None."""
     if Path(args.out).suffix.lower() != ".png":
@@ -111,9 +103,9 @@ def check_drawing(args: argparse.Namespace) -> None:
         raise ValueError("give either --prompt (with --image FILE ... for an edit) or --prompt-file")
     if args.prompt_file == "":
         raise ValueError("--prompt-file '': no such file")
-    for flag in "--prompt", "--negative-prompt":
-        if any(0xD800 <= ord(letter) < 0xE000 for letter in value(args, flag) or ""):
-            raise ValueError(f"{flag} {value(args, flag)!r}: holds half a letter (a lone surrogate); give whole text")
+    for text in args.prompt, args.negative_prompt:
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in text or ""):
+            raise ValueError(f"--prompt {text!r}: holds half a letter (a lone surrogate); give whole text")
     args.shape = None
     if args.aspect is not None:
         match = re.fullmatch(r"(\d*\.?\d+):(\d*\.?\d+)", args.aspect[:100])
