@@ -42,6 +42,7 @@ USER_TURN = "<|im_start|>user\n{pictures}{prompt}<|im_end|>\n<|im_start|>assista
 PICTURE = "<image{number}><|vision_start|>{slots}<|vision_end|>"
 SLOT = "<|image_pad|>"
 TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", SLOT)  # of the template
+SIDE = 32  # pixels across a slot
 MOST_LETTERS = 8000  # of a prompt; attention's memory grows with the square
 
 
@@ -112,9 +113,8 @@ class Qwen3VLConfig:
         """
         content = read_json(path)
         text = _section(path, content, "text_config", TextConfig, {"hidden_act": "silu", "rope_type": "default"})
-        vision = _section(
-            path, content, "vision_config", VisionConfig, {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 1e4}
-        )
+        understood = {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 1e4}
+        vision = _section(path, content, "vision_config", VisionConfig, understood)
         slot = content.get("image_token_id")
         if type(slot) is not int or not 0 <= slot < text.vocab_size:
             raise ValueError(f"{path}: 'image_token_id' is {short(slot)}; a token of the vocabulary is expected")
@@ -354,10 +354,9 @@ class PixelSettings:
 
 
 class Processor:
-    """What the published processor/ folder says about tokens and pixels; `side`: pixels across a slot, 32."""
+    """What the published processor/ folder says about tokens and pixels."""
 
-    def __init__(self, directory: str | Path, side: int):
-        self.side = side
+    def __init__(self, directory: str | Path):
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint in the published layout has it")
@@ -391,11 +390,9 @@ class Processor:
         """
         width, height = image.size
         fewest, most = self.settings.shortest_edge, self.settings.longest_edge
-        if width % self.side or height % self.side or not fewest <= width * height <= most:
-            raise ValueError(
-                f"a source picture is {width} x {height}: the sides must be multiples of {self.side} and the area "
-                f"between {fewest} and {most} pixels (processor/preprocessor_config.json)"
-            )
+        if width % SIDE or height % SIDE or not fewest <= width * height <= most:
+            area = f"the area between {fewest} and {most} pixels (processor/preprocessor_config.json)"
+            raise ValueError(f"a source picture is {width} x {height}: sides must be multiples of {SIDE}, and {area}")
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         image = Image.composite(image.convert("RGB"), white, image.getchannel("A"))
@@ -423,7 +420,7 @@ class Qwen3VL(nn.Module):
         """
         directory = Path(directory)
         config = Qwen3VLConfig.from_json(directory / "text_encoder" / "config.json")
-        processor = Processor(directory / "processor", config.vision.patch_size * config.vision.spatial_merge_size)
+        processor = Processor(directory / "processor")
         if processor.tokenizer.token_to_id(SLOT) != config.image_token_id:
             raise ValueError(f"{directory}: {SLOT} differs in text_encoder/config.json and processor/tokenizer.json")
         if max(processor.tokenizer.get_vocab().values()) >= config.text.vocab_size:
@@ -460,7 +457,7 @@ class Qwen3VL(nn.Module):
         seen = self._look(images)  # (1 + J, B, T, C)
 
         # Text is cut into tokens after the slots are written out, special tokens in a user's text included.
-        grids = [(height // self.processor.side, width // self.processor.side) for width, height in sizes]
+        grids = [(height // SIDE, width // SIDE) for width, height in sizes]
         counts = [rows * columns for rows, columns in grids]
         pictures = [PICTURE.format(number=i, slots=SLOT * count) for i, count in enumerate(counts, start=1)]
         # An empty prompt becomes one space: the language model has no start token, it must have something to read.

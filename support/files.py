@@ -223,8 +223,8 @@ def load_weights(
     """Fill `module`, built on the meta device, from `{stem}.safetensors` or the shards in `{stem}.safetensors.index.json`.
 
     The files must hold exactly the module's tensors in its shapes, but for those whose whole name matches a regular
-    expression in `skip`. Values must be finite; on the meta device, which holds none, they are not looked at. Tensors are
-    mapped from disk and placed one by one: at its peak, memory holds the module and one tensor.
+    expression in `skip`, and finite values. Tensors are mapped from disk and placed one by one: at its peak, memory holds
+    the module and one tensor. On the meta device, which holds no values, the files are only checked.
     """
     directory = Path(directory)
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
@@ -263,6 +263,8 @@ def load_weights(
         where = directory / listed.get(min(missing), index.name if listed else single.name)
         raise ValueError(f"{where}: tensor {min(missing)} is missing ({len(missing)} in all)")
 
+    if torch.device(device).type == "meta":
+        return
     for name, path in places.items():
         # Opened anew for each tensor: what was read of a mapped file counts as ours until it closes.
         with open_weights(path) as file:
@@ -276,10 +278,8 @@ def load_weights(
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all values are finite. By the extremes: of a mapped file that costs a tenth of reading it, and no copy."""
-    if tensor.is_meta or not tensor.numel():
-        return True
-    return all(end.isfinite().item() for end in tensor.detach().aminmax())
+    """Whether all values are finite. By the extremes: that takes a tenth of the time of a copy, and no memory."""
+    return not tensor.numel() or all(end.isfinite().item() for end in tensor.detach().aminmax())
 
 
 def check_finite(tensors: dict[str, Tensor], what: str) -> None:

@@ -184,6 +184,7 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 def save(picture: Image.Image, path: str | Path, settings: dict) -> None:
     """Write a PNG, whole or not at all, with the settings as JSON under the text key `parameters`."""
     info = PngInfo()
-    info.add_itxt("parameters", json.dumps(settings, ensure_ascii=False))
+    text = json.dumps(settings, ensure_ascii=False)  # readable, but for the bytes of odd file names
+    info.add_itxt("parameters", text.encode("utf-8", "backslashreplace").decode())
     with aside(path) as part:
         picture.save(part, "PNG", pnginfo=info)
