@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from support.attention import attend
-from support.files import config_from_json, load_weights, save_config, save_weights
+from support.files import config_from_json, load_weights, save_config, save_weights, within
 
 KeysValues = tuple[Tensor, Tensor]  # 2 x (B, H, n, d)
 Prefix = list[KeysValues]  # of every block, for text and sources
@@ -37,15 +37,16 @@ class MMDiTConfig:
     """The keys of transformer/config.json; the defaults are the published 7.1B network's."""
 
     patch_size: int = 1  # latent pixels per token and side; 2.x has no other value
-    in_channels: int = 64  # channels of the VAE's latent
-    out_channels: int = 64
-    num_layers: int = 32
-    attention_head_dim: int = 128
-    num_attention_heads: int = 32
-    context_in_dim: int = 4096  # width of the language model's states
-    mlp_ratio: int = 3
-    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)  # head channels turned by frame, height and width
-    eps: float = 1e-6
+    in_channels: int = within(64, "[1, 4096]")  # channels of the VAE's latent
+    out_channels: int = within(64, "[1, 4096]")
+    num_layers: int = within(32, "[1, 512]")
+    attention_head_dim: int = within(128, "[2, 1024]")
+    num_attention_heads: int = within(32, "[1, 1024]")
+    context_in_dim: int = within(4096, "[1, 65536]")  # width of the language model's states
+    mlp_ratio: int = within(3, "[1, 64]")
+    # Head channels that are turned by frame, height and width.
+    axes_dims_rope: tuple[int, int, int] = within((16, 56, 56), "[2, 1024]")
+    eps: float = within(1e-6, "(0, 0.1]")
     causal_condition: bool = True  # text and sources are modulated as at t = 0
 
     def __post_init__(self):

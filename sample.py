@@ -22,22 +22,21 @@ A call goes through the networks in turn, and only the one at work needs to be i
 and looks at the sources and is freed, the MMDiT walks from noise to latents, the VAE makes pixels of them.
 
     python sample.py --prompt "a red house under a small moon" --out house.png
-    python sample.py --checkpoint runs/dmd-flash/student --prompt "make it night" --image house.png --out night.png
-    python sample.py --checkpoint base --lora student.safetensors:0.8 --prompt "a red house"    draws with a LoRA
-    python sample.py --checkpoint base --lora student.safetensors --export student              makes it a folder
-    python sample.py --checkpoint student --base base --export student.safetensors              makes a folder a LoRA
+    python sample.py --prompt "make it night" --image house.png --out night.png
+    python sample.py --help                                                         everything else, with examples
 """
 
-import argparse
 import math
-import os
-import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+
+from support import program, sample_flags
+
+if __name__ == "__main__":
+    program.start("sample.py", sample_flags.parse)  # before torch is imported, which takes seconds
 
 import torch
 from einops import rearrange
@@ -50,15 +49,14 @@ from encoders.qwen3vl import Qwen3VL
 from encoders.vae import VAE
 from model import Condition, MMDiT
 from recipe import read_prompts
-from support.checkpoint import Scheduler, check_sigmas, read_index
+from support.checkpoint import Scheduler, check_parts, check_sigmas, open_device, read_index
 from support.export import export_student
-from support.files import config_from_json
+from support.files import config_from_json, finite, may_write
 from support.lora import LoRA, merge
 from support.lora_files import read_lora
-from support.pictures import MOST_SOURCES, MULTIPLE, Source, fit, save, sides, to_pictures, to_tensor
+from support.pictures import MOST_SOURCES, MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The pipeline
+# ---- The pipeline ----------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -79,8 +77,9 @@ class Pipeline:
     device: torch.device
     offload: bool  # the networks rest on the CPU and take turns on the device
     keep_encoder: bool
-    loras: list[tuple[LoRA, float]]  # merged into the MMDiT, each with its scale
+    loras: list[tuple[str | Path, LoRA, float]]  # merged into the MMDiT: its file, itself, its scale
     progress: bool = True  # a bar over the steps
+    fit: str = "stretch"  # how sources are brought to their size: stretch, crop or pad (pictures.fit)
 
     @classmethod
     def from_pretrained(
@@ -99,23 +98,17 @@ class Pipeline:
         sigmas              times to stop at (without the final 0), exactly these, instead of the checkpoint's schedule.
                             None: those of a few-step student's LoRA file, if one is given. Guidance is off with either
         """
-        directory = Path(directory)
-        try:
-            device = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:  # an unknown name; no such hardware
-            raise ValueError(f"device {device}: torch cannot use it ({error})") from None
+        directory, device = Path(directory), open_device(device)
         index = read_index(directory)
         scheduler = config_from_json(Scheduler, directory / "scheduler" / "scheduler_config.json")
         # Files are checked now, before anything takes time, by opening them on a device that holds no values.
-        Qwen3VL.from_pretrained(directory, dtype, "meta")
-        VAE.from_pretrained(directory / "vae", dtype, "meta")
+        encoder = Qwen3VL.from_pretrained(directory, dtype, "meta")
+        vae = VAE.from_pretrained(directory / "vae", dtype, "meta")
         mmdit = MMDiT.from_pretrained(directory / "transformer", dtype, "meta")
-        for path, scale in loras or []:
-            if not math.isfinite(scale):
-                raise ValueError(f"{path}: the LoRA's scale is {scale}; a finite number is expected")
-        opened = [(*read_lora(path, mmdit), scale) for path, scale in loras or []]
+        check_parts(directory, mmdit.config, vae.config, encoder.config)
+        opened = [(path, *read_lora(path, mmdit), scale) for path, scale in loras or []]
         if sigmas is None:
-            students = [own for _, own, _ in opened if own is not None]
+            students = [own for _, _, own, _ in opened if own is not None]
             if any(own != students[0] for own in students):
                 raise ValueError(f"the LoRA files have schedules of their own, {students}; choose one by sigmas")
             sigmas = students[0] if students else None
@@ -132,7 +125,7 @@ class Pipeline:
             device=device,
             offload=offload,
             keep_encoder=keep_encoder,
-            loras=[(lora, scale) for lora, _, scale in opened],
+            loras=[(path, lora, scale) for path, lora, _, scale in opened],
         )
 
     @property
@@ -146,13 +139,14 @@ class Pipeline:
 
     @cached_property
     def vae(self) -> VAE:
-        return VAE.from_pretrained(self.directory / "vae", self.dtype, self.home)
+        dtype = torch.float32 if self.dtype == torch.float16 else self.dtype  # fp16 overflows in it
+        return VAE.from_pretrained(self.directory / "vae", dtype, self.home)
 
     @cached_property
     def mmdit(self) -> MMDiT:
         mmdit = MMDiT.from_pretrained(self.directory / "transformer", self.dtype, self.home)
-        for lora, scale in self.loras:
-            merge(mmdit, lora, scale)
+        for path, lora, scale in self.loras:
+            merge(mmdit, lora, scale, str(path))
         return mmdit
 
     def free_encoder(self) -> None:
@@ -190,10 +184,12 @@ class Pipeline:
         resolution = self.resolution if resolution is None else resolution
         if resolution < MULTIPLE:
             raise ValueError(f"resolution {resolution}: at least {MULTIPLE} pixels are needed")
-        fitted = {id(image): fit(image, resolution) for row in images for image in row}  # a shared one is read once
+        # A shared picture is read once.
+        fitted = {id(image): fit(image, resolution, self.fit) for row in images for image in row}
         sources = [[fitted[id(image)] for image in row] for row in images]
         with self.at_work(self.encoder) as encoder:
             states, mask, slots = encoder.encode(prompts, sources)  # (B, L, C), (B, L), one [start, stop) a source
+        check_stage("the language model's states", states, self.dtype)
         if latents is None:
             latents = [self.encode(column) for column in zip(*sources, strict=True)]  # each (B, 64, h_i, w_i)
         return Condition(states, mask, latents, slots)
@@ -203,6 +199,7 @@ class Pipeline:
         once = pictures[:1] if all(picture is pictures[0] for picture in pictures) else pictures
         with self.at_work(self.vae) as vae:
             z = vae.encode(to_tensor(list(once)).to(self.device, self.dtype))  # (B or 1, 64, h, w)
+        check_stage("the latents of a source picture", z, vae.quant_conv.weight.dtype)
         return z.expand(len(pictures), -1, -1, -1)  # (B, 64, h, w)
 
     def velocity(self, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
@@ -222,10 +219,8 @@ class Pipeline:
         if steps is not None and steps < 1:
             raise ValueError(f"steps {steps}: at least 1 is needed")
         if own is not None and steps not in (None, len(own)):
-            raise ValueError(
-                f"{steps} steps: the checkpoint, a LoRA file or given sigmas fix them to {len(own)}, at {own}; leave "
-                f"the number out"
-            )
+            fixed = f"the checkpoint, a LoRA file or given sigmas fix them to {len(own)}, at {own}"
+            raise ValueError(f"{steps} steps: {fixed}; leave the number out")
         return self.scheduler.sigmas(own or steps or 40, tokens)
 
     @torch.no_grad()
@@ -307,9 +302,7 @@ class Pipeline:
         else:
             default = [self.resolution if resolution is None else resolution] * 2
         height, width = default[0] if height is None else height, default[1] if width is None else width
-        h, w = (side // MULTIPLE * 2 for side in (height, width))  # of 16 pixels each
-        if min(h, w) < 1:
-            raise ValueError(f"{width} x {height} pixels: both sides must be at least {MULTIPLE}")
+        h, w = latent_grid(height, width, self.resolution)
         sigmas = self.sigmas(steps, h * w)
         shape = (len(conditions[0].mask), self.mmdit.config.in_channels, h, w)
         if noise is None:
@@ -319,6 +312,7 @@ class Pipeline:
         else:
             raise ValueError(f"noise of shape {tuple(noise.shape)}: {(shape[0], h * w, shape[1])} is expected")
 
+        _ = self.vae  # read before the steps: if its file is damaged, no step is lost
         with self.at_work(self.mmdit), tqdm(total=len(sigmas) - 1, unit="step", disable=not self.progress) as bar:
             velocity = self.velocity(conditions[0])
             if guidance > 1:
@@ -330,92 +324,45 @@ class Pipeline:
                 return v
 
             z = flow.euler(step, z.to(self.device, self.dtype), sigmas)  # (B, 64, h, w) in fp32
-        if not z.isfinite().all():
-            raise ValueError(f"the latents are not finite in {self.dtype}; float32 has the widest range")
-        with self.at_work(self.vae) as vae:  # one picture at a time: it is now that pixels take memory
-            return [to_pictures(vae.decode(one.to(self.dtype)))[0] for one in z.split(1)]
+        check_stage("the MMDiT's latents", z, self.dtype)
+        pictures = []
+        with self.at_work(self.vae) as vae:
+            for one in z.split(1):  # one at a time: it is now that pixels take memory
+                image = vae.decode(one.to(self.dtype))  # (1, 4, 16h, 16w)
+                check_stage("the decoded pixels", image, image.dtype)
+                pictures += to_pictures(image)
+        return pictures
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command line
+def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> None:
+    """ValueError, with the dtype that may help, where a network's output is not finite."""
+    if not finite(values):
+        wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
+        advice = f"--dtype {wider} may help" if wider else "the checkpoint or a LoRA is damaged, or its scale too large"
+        raise ValueError(f"{stage} are not finite in {str(dtype).removeprefix('torch.')}; {advice}")
+
+
+# ---- The command line ------------------------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw, edit and export with a checkpoint in the published layout.")
-    add = parser.add_argument
-    add("--checkpoint", default="toy/checkpoint", metavar="DIR", help="folder in the published layout")
-    add(
-        "--lora",
-        nargs="+",
-        default=[],
-        metavar="FILE[:SCALE]",
-        help="change its MMDiT by these; a scale is 1 by default",
-    )
-    add("--prompt", metavar="TEXT", help="what to draw, or how to edit")
-    add("--image", nargs="+", default=[], metavar="FILE", help="sources of an edit, any format, size and mode")
-    add("--prompt-file", metavar="FILE", help="JSON lines as train.py reads them, instead of --prompt and --image")
-    add("--negative-prompt", metavar="TEXT", help="what to stay away from; works with guidance above 1")
-    add("--guidance", type=float, metavar="W", help="1 is off; default: the checkpoint's own")
-    add("--steps", type=int, metavar="N", help="default: the checkpoint's own sigmas, else 40")
-    add(
-        "--sigmas",
-        type=float,
-        nargs="+",
-        metavar="S",
-        help="stop at exactly these times from 1 down, without the last 0",
-    )
-    add("--height", type=int, metavar="N", help="in pixels, floored to a multiple of 32")
-    add("--width", type=int, metavar="N")
-    add("--aspect", metavar="W:H", help="instead of both: this shape, at the resolution's area")
-    add("--resolution", type=int, metavar="N", help="sources get this side's area; default: the checkpoint's")
-    add("--seed", type=int, default=0, metavar="N")
-    add("--num-images", type=int, default=1, metavar="N", help="pictures per prompt, from seeds N, N + 1, ...")
-    add("--out", default="out.png", metavar="FILE.png", help="several pictures are numbered: FILE-1.png, ...")
-    add("--export", metavar="OUT", help="draw nothing; write the student as a folder, or as a LoRA OUT.safetensors")
-    add("--link", action="store_true", help="with --export: link what did not change to the checkpoint, not copy it")
-    add("--base", metavar="DIR", help="with --export OUT.safetensors: the checkpoint that the LoRA will be loaded onto")
-    add("--rank", type=int, default=64, metavar="R", help="of that LoRA (default 64)")
-    cuda = torch.cuda.is_available()
-    add("--device", default="cuda" if cuda else "cpu")
-    add("--dtype", default="bfloat16" if cuda else "float32", choices=["bfloat16", "float16", "float32"])
-    add("--offload", action="store_true", help="keep on the device only the network at work")
-    args = parser.parse_args(arguments)
-
-    factors = bool(args.export) and Path(args.export).suffix == ".safetensors"
-    drawing = (
-        "prompt image prompt_file negative_prompt guidance steps height width aspect resolution seed num_images out"
-    )
-    for names, fits, use in (  # what would be passed over without a word
-        (drawing.split(), not args.export, "drawing, and --export draws nothing"),
-        (["link"], args.export and not factors, "--export of a folder"),
-        (["base", "rank"], factors, "--export OUT.safetensors, a LoRA"),
-    ):
-        for name in names:
-            if not fits and vars(args)[name] != parser.get_default(name):
-                raise ValueError(f"--{name.replace('_', '-')} is for {use}")
-    jobs = [] if args.export else read_jobs(args)
+    args = sample_flags.parse(arguments)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     pipeline = Pipeline.from_pretrained(
-        args.checkpoint,
-        getattr(torch, args.dtype),
-        args.device,
-        args.offload,
-        loras=[split_scale(given) for given in args.lora],
-        sigmas=args.sigmas,
+        args.checkpoint, getattr(torch, dtype), device, args.offload, loras=args.lora_files, sigmas=args.sigmas
     )
-    if args.rank < 1:
-        raise ValueError(f"--rank {args.rank}: at least 1 is needed")
-    if args.export:
+    if args.export is not None:
         export_student(pipeline, args)
         return
-
-    height, width = args.height, args.width
-    if args.aspect:
-        match = re.fullmatch(r"(\d*\.?\d+):(\d*\.?\d+)", args.aspect)
-        if not match or 0 in map(float, match.groups()) or height or width:
-            raise ValueError(f"--aspect {args.aspect}: W:H is expected, such as 16:9, and no --height or --width")
-        width, height = sides(
-            *map(float, match.groups()), pipeline.resolution if args.resolution is None else args.resolution
-        )
+    jobs = [(args.prompt, args.image)]
+    if args.prompt_file is not None:
+        jobs = [(line.prompt, line.images) for line in read_prompts([args.prompt_file])]
+    width, height = args.width, args.height
+    if args.shape:
+        width, height = sides(*args.shape, args.resolution or pipeline.resolution, "--aspect")
+    if width and height:
+        latent_grid(height, width, pipeline.resolution)  # what is wrong with the size is said before the work
     settings = {
         "steps": len(pipeline.sigmas(args.steps, tokens=1)) - 1,
         "guidance": pipeline.guidance if args.guidance is None else args.guidance,
@@ -423,51 +370,29 @@ def main(arguments: list[str] | None = None) -> None:
         "width": width,
         "resolution": args.resolution,
     }
-    read = [args.resolution, settings["guidance"], args.negative_prompt]
+    notes = {"negative_prompt": args.negative_prompt, "sigmas": pipeline.sample_sigmas, "lora": args.lora}
+    notes |= {"checkpoint": args.checkpoint, "dtype": dtype, "fit": args.fit}
+
+    # Where each picture goes is tried before any is drawn.
+    pictures, out = [], Path(args.out)
+    for job, (prompt, images) in enumerate(jobs):
+        for seed in range(args.seed, args.seed + args.num_images):
+            one = len(jobs) * args.num_images == 1
+            path = out if one else out.with_stem(f"{out.stem}-{len(pictures) + 1}")
+            made = {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings, **notes}
+            may_write(path, made, args.overwrite)
+            pictures.append((job, seed, path, made))
+
     # The encoder reads all prompts first, and leaves before the MMDiT comes.
+    pipeline.fit = args.fit
+    read = args.resolution, settings["guidance"], args.negative_prompt
     conditions = [pipeline.conditions([prompt], [images], *read) for prompt, images in jobs]
     pipeline.free_encoder()
-    jobs = [(*job, args.seed + i) for job in zip(jobs, conditions, strict=True) for i in range(args.num_images)]
-    out = Path(args.out)
-    for number, ((prompt, images), condition, seed) in enumerate(jobs, 1):
-        picture = pipeline.draw(condition, seed=seed, **settings)[0]
-        path = out if len(jobs) == 1 else out.with_stem(f"{out.stem}-{number}")
-        notes = {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings}
-        notes |= {"negative_prompt": args.negative_prompt, "sigmas": pipeline.sample_sigmas, "lora": args.lora}
-        save(picture, path, {**notes, "checkpoint": args.checkpoint, "dtype": args.dtype})
-        print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
-
-
-def read_jobs(args: argparse.Namespace) -> list[tuple[str, list]]:
-    """Prompts and their sources; ValueError, FileNotFoundError where the command line does not fit together."""
-    out = Path(args.out)
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"--out {out}: pictures have an alpha channel and are written as .png")
-    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
-        raise FileNotFoundError(f"--out {out}: {out.parent} is no folder that can be written to")
-    if (args.prompt is None) == (args.prompt_file is None) or (args.prompt_file and args.image):
-        raise ValueError("give either --prompt (with --image FILE ... for an edit) or --prompt-file")
-    if args.resolution is not None and args.resolution < MULTIPLE:
-        raise ValueError(f"--resolution {args.resolution}: at least {MULTIPLE} pixels are needed")
-    if args.num_images < 1:
-        raise ValueError(f"--num-images {args.num_images}: at least 1 is needed")
-    if args.prompt_file:
-        return [(line.prompt, line.images) for line in read_prompts([args.prompt_file])]
-    return [(args.prompt, args.image)]
-
-
-def split_scale(given: str) -> tuple[str, float]:
-    """FILE[:SCALE] of --lora; a colon may be part of the file's name."""
-    file, colon, scale = given.rpartition(":")
-    try:
-        return (file, float(scale)) if colon else (given, 1.0)
-    except ValueError:
-        return given, 1.0
+    for job, seed, path, made in pictures:
+        picture = pipeline.draw(conditions[job], seed=seed, **settings)[0]
+        save(picture, path, made)
+        print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {made['prompt']!r}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    main()

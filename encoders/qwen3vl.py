@@ -22,7 +22,8 @@ Shapes in the comments:
 References: Qwen3-VL technical report (arXiv:2511.21631), Qwen-Image technical report (arXiv:2508.02324).
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -33,49 +34,67 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from support.files import load_weights, read_json
+from support.files import build_config, load_weights, read_json, within
+from support.program import short
 
 SYSTEM_TURN = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 USER_TURN = "<|im_start|>user\n{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
 PICTURE = "<image{number}><|vision_start|>{slots}<|vision_end|>"
 SLOT = "<|image_pad|>"
+TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", SLOT)  # of the template
+SIDE = 32  # pixels across a slot
+MOST_LETTERS = 8000  # of a prompt; attention's memory grows with the square
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ---- Configuration ---------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class TextConfig:
     """`text_config` of text_encoder/config.json; the defaults are the 8B's."""
 
-    vocab_size: int = 151936
-    hidden_size: int = 4096
-    intermediate_size: int = 12288
-    num_hidden_layers: int = 36
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 8
-    head_dim: int = 128
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 5e6
+    vocab_size: int = within(151936, "[1, 10000000]")
+    hidden_size: int = within(4096, "[1, 65536]")
+    intermediate_size: int = within(12288, "[1, 1048576]")
+    num_hidden_layers: int = within(36, "[1, 512]")
+    num_attention_heads: int = within(32, "[1, 1024]")
+    num_key_value_heads: int = within(8, "[1, 1024]")
+    head_dim: int = within(128, "[2, 1024]")
+    rms_norm_eps: float = within(1e-6, "(0, 0.1]")
+    rope_theta: float = within(5e6, "[1, 1e12]")
     mrope_section: tuple[int, int, int] = (24, 20, 20)  # rotary frequencies that turn with time, height and width
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads is {self.num_key_value_heads}; it must divide num_attention_heads")
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise ValueError(f"mrope_section is {self.mrope_section}; its sum must be half of head_dim")
 
 
 @dataclass
 class VisionConfig:
     """`vision_config` of text_encoder/config.json; the defaults are the 8B's."""
 
-    depth: int = 27
-    hidden_size: int = 1152
-    intermediate_size: int = 4304
-    num_heads: int = 16
-    in_channels: int = 3
-    patch_size: int = 16
-    temporal_patch_size: int = 2
-    spatial_merge_size: int = 2
-    num_position_embeddings: int = 2304  # learned on a square grid, 48 x 48
-    out_hidden_size: int = 4096
+    depth: int = within(27, "[1, 512]")
+    hidden_size: int = within(1152, "[1, 65536]")
+    intermediate_size: int = within(4304, "[1, 1048576]")
+    num_heads: int = within(16, "[1, 1024]")
+    in_channels: int = within(3, "[3, 3]")
+    patch_size: int = within(16, "[16, 16]")  # a slot stands for 2 x 2 latent tokens of 16 x 16 pixels
+    temporal_patch_size: int = within(2, "[1, 16]")
+    spatial_merge_size: int = within(2, "[2, 2]")
+    num_position_embeddings: int = within(2304, "[1, 1048576]")  # learned on a square grid, 48 x 48
+    out_hidden_size: int = within(4096, "[1, 65536]")
     deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)  # blocks whose states go to the language model as well
+
+    def __post_init__(self):
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(f"num_heads is {self.num_heads}; heads of a multiple of 4 channels must fill hidden_size")
+        if isqrt(self.num_position_embeddings) ** 2 != self.num_position_embeddings:
+            raise ValueError(f"num_position_embeddings is {self.num_position_embeddings}; a square is expected")
+        levels = self.deepstack_visual_indexes
+        if len(set(levels)) != len(levels) or not all(level < self.depth for level in levels):
+            raise ValueError(f"deepstack_visual_indexes is {levels}; different blocks below depth are expected")
 
 
 @dataclass
@@ -89,38 +108,36 @@ class Qwen3VLConfig:
         """Read text_encoder/config.json in either spelling of the rope: `rope_theta` beside `rope_scaling` (as
         published), or `rope_parameters` with both inside (as transformers 5 writes it).
 
-        The file is full of keys for training and generation, so unknown ones are passed over; a missing key, or one
-        that asks for arithmetic which is not in this file, is a ValueError that names file and key.
+        The file is full of keys for training and generation, so unknown ones are passed over. A missing key, a wrong
+        value, or one that asks for other arithmetic than this file's is a ValueError with file and key.
         """
         content = read_json(path)
         text = _section(path, content, "text_config", TextConfig, {"hidden_act": "silu", "rope_type": "default"})
-        vision = _section(
-            path, content, "vision_config", VisionConfig, {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 1e4}
-        )
-        if "image_token_id" not in content:
-            raise ValueError(f"{path}: key 'image_token_id' is missing")
+        understood = {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 1e4}
+        vision = _section(path, content, "vision_config", VisionConfig, understood)
+        slot = content.get("image_token_id")
+        if type(slot) is not int or not 0 <= slot < text.vocab_size:
+            raise ValueError(f"{path}: 'image_token_id' is {short(slot)}; a token of the vocabulary is expected")
         if vision.out_hidden_size != text.hidden_size:
             raise ValueError(f"{path}: vision_config.out_hidden_size must be text_config.hidden_size")
-        return cls(text, vision, content["image_token_id"])
+        if len(vision.deepstack_visual_indexes) > text.num_hidden_layers:
+            raise ValueError(f"{path}: vision_config.deepstack_visual_indexes has more levels than text_config layers")
+        return cls(text, vision, slot)
 
 
 def _section(path: str | Path, content: dict, name: str, kind: type, understood: dict):
     section = content.get(name)
-    if not isinstance(section, dict):
-        raise ValueError(f"{path}: key {name!r} is missing or not an object")
-    section = (section.get("rope_scaling") or {}) | (section.get("rope_parameters") or {}) | section
+    ropes = [section.get(key) or {} for key in ("rope_scaling", "rope_parameters")] if isinstance(section, dict) else []
+    if not ropes or not all(isinstance(rope, dict) for rope in ropes):
+        raise ValueError(f"{path}: key {name!r} is missing, or it or its rope is not an object")
+    section = ropes[0] | ropes[1] | section
     for key, value in (understood | {"attention_bias": False, "mrope_interleaved": True}).items():
         if section.get(key, value) != value:
-            raise ValueError(f"{path}: {name}.{key} is {section[key]!r}, only {value!r} is implemented")
-    names = [entry.name for entry in fields(kind)]
-    missing = [key for key in names if key not in section]
-    if missing:
-        raise ValueError(f"{path}: {name} lacks {', '.join(missing)}")
-    return kind(**{key: section[key] for key in names})
+            raise ValueError(f"{path}: {name}.{key} is {short(section[key])}; only {value!r} is implemented")
+    return build_config(kind, section, f"{path}: {name}.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rotary positions, for both towers
+# ---- Rotary positions, for both towers -------------------------------------------------------------------------------
 
 
 def rotary_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
@@ -136,8 +153,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # (..., P, D)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Vision tower
+# ---- Vision tower ----------------------------------------------------------------------------------------------------
 
 
 class VisionAttention(nn.Module):
@@ -245,8 +261,7 @@ class VisionTower(nn.Module):
         return rearrange(x, "n e (h a) (w b) -> n (h w a b) e", a=m, b=m)  # (N, P, E)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Language model
+# ---- Language model --------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -325,35 +340,48 @@ class LanguageModel(nn.Module):
         return x  # (B, L, C)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts and pictures in, states out
+# ---- Prompts and pictures in, states out -----------------------------------------------------------------------------
+
+
+@dataclass
+class PixelSettings:
+    """Keys of processor/preprocessor_config.json; the edges bound a picture's area, in pixels."""
+
+    image_mean: tuple[float, float, float] = within((0.5, 0.5, 0.5), "[0, 1]")
+    image_std: tuple[float, float, float] = within((0.5, 0.5, 0.5), "[0.001, 1]")
+    shortest_edge: int = within(65536, "[0, 1e9]")
+    longest_edge: int = within(16777216, "[1, 1e9]")
 
 
 class Processor:
-    """What the published processor/ folder says about tokens and pixels; `side`: pixels across a slot, 32."""
+    """What the published processor/ folder says about tokens and pixels."""
 
-    def __init__(self, directory: str | Path, side: int):
-        self.side = side
+    def __init__(self, directory: str | Path):
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint in the published layout has it")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no narrower class
+            self.tokenizer.no_padding()  # the file may carry the padding of whoever saved it
+            self.tokenizer.no_truncation()
+            self.tokenizer.encode(SYSTEM_TURN + USER_TURN)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises no narrower class, and panics with a wider one
             raise ValueError(f"{path}: not a tokenizer ({error})") from None
-        self.tokenizer.no_padding()  # the file may carry the padding of whoever saved it
-        self.tokenizer.no_truncation()
+        missing = [token for token in TOKENS if self.tokenizer.token_to_id(token) is None]
+        if missing:
+            raise ValueError(f"{path}: lacks the token {missing[0]}, which the prompt's template needs")
 
         path = Path(directory) / "preprocessor_config.json"
         if not path.is_file() and path.with_name("processor_config.json").is_file():
             path = path.with_name("processor_config.json")  # transformers 5 saves the same keys inside this one
         settings = read_json(path)
         settings = settings.get("image_processor", settings)
-        try:
-            self.mean, self.std = settings["image_mean"], settings["image_std"]
-            self.fewest, self.most = settings["size"]["shortest_edge"], settings["size"]["longest_edge"]  # pixels
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path}: a key is missing or no object: {error}") from None
+        size = settings.get("size") if isinstance(settings, dict) else None
+        if not isinstance(size, dict):
+            raise ValueError(f"{path}: 'size' is missing or not an object")
+        self.settings = build_config(PixelSettings, settings | size, f"{path}: ")
 
     def pixels(self, image: Image.Image) -> Tensor:
         """One picture as (3, H, W), in [-1, 1] with the published mean and deviation of 0.5. Transparency shows white.
@@ -361,16 +389,16 @@ class Processor:
         ValueError where the processor would still resize: the slots must fit the latents of the very same picture.
         """
         width, height = image.size
-        if width % self.side or height % self.side or not self.fewest <= width * height <= self.most:
-            raise ValueError(
-                f"a source picture is {width} x {height}: the sides must be multiples of {self.side} and the area "
-                f"between {self.fewest} and {self.most} pixels (processor/preprocessor_config.json)"
-            )
+        fewest, most = self.settings.shortest_edge, self.settings.longest_edge
+        if width % SIDE or height % SIDE or not fewest <= width * height <= most:
+            area = f"the area between {fewest} and {most} pixels (processor/preprocessor_config.json)"
+            raise ValueError(f"a source picture is {width} x {height}: sides must be multiples of {SIDE}, and {area}")
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, "white")
         image = Image.composite(image.convert("RGB"), white, image.getchannel("A"))
         x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # (3, H, W)
-        return (x - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)  # (3, H, W)
+        mean, std = torch.tensor([self.settings.image_mean, self.settings.image_std]).view(2, 3, 1, 1)  # (3, 1, 1) each
+        return (x - mean) / std  # (3, H, W)
 
 
 class Qwen3VL(nn.Module):
@@ -392,10 +420,10 @@ class Qwen3VL(nn.Module):
         """
         directory = Path(directory)
         config = Qwen3VLConfig.from_json(directory / "text_encoder" / "config.json")
-        processor = Processor(directory / "processor", config.vision.patch_size * config.vision.spatial_merge_size)
+        processor = Processor(directory / "processor")
         if processor.tokenizer.token_to_id(SLOT) != config.image_token_id:
             raise ValueError(f"{directory}: {SLOT} differs in text_encoder/config.json and processor/tokenizer.json")
-        if processor.tokenizer.get_vocab_size() > config.text.vocab_size:
+        if max(processor.tokenizer.get_vocab().values()) >= config.text.vocab_size:
             raise ValueError(f"{directory}: processor/tokenizer.json has more tokens than text_encoder/ has embeddings")
         with torch.device("meta"):
             encoder = cls(config, processor)
@@ -424,10 +452,12 @@ class Qwen3VL(nn.Module):
         for prompt in prompts:
             if SLOT in prompt or "<|video_pad|>" in prompt:
                 raise ValueError(f"prompt {prompt!r}: {SLOT} and <|video_pad|> are kept for pictures; remove them")
+            if len(prompt) > MOST_LETTERS:
+                raise ValueError(f"prompt {short(prompt)}: {len(prompt)} letters; at most {MOST_LETTERS} are read")
         seen = self._look(images)  # (1 + J, B, T, C)
 
         # Text is cut into tokens after the slots are written out, special tokens in a user's text included.
-        grids = [(height // self.processor.side, width // self.processor.side) for width, height in sizes]
+        grids = [(height // SIDE, width // SIDE) for width, height in sizes]
         counts = [rows * columns for rows, columns in grids]
         pictures = [PICTURE.format(number=i, slots=SLOT * count) for i, count in enumerate(counts, start=1)]
         # An empty prompt becomes one space: the language model has no start token, it must have something to read.

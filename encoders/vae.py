@@ -17,8 +17,7 @@ Reference for behaviour: `AutoencoderKLQwenImage21` of diffusers 0.42.1; tests/t
 """
 
 import re
-from dataclasses import dataclass, field
-from math import isfinite
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from support.files import config_from_json, load_weights, save_config, save_weights
+from support.files import config_from_json, load_weights, save_config, save_weights, within
 
 STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
 TILE = 64  # latent pixels: pictures of up to 1024 x 1024 are decoded whole, larger ones in parts of that size
@@ -36,24 +35,24 @@ TILE = 64  # latent pixels: pictures of up to 1024 x 1024 are decoded whole, lar
 class VAEConfig:
     """The keys of vae/config.json, with the published values as defaults (the latents' statistics excepted).
 
-    Raises ValueError, naming the key, where a value is impossible or asks for a network that this file does not build.
+    ValueError names the key whose value is impossible, or asks for a network that is not built here.
     """
 
-    base_dim: int = 96  # channels of the encoder's first level
-    # Channels of the decoder's last level; null: base_dim. (A factory, as a plain 144 would forbid null in the file.)
-    decoder_base_dim: int | None = field(default_factory=lambda: 144)
-    z_dim: int = 64
-    dim_mult: tuple[int, ...] = (1, 2, 4, 8, 8)  # channels of a level / base_dim; every level but the last halves
-    num_res_blocks: int = 2  # in a level of the encoder; the decoder's levels have one more
+    base_dim: int = within(96, "[1, 4096]")  # channels of the encoder's first level
+    decoder_base_dim: int | None = within(144, "[1, 4096]")  # of the decoder's last level; null: base_dim
+    z_dim: int = within(64, "[1, 4096]")
+    # Channels of a level / base_dim. Every level but the last halves the sides.
+    dim_mult: tuple[int, ...] = within((1, 2, 4, 8, 8), "[1, 256]")
+    num_res_blocks: int = within(2, "[1, 64]")  # in a level of the encoder; the decoder's levels have one more
     attn_scales: tuple[float, ...] = ()
     temperal_downsample: tuple[bool, ...] = (False, True, True, True)  # (sic) which halvings are of time, too
     dropout: float = 0.0
     # Mean and deviation of each latent channel over many pictures. The published 64 come with the checkpoint.
-    latents_mean: tuple[float, ...] = (0.0,) * 64
-    latents_std: tuple[float, ...] = (1.0,) * 64
+    latents_mean: tuple[float, ...] = within((0.0,) * 64, "[-1e6, 1e6]")
+    latents_std: tuple[float, ...] = within((1.0,) * 64, "[1e-6, 1e6]")
     is_residual: bool = True
-    in_channels: int = 4
-    out_channels: int = 4
+    in_channels: int = within(4, "[4, 4]")  # RGBA
+    out_channels: int = within(4, "[4, 4]")
     patch_size: int | None = None
     scale_factor_temporal: int = 8  # this and the next only describe: what the network
     scale_factor_spatial: int = 16  # really does follows from dim_mult, see `factor`
@@ -65,29 +64,18 @@ class VAEConfig:
             setattr(self, key, tuple(getattr(self, key)))
         for key, built in {"is_residual": True, "attn_scales": (), "dropout": 0.0, "patch_size": None}.items():
             if getattr(self, key) != built:
-                raise ValueError(f"{key} is {getattr(self, key)!r}: only {built!r}, as published, is built here")
-        for key in ("base_dim", "decoder_base_dim", "z_dim", "num_res_blocks", "dim_mult"):
-            value = getattr(self, key)
-            numbers = value if key == "dim_mult" else (value,)
-            if not numbers or not all(type(n) is int and n > 0 for n in numbers):
-                raise ValueError(f"{key} is {value!r}: whole numbers above 0 are expected")
-        halvings = len(self.dim_mult) - 1
-        if [type(t) for t in self.temperal_downsample] != [bool] * halvings:
-            raise ValueError(
-                f"temperal_downsample is {self.temperal_downsample}: {halvings} true or false are expected"
-            )
-        for key, numbers in {"latents_mean": self.latents_mean, "latents_std": self.latents_std}.items():
-            if len(numbers) != self.z_dim or not all(type(n) in (int, float) and isfinite(n) for n in numbers):
-                raise ValueError(
-                    f"{key} must be z_dim = {self.z_dim} finite numbers, not these {len(numbers)}: {numbers}"
-                )
-        if min(self.latents_std) <= 0:
-            raise ValueError(f"latents_std holds {min(self.latents_std)}: deviations are above 0")
+                raise ValueError(f"{key} is {getattr(self, key)!r}; only {built!r}, as published, is built here")
+        if not 2 <= len(self.dim_mult) <= 8:
+            raise ValueError(f"dim_mult has {len(self.dim_mult)} levels; 2 to 8 are expected")
+        lengths = {"temperal_downsample": len(self.dim_mult) - 1, "latents_mean": self.z_dim, "latents_std": self.z_dim}
+        for key, length in lengths.items():
+            if len(getattr(self, key)) != length:
+                raise ValueError(f"{key} has {len(getattr(self, key))} values; by the other keys {length} are expected")
         # The shortcuts regroup channels, which works for whole groups only.
         whole_down = all(c * 4**space * 2**time % o == 0 for c, o, space, time in self.encoder_levels())
         whole_up = all(o * 4 * 2**time % c == 0 for c, o, space, time in self.decoder_levels() if space)
         if not whole_down or not whole_up:
-            raise ValueError(f"dim_mult is {self.dim_mult}: the channels of two neighbours do not divide into groups")
+            raise ValueError(f"dim_mult is {self.dim_mult}; the channels of two neighbours do not divide into groups")
 
     @property
     def factor(self) -> int:
@@ -96,15 +84,16 @@ class VAEConfig:
 
     def encoder_levels(self) -> list[tuple[int, int, bool, bool]]:
         """(channels in, channels out, halves space, halves time) of every level, in the order of the forward pass."""
-        dims = [self.base_dim * m for m in (1, *self.dim_mult)]
-        times = (*self.temperal_downsample, False)
-        return [(dims[i], dims[i + 1], i < len(times) - 1, times[i]) for i in range(len(times))]
+        return self._levels(self.base_dim, (1, *self.dim_mult), self.temperal_downsample)
 
     def decoder_levels(self) -> list[tuple[int, int, bool, bool]]:
         """(channels in, channels out, doubles space, doubles time) likewise: the encoder's mirror image."""
-        dims = [self.decoder_base_dim * m for m in (self.dim_mult[-1], *self.dim_mult[::-1])]
-        times = (*self.temperal_downsample[::-1], False)
-        return [(dims[i], dims[i + 1], i < len(times) - 1, times[i]) for i in range(len(times))]
+        multiples = (self.dim_mult[-1], *self.dim_mult[::-1])
+        return self._levels(self.decoder_base_dim, multiples, self.temperal_downsample[::-1])
+
+    def _levels(self, base: int, multiples: tuple[int, ...], times: tuple[bool, ...]):
+        dims = [base * m for m in multiples]
+        return list(zip(dims[:-1], dims[1:], [True] * len(times) + [False], (*times, False), strict=True))
 
 
 class Norm(nn.Module):
@@ -171,15 +160,9 @@ class Mid(nn.Module):
         return self.resnets[1](x)  # (B, d, h, w)
 
 
-class Resample(nn.Module):
+def resample(first: nn.Module, conv: nn.Conv2d) -> nn.ModuleDict:
     """A change of size, then a convolution, under the published name `resample.1`."""
-
-    def __init__(self, first: nn.Module, conv: nn.Conv2d):
-        super().__init__()
-        self.resample = nn.Sequential(first, conv)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.resample(x)  # (B, C, H/2, W/2) or (B, C, 2H, 2W)
+    return nn.ModuleDict({"resample": nn.Sequential(first, conv)})
 
 
 class Down(nn.Module):
@@ -191,7 +174,7 @@ class Down(nn.Module):
         self.resnets = nn.ModuleList(Resnet(dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks))
         if halves_space:
             # Zeros to the right and below only: output i looks at pixels 2i to 2i + 2. padding=1 would start at 2i - 1.
-            self.downsampler = Resample(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out_dim, out_dim, 3, stride=2))
+            self.downsampler = resample(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out_dim, out_dim, 3, stride=2))
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Space (and time) to channels, ordered (channel, frame, row, column); then means of consecutive groups.
@@ -210,7 +193,7 @@ class Down(nn.Module):
         for resnet in self.resnets:
             y = resnet(y)  # (B, o, H, W)
         if self.halves_space:
-            y = self.downsampler(y)  # (B, o, H/2, W/2)
+            y = self.downsampler["resample"](y)  # (B, o, H/2, W/2)
         return y + self.shortcut(x)  # (B, o, H/2, W/2)
 
 
@@ -223,7 +206,7 @@ class Up(nn.Module):
         self.resnets = nn.ModuleList(Resnet(dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1))
         if doubles_space:
             conv = nn.Conv2d(out_dim, out_dim, 3, padding=1)
-            self.upsampler = Resample(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv)
+            self.upsampler = resample(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv)
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Every channel repeated, then spread as (channel, frame, row, column) over space (and time).
@@ -240,7 +223,7 @@ class Up(nn.Module):
         for resnet in self.resnets:
             y = resnet(y)  # (B, o, H, W)
         if self.doubles_space:
-            y = self.upsampler(y) + self.shortcut(x)  # (B, o, 2H, 2W)
+            y = self.upsampler["resample"](y) + self.shortcut(x)  # (B, o, 2H, 2W)
         return y  # (B, o, 2H, 2W)
 
 
@@ -293,9 +276,8 @@ class Decoder(nn.Module):
         """The part of the picture that belongs to rows and columns [start, stop) of the grid x (B, d, h, w)."""
         margins = [1]  # what conv_out sees beyond its own pixel, and before it what each level must be given
         for block in reversed(self.up_blocks):
-            doubled = (
-                (margins[0] + 2) // 2 if block.doubles_space else margins[0]
-            )  # one more for the upsampler's kernel
+            # One more for the upsampler's kernel.
+            doubled = (margins[0] + 2) // 2 if block.doubles_space else margins[0]
             margins.insert(0, doubled + 2 * len(block.resnets))
         scale, top, left = 1, 0, 0  # of x against the latent grid; where x begins, in its own pixels
 
@@ -337,8 +319,7 @@ class VAE(nn.Module):
             raise ValueError(
                 f"images {tuple(images.shape)}: (B, {channels}, H, W) is expected, H and W multiples of {factor}"
             )
-        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, z, h, w) each
-        return mean, logvar
+        return self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, z, h, w) each
 
     def decode_raw(self, z: Tensor, tile: int = TILE) -> Tensor:
         """images (B, 4, 16h, 16w), not clamped, of latents z (B, 64, h, w) that are not normalised; in tiles of `tile`
@@ -369,15 +350,13 @@ class VAE(nn.Module):
 
     def video_weights(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the published tensors that only a second frame would meet."""
+        down = [("encoder.down_blocks", "downsampler", 1, level) for level in enumerate(self.config.encoder_levels())]
+        up = [("decoder.up_blocks", "upsampler", 2, level) for level in enumerate(self.config.decoder_levels())]
         shapes = {}
-        for i, (_, dim, _, time) in enumerate(self.config.encoder_levels()):
+        for blocks, sampler, frames, (i, (_, dim, _, time)) in down + up:  # up, one frame becomes two
             if time:
-                name = f"encoder.down_blocks.{i}.downsampler.time_conv"
-                shapes |= {f"{name}.weight": (dim, dim, 1, 1), f"{name}.bias": (dim,)}
-        for i, (_, dim, _, time) in enumerate(self.config.decoder_levels()):
-            if time:  # one frame becomes two
-                name = f"decoder.up_blocks.{i}.upsampler.time_conv"
-                shapes |= {f"{name}.weight": (2 * dim, dim, 1, 1), f"{name}.bias": (2 * dim,)}
+                name = f"{blocks}.{i}.{sampler}.time_conv"
+                shapes |= {f"{name}.weight": (frames * dim, dim, 1, 1), f"{name}.bias": (frames * dim,)}
         return shapes
 
     @classmethod

@@ -1,32 +1,34 @@
-"""What a checkpoint's small files say: model_index.json, the scheduler's config, the sigmas."""
+"""What a checkpoint's small files say: model_index.json, the scheduler's config, the sigmas; and devices."""
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
+import torch
+
 import flow
-from support.files import read_json
+from support.files import read_json, within
 from support.pictures import MULTIPLE
+from support.program import inside, short
 
 
 @dataclass
 class Scheduler:
     """scheduler/scheduler_config.json: how a list of sigmas is bent before it is used.
 
-    The published values bend it towards noise; a few-step student's file is the identity.
+    The published values bend it towards noise. A few-step student's file is the identity.
     """
 
     use_dynamic_shifting: bool = True  # the more target tokens, the longer the steps stay near noise
-    shift: float = 1.0  # where dynamic shifting is off
-    base_shift: float = 0.5
-    max_shift: float = 0.9
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 8192
-    shift_terminal: float | None = None  # the last sigma before 0; published: 0.02
+    shift: float = within(1.0, "(0, 100]")  # where dynamic shifting is off
+    base_shift: float = within(0.5, "[-10, 10]")
+    max_shift: float = within(0.9, "[-10, 10]")
+    base_image_seq_len: int = within(256, "[1, 1048576]")
+    max_image_seq_len: int = within(8192, "[1, 1048576]")
+    shift_terminal: float | None = within(None, "[0, 1)")  # the last sigma before 0; published: 0.02
     # The class has more keys. No checkpoint of this family uses them.
     num_train_timesteps: int = 1000
     time_shift_type: str = "exponential"
@@ -39,28 +41,38 @@ class Scheduler:
     def __post_init__(self):
         for key in fields(self)[7:]:
             if vars(self)[key.name] != key.default:
-                raise ValueError(f"{key.name} is {vars(self)[key.name]!r}; only {key.default!r} is implemented")
+                raise ValueError(f"{key.name} is {short(vars(self)[key.name])}; only {key.default!r} is implemented")
+        if self.base_image_seq_len >= self.max_image_seq_len:
+            raise ValueError(f"base_image_seq_len is {self.base_image_seq_len}; it must be below max_image_seq_len")
 
     def sigmas(self, steps: int | list[float], tokens: int) -> list[float]:
-        """For a target of `tokens` tokens, from a number of steps or from given sigmas; the final 0 is included."""
-        return flow.teacher_sigmas(
-            steps,
-            tokens,
-            use_dynamic_shifting=self.use_dynamic_shifting,
-            shift=self.shift,
-            base_shift=self.base_shift,
-            max_shift=self.max_shift,
-            base_image_seq_len=self.base_image_seq_len,
-            max_image_seq_len=self.max_image_seq_len,
-            shift_terminal=self.shift_terminal,
-        )
+        """For a target of `tokens` tokens, from a number of steps or from given sigmas; the final 0 is included.
+
+        ValueError: the file's values make no schedule for a target of this size.
+        """
+        try:
+            sigmas = flow.teacher_sigmas(
+                steps,
+                tokens,
+                use_dynamic_shifting=self.use_dynamic_shifting,
+                shift=self.shift,
+                base_shift=self.base_shift,
+                max_shift=self.max_shift,
+                base_image_seq_len=self.base_image_seq_len,
+                max_image_seq_len=self.max_image_seq_len,
+                shift_terminal=self.shift_terminal,
+            )
+        except (OverflowError, ZeroDivisionError):
+            sigmas = []
+        check_sigmas(sigmas[:-1], f"scheduler_config.json at {tokens} tokens")
+        return sigmas
 
 
 def check_sigmas(sigmas: list[float], name: str) -> list[float]:
     """The sigmas as they are, or a ValueError that names their origin."""
     numbers = isinstance(sigmas, (list, tuple)) and sigmas and all(type(s) in (int, float) for s in sigmas)
     if not numbers or not all(a > b for a, b in pairwise([*sigmas, 0.0])) or sigmas[0] > 1:
-        raise ValueError(f"{name}: {sigmas!r} is no schedule; it must fall within (0, 1], without the final 0")
+        raise ValueError(f"{name}: {short(sigmas)} is no schedule; it must fall within (0, 1], without the final 0")
     return [float(s) for s in sigmas]
 
 
@@ -76,11 +88,33 @@ def read_index(directory: str | Path) -> dict:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}")
     if index["sample_sigmas"] is not None:
         index["sample_sigmas"] = check_sigmas(index["sample_sigmas"], f"{path}: sample_sigmas")
-    if type(index["resolution"]) is not int or index["resolution"] < MULTIPLE:
-        raise ValueError(f"{path}: resolution is {index['resolution']!r}, not a whole number from {MULTIPLE} on")
-    if type(index["guidance"]) not in (int, float) or not 1 <= index["guidance"] < math.inf:
-        raise ValueError(f"{path}: guidance is {index['guidance']!r}, not a number from 1 on")
+    if type(index["resolution"]) is not int or not inside(index["resolution"], f"[{MULTIPLE}, 4096]"):
+        raise ValueError(f"{path}: resolution is {short(index['resolution'])}, no whole number from {MULTIPLE} to 4096")
+    if type(index["guidance"]) not in (int, float) or not inside(index["guidance"], "[1, inf)"):
+        raise ValueError(f"{path}: guidance is {short(index['guidance'])}, not a number from 1 on")
     return index
+
+
+def check_parts(directory: Path, mmdit, vae, encoder) -> None:
+    """The three networks' configs against each other; ValueError names the numbers that must be equal."""
+    for what, one, other in (
+        ("transformer in_channels and out_channels", mmdit.in_channels, mmdit.out_channels),
+        ("transformer in_channels and vae z_dim", mmdit.in_channels, vae.z_dim),
+        ("transformer context_in_dim and text_encoder hidden_size", mmdit.context_in_dim, encoder.text.hidden_size),
+        ("pixels to a latent pixel: 16 and 2^levels of vae dim_mult", 16, vae.factor),
+    ):
+        if one != other:
+            raise ValueError(f"{directory}: {what} are {one} and {other}; they must be equal")
+
+
+def open_device(name: str | torch.device) -> torch.device:
+    """A device that torch can compute on here, tried; ValueError otherwise."""
+    try:
+        tried = torch.zeros(1, device=name)
+        tried.item()  # "meta" has no values
+        return tried.device
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:  # an unknown name; no such hardware
+        raise ValueError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0]})") from None
 
 
 def fingerprint(checkpoint: Path) -> str:

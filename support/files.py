@@ -1,19 +1,135 @@
-"""Files of the published layout: JSON objects, configs, and weights as safetensors.
+"""Files of the published layout: JSON objects, configs and weights; and the one rule of what may be written where.
 
-Reading is strict both ways: a file holds exactly what the network needs, or it is one error that names file and key.
-Writing is whole or not at all: a file is written beside its place and renamed.
+Reading is strict: a file holds exactly what is needed, or there is one error that names the file and the key or tensor.
+Writing has two steps. `may_write` decides before the work begins. `aside` writes a file or folder whole or not at all.
 """
 
 import json
 import os
 import re
-from dataclasses import MISSING, asdict, fields
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, field, fields
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from support.program import inside, short
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # types of weights, as safetensors calls them
+
+# ---- What may be written where ---------------------------------------------------------------------------------------
+
+
+def may_write(path: str | Path, made: dict | None = None, overwrite: bool = False, folder: bool = False) -> None:
+    """Decide whether `path` may be written, and try whether it can be. Folders above it are created.
+
+    what stands there                                                   it is replaced
+    nothing, or an empty folder                                         yes
+    a file or folder that this program wrote with the settings `made`   yes
+    another file                                                        with `overwrite`
+    another folder that an export wrote                                 with `overwrite`
+    a folder with anything that no export wrote                         never
+
+    made: the settings that `made_with` will find in what is written. ValueError or OSError say what is in the way.
+    """
+    path, made = Path(path), json.loads(json.dumps(made or {}))
+    if path.exists() and path.is_dir() != folder:
+        raise ValueError(f"{path}: is a {'file' if folder else 'folder'}; name a {'folder' if folder else 'file'}")
+    if path.is_dir() and any(path.iterdir()):
+        ours = read_json(path / "model_index.json").get("_files") if (path / "model_index.json").is_file() else None
+        extra = [name for name in files_in(path) if not isinstance(ours, list) or name not in ours]
+        if extra:
+            raise ValueError(f"{path}: {extra[0]} in it was not written by an export; name another folder")
+    if path.exists() and made_with(path) != made and not overwrite and not (folder and not any(path.iterdir())):
+        raise ValueError(f"{path}: exists, and was not made with these settings; name another, or give --overwrite")
+    with aside(path) as part:  # a trial: nothing is written, so nothing is renamed
+        part.touch()
+        part.unlink()
+
+
+def made_with(path: Path) -> dict | None:
+    """The settings that this program noted in a picture, a LoRA, a JSON file or a folder. None: it did not write it."""
+    try:
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                return json.loads(picture.info["parameters"])
+        if path.suffix == ".safetensors":
+            with open_weights(path) as file:
+                return json.loads(file.metadata()["made"])
+        return read_json(path / "model_index.json" if path.is_dir() else path).get("_made")
+    except Exception:  # whatever is wrong with it: it is not ours
+        return None
+
+
+def files_in(folder: Path) -> list[str]:
+    """Every file and link in a folder, as paths relative to it. Links are not followed."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
+
+
+@contextmanager
+def aside(path: str | Path) -> Iterator[Path]:
+    """Within, write a file or a folder at the path that is given. Afterwards it takes the place of `path`.
+
+    After an error, Ctrl-C or a full disk nothing of it is left and `path` is as before. OSError names `path`. The names
+    used beside it are ours alone; a killed run's leftovers are removed by the next one that writes to `path`.
+    """
+    path = Path(path)
+    part, old = (path.with_name(f".{path.name}.qwen-image-flash.{end}") for end in ("part", "old"))
+
+    def tidy() -> None:
+        if os.path.lexists(old) and not os.path.lexists(path):  # stopped between the two renames below
+            os.replace(old, path)
+        remove(old)
+        remove(part)
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tidy()
+        yield part
+        if part.is_dir() and path.is_dir():  # a rename does not replace a folder
+            os.replace(path, old)
+        if os.path.lexists(part):
+            os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
+    finally:
+        with suppress(OSError):  # the first error is the one to be told
+            tidy()
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a whole folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- JSON and configs ------------------------------------------------------------------------------------------------
+
+
+def parse_json(text: str | bytes) -> object:
+    """A JSON value. ValueError also for a key that is given twice, and for nesting too deep to be read."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+        return content
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def read_json(path: str | Path) -> dict:
@@ -22,7 +138,7 @@ def read_json(path: str | Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint in the published layout has it")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
@@ -32,40 +148,68 @@ def read_json(path: str | Path) -> dict:
 
 def write_json(path: str | Path, content: dict) -> None:
     """Write one JSON object, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with aside(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def within(default, interval: str):
+    """A field of a config whose number (or numbers) must lie in the interval, such as "[1, 512]"."""
+    return field(default=default, metadata={"within": interval})
 
 
 def config_from_json(cls: type, path: str | Path):
     """Build the dataclass `cls` from a JSON file with exactly its fields as keys, else ValueError. Keys that begin with
-    "_" are notes of the library that wrote it; lists become tuples; a value has the type of the field's default."""
-    content = {key: _tuples(value) for key, value in read_json(path).items() if not key.startswith("_")}
-    defaults = {field.name: field.default for field in fields(cls)}
+    "_" are notes of the library that wrote it."""
+    content = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
     for key in content:
-        if key not in defaults:
-            raise ValueError(f"{path}: unknown key {key!r}; {cls.__name__} has {', '.join(defaults)}")
-    for key, default in defaults.items():
-        if key not in content:
-            raise ValueError(f"{path}: key {key!r} is missing")
-        kinds = (int, float) if type(default) is float else (type(default),)
-        if default is not MISSING and default is not None and type(content[key]) not in kinds:
-            raise ValueError(f"{path}: {key} is {content[key]!r}, {kinds[-1].__name__} is expected")
+        if key not in cls.__dataclass_fields__:
+            raise ValueError(f"{path}: unknown key {key!r}; {cls.__name__} has {', '.join(cls.__dataclass_fields__)}")
+    return build_config(cls, content, f"{path}: ")
+
+
+def build_config(cls: type, content: dict, where: str):
+    """The dataclass `cls` from a dictionary that holds at least its fields; lists become tuples.
+
+    Every value must have its field's type and lie in its field's interval; `where` begins the message of a ValueError. A
+    whole number without an interval is at least 0 and below 2^31.
+    """
+    values = {}
+    for entry in fields(cls):
+        if entry.name not in content:
+            raise ValueError(f"{where}{entry.name!r} is missing")
+        value, interval = content[entry.name], entry.metadata.get("within")
+        if not has_type(value, entry.type):
+            kind = getattr(entry.type, "__name__", entry.type) if not get_args(entry.type) else entry.type
+            raise ValueError(f"{where}{entry.name} is {short(value)}; {kind} is expected")
+        value = tuple(value) if isinstance(value, list) else value
+        for number in value if isinstance(value, tuple) else [value]:
+            limits = interval or {int: "[0, 2147483648)", float: "(-inf, inf)"}.get(type(number))
+            if limits and number is not None and not inside(number, limits):
+                raise ValueError(f"{where}{entry.name} is {short(value)}; numbers in {limits} are expected")
+        values[entry.name] = value
     try:
-        return cls(**content)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
 
 
-def _tuples(value):
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+def has_type(value: object, kind: type) -> bool:
+    """Whether a JSON value has the type of a field: int, float (an int will do), bool, str, tuple[...], A | None."""
+    if isinstance(kind, UnionType):
+        return any(has_type(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... and isinstance(value, list) else kinds
+        return isinstance(value, list) and len(value) == len(kinds) and all(map(has_type, value, kinds))
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def save_config(config, path: str | Path, class_name: str) -> None:
     """Write a config dataclass as config.json of the published layout, for the diffusers class `class_name`."""
     write_json(path, {"_class_name": class_name, **asdict(config)})
+
+
+# ---- Weights ---------------------------------------------------------------------------------------------------------
 
 
 def load_weights(
@@ -79,8 +223,8 @@ def load_weights(
     """Fill `module`, built on the meta device, from `{stem}.safetensors` or the shards in `{stem}.safetensors.index.json`.
 
     The files must hold exactly the module's tensors in its shapes, but for those whose whole name matches a regular
-    expression in `skip`. Tensors are mapped from disk and placed one by one: at its peak, memory holds the module and one
-    tensor.
+    expression in `skip`, and finite values. Tensors are mapped from disk and placed one by one: at its peak, memory holds
+    the module and one tensor. On the meta device, which holds no values, the files are only checked.
     """
     directory = Path(directory)
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
@@ -94,14 +238,15 @@ def load_weights(
     for name, file in listed.items():
         # As text, without resolving links: download caches keep shards as links that lead elsewhere.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: puts {name} into {file!r}, which is no .safetensors file of its folder")
+            raise ValueError(f"{index}: puts {name} into {short(file)}, which is no .safetensors file of its folder")
         if not (directory / file).is_file():
             raise FileNotFoundError(f"{directory / file}: no such file, but {index.name} puts {name} into it")
 
-    wanted, places = module.state_dict(), {}  # {tensor: path}
+    wanted, places, there = module.state_dict(), {}, set()  # places: {tensor: path}
     for path in [directory / file for file in sorted(set(listed.values()))] or [single]:
         with open_weights(path) as file:
             for name in list(file.keys()):
+                there.add(name)
                 if listed and listed.get(name) != path.name:
                     raise ValueError(f"{path}: holds {name}, which {index.name} does not put there")
                 if any(re.fullmatch(pattern, name) for pattern in skip):
@@ -111,22 +256,37 @@ def load_weights(
                 shape, expected = list(file.get_slice(name).get_shape()), list(wanted[name].shape)
                 if shape != expected:
                     raise ValueError(f"{path}: {name} has shape {shape}, but by the config {expected}")
+                if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
+                    raise ValueError(f"{path}: {name} has the type {kind}; one of {', '.join(FLOATS)} is expected")
                 places[name] = path
-    if missing := wanted.keys() - places.keys():
+    if missing := (wanted.keys() | listed.keys()) - there:
         where = directory / listed.get(min(missing), index.name if listed else single.name)
         raise ValueError(f"{where}: tensor {min(missing)} is missing ({len(missing)} in all)")
 
+    if torch.device(device).type == "meta":
+        return
     for name, path in places.items():
-        with open_weights(
-            path
-        ) as file:  # anew for each tensor: what was read of a mapped file counts as ours until it closes
-            tensor = file.get_tensor(name)
-            dtype_here = dtype if tensor.is_floating_point() else tensor.dtype
-            tensor = tensor.to(device=device, dtype=dtype_here, copy=True)  # off the file, which may be written over
+        # Opened anew for each tensor: what was read of a mapped file counts as ours until it closes.
+        with open_weights(path) as file:
+            tensor = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)  # a copy: the file may change
+        if not finite(tensor):
+            raise ValueError(f"{path}: {name} holds values that are not finite in {dtype}; the file is damaged")
         owner, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner)
         is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
         setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. By the extremes: that takes a tenth of the time of a copy, and no memory."""
+    return not tensor.numel() or all(end.isfinite().item() for end in tensor.detach().aminmax())
+
+
+def check_finite(tensors: dict[str, Tensor], what: str) -> None:
+    """ValueError names the first tensor that holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if not finite(tensor):
+            raise ValueError(f"{what}: {name} holds values that are not finite; nothing is written")
 
 
 def open_weights(path: Path):
@@ -168,10 +328,8 @@ def save_weights(
     if len(shards) == 1:
         shards = {f"{stem}.safetensors": list(state)}
     for file, names in shards.items():
-        # Written beside and renamed, so that no reader ever sees half a file.
-        tensors = {name: state[name].detach().to("cpu", dtype).contiguous() for name in names}
-        write_tensors(directory / f"{file}.part", tensors)
-        os.replace(directory / f"{file}.part", directory / file)
+        with aside(directory / file) as part:
+            write_tensors(part, {name: state[name].detach().to("cpu", dtype).contiguous() for name in names})
     index = f"{stem}.safetensors.index.json"
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support.files import finite
+
 LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer: A (r, in), B (out, r), alpha
 ATTENTION = r"transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)"  # the layers that the family's LoRA files change
 
@@ -110,12 +112,14 @@ def playing(model: nn.Module, role: str | None) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, lora: LoRA, scale: float = 1.0) -> None:
-    """Change the weights themselves by `scale` times `lora`; computed in fp32, rounded once."""
+def merge(model: nn.Module, lora: LoRA, scale: float = 1.0, file: str = "the LoRA") -> None:
+    """Change the weights themselves by `scale` times `lora`; computed in fp32, rounded once. ValueError: one overflows."""
     for name, (a, b, alpha) in lora.items():
         weight = model.get_submodule(name).weight
         change = b.to(weight.device).float() @ a.to(weight.device).float()  # (out, in)
         weight.copy_(weight.float() + scale * alpha / len(a) * change)
+        if not finite(weight):
+            raise ValueError(f"{file}: its change of {name} at scale {scale} is not finite in {weight.dtype}")
 
 
 @torch.no_grad()

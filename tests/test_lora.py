@@ -205,6 +205,51 @@ def test_comfyui_finds_every_key(model, tmp_path):
     assert not tensors
 
 
+def underscored(layer: str) -> str:
+    return layer.replace(".", "_")
+
+
+WILD = {  # spelling: (prefix and layer, A, B), alpha as a tensor or not at all
+    "kohya": (lambda n: f"lora_unet_{underscored(n)}", "lora_down.weight", "lora_up.weight"),
+    "kohya, transformer": (lambda n: f"lora_transformer_{underscored(n)}", "lora_down.weight", "lora_up.weight"),
+    "old diffusers": (lambda n: f"transformer.{n}", "lora.down.weight", "lora.up.weight"),
+    "old diffusers, unet": (lambda n: f"unet.{n}", "lora.down.weight", "lora.up.weight"),
+    "peft": (lambda n: f"base_model.model.transformer.{n}", "lora_A.weight", "lora_B.weight"),
+    "peft, named": (lambda n: f"base_model.model.{n}", "lora_A.default.weight", "lora_B.default.weight"),
+    "comfyui": (lambda n: f"diffusion_model.{n}", "lora_down.weight", "lora_up.weight"),
+    "wrapped": (lambda n: f"model.diffusion_model.{n}", "lora_A.weight", "lora_B.weight"),
+}
+
+
+@pytest.mark.parametrize("alpha", [None, 3.0])
+@pytest.mark.parametrize("spelling", WILD)
+def test_spellings_in_the_wild(model, tmp_path, spelling, alpha):
+    """Every layer is found, those with underscores of their own too; without alpha the change is B A."""
+    lora, (layer, down, up) = random_lora(model, 4, alpha or 4.0), WILD[spelling]
+    tensors = {f"{layer(n)}.{down}": a for n, (a, _, _) in lora.items()}
+    tensors |= {f"{layer(n)}.{up}": b for n, (_, b, _) in lora.items()}
+    if alpha:
+        tensors |= {f"{layer(n)}.alpha": torch.tensor(alpha) for n in lora}
+    save_file(tensors, tmp_path / "wild.safetensors")
+    read, _ = read_lora(tmp_path / "wild.safetensors", model)
+    assert read.keys() == lora.keys() and any("_" in name for name in lora)
+    for name, (a, b, factor) in read.items():
+        assert torch.equal(a, lora[name][0]) and torch.equal(b, lora[name][1]) and factor == lora[name][2]
+
+
+def test_names_that_mean_two_layers_are_refused(tmp_path):
+    network = nn.ModuleDict(
+        {"a": nn.ModuleDict({"b_c": nn.Linear(2, 2)}), "a_b": nn.ModuleDict({"c": nn.Linear(2, 2)})}
+    )
+    pair = {"lora_down.weight": torch.ones(1, 2), "lora_up.weight": torch.ones(2, 1)}
+    file = tmp_path / "some.safetensors"
+    save_file({f"lora_unet_a_b_c.{part}": tensor for part, tensor in pair.items()}, file)
+    with pytest.raises(ValueError, match=f"{file}: a_b_c may be a.b_c or a_b.c"):
+        read_lora(file, network)
+    save_file({f"transformer.a.b_c.{part}": tensor for part, tensor in pair.items()}, file)
+    assert list(read_lora(file, network)[0]) == ["a.b_c"]
+
+
 @torch.no_grad()
 def test_several_with_scales_add_up(model):
     loras = random_lora(model, 3, 5.0), random_lora(model, 2, 2.0, r".*attn.*", 1)
@@ -254,7 +299,13 @@ def test_faulty_files_are_one_error(model, tmp_path):
         ),
         ({f"{layer}.lora_B.weight": torch.full((64, 4), torch.nan)}, f"{layer}.lora_B.* not finite"),
         ({f"{layer}.alpha": torch.ones(2)}, rf"{layer}.alpha has shape \[2\]; one number"),
-        ({f"{layer}.dora_scale": torch.ones(64)}, f"{layer}.dora_scale is no tensor of a LoRA"),
+        ({f"{layer}.dora_scale": torch.ones(64)}, f"{layer}.dora_scale is no tensor of a LoRA.* of DoRA"),
+        ({f"{layer}.lora_magnitude_vector.weight": torch.ones(64)}, "is no tensor of a LoRA.* of DoRA"),
+        ({f"{layer}.lokr_w1": torch.ones(64)}, f"{layer}.lokr_w1 is no tensor of a LoRA.* of LoKr"),
+        ({f"{layer}.hada_w1_a": torch.ones(64)}, "of LoHa"),
+        ({f"{layer}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)}, f"{layer}.lora_A.weight has the type I32"),
+        ({f"transformer.{layer}.lora_A.weight": torch.ones(4, 64)}, f"gives the a of {layer} a second time"),
+        ({f"lora_unet_{underscored(layer)}.alpha": torch.tensor(1.0)}, f"gives the alpha of {layer} a second time"),
         ({"some.lora_A.weight": torch.ones(2, 2), "some.lora_B.weight": torch.ones(2, 2)}, "some is no linear layer"),
         (dict.fromkeys(whole), "holds no LoRA"),
     ):
@@ -268,6 +319,10 @@ def test_faulty_files_are_one_error(model, tmp_path):
         ({"lora_adapter_metadata": '{"transformer.use_dora": true}'}, "DoRA"),
         ({"lora_adapter_metadata": '{"transformer.lora_alpha": "rank"}'}, "no number as transformer.lora_alpha"),
         ({"lora_adapter_metadata": "[]"}, "no number as transformer.lora_alpha"),
+        ({"lora_adapter_metadata": '{"transformer.lora_alpha": 1' + "0" * 400 + "}"}, "no number as transformer.lora"),
+        ({"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'}, "no number as transformer.lora"),
+        ({"lora_adapter_metadata": "[" * 10_000}, "header"),
+        ({"sample_sigmas": "[1e400]"}, "sample_sigmas"),
     ):
         save_file(whole, file, header)
         with pytest.raises(ValueError, match=message):

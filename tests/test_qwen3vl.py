@@ -144,7 +144,7 @@ def test_states_may_enter_a_training_graph(pair):
 
 def test_tokens_are_the_librarys(checkpoint):
     ours, theirs = (
-        Processor(checkpoint / "processor", side=32).tokenizer,
+        Processor(checkpoint / "processor").tokenizer,
         reference.open_processor(checkpoint).tokenizer,
     )
     texts = [prompt for prompts in PROMPTS.values() for prompt in prompts]
@@ -164,7 +164,7 @@ def test_tokens_are_the_librarys(checkpoint):
 def test_saved_padding_is_ignored(checkpoint, tmp_path):
     """A tokenizer that was saved after a padded call brings its padding along."""
     shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
-    tokenizer = Processor(checkpoint / "processor", side=32).tokenizer
+    tokenizer = Processor(checkpoint / "processor").tokenizer
     tokenizer.enable_padding(length=300)
     tokenizer.enable_truncation(30)
     tokenizer.save(str(tmp_path / "processor" / "tokenizer.json"))

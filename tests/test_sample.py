@@ -4,13 +4,16 @@ The checkpoints are tiny and random, so that a picture is meaningless but depend
 order or time anywhere shows. The small matrix runs always, the large one with `-m slow`.
 """
 
+import copy
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -18,22 +21,37 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline
-from PIL import Image
-from reference import open_pipeline, picture, write_checkpoint, write_model_index, write_scheduler, write_transformer
+from PIL import Image, ImageCms
+from reference import (
+    open_pipeline,
+    picture,
+    write_checkpoint,
+    write_model_index,
+    write_scheduler,
+    write_text_encoder,
+    write_transformer,
+)
+from safetensors.torch import load_file, save_file
 
 import sample
 from encoders.qwen3vl import Qwen3VL
 from model import MMDiT
 from sample import Pipeline
+from support import program
 from support.export import export
-from support.files import read_json
+from support.files import aside, files_in, may_write, read_json, write_json
 from support.lora import new_lora
 from support.lora_files import export_lora, write_lora
-from support.pictures import open_picture
+from support.pictures import fit, fitted_size, open_picture, save
 
 PROMPT = "A capybara wearing a wizard hat"
 TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
 IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch):
+    monkeypatch.setattr(program, "_said", set())
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +251,112 @@ def test_camera_rotation(tmp_path):
     assert difference(open_picture(tmp_path / "photo.png"), upright.convert("RGBA")) == 0
 
 
+@pytest.mark.parametrize("mark", [1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 65535, "text"])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff", "avif"])
+def test_size_and_pixels_agree_on_camera_marks(tmp_path, kind, mark):
+    """A picture of 960 x 640 in every format that keeps marks: marks from 1 to 8 turn as the standard says, others nothing."""
+    if mark == "text" and kind in ("png", "avif"):
+        pytest.skip("checksums keep its bytes from being changed here")
+    exif = Image.Exif()
+    exif[0x0112] = 6 if mark == "text" else mark
+    corner = Image.new("RGB", (960, 640), "blue")
+    corner.paste("red", (0, 0, 480, 320))  # the upper left quarter
+    corner.save(tmp_path / f"photo.{kind}", exif=exif)
+    if mark == "text":  # the entry's type, SHORT, becomes ASCII
+        content = (tmp_path / f"photo.{kind}").read_bytes()
+        for short, text in (b"\x12\x01\x03\0", b"\x12\x01\x02\0"), (b"\x01\x12\0\x03", b"\x01\x12\0\x02"):
+            content = content.replace(short, text)
+        (tmp_path / f"photo.{kind}").write_bytes(content)
+        assert isinstance(Image.open(tmp_path / f"photo.{kind}").getexif()[0x0112], str)
+    size = (96, 160) if mark in (5, 6, 7, 8) else (160, 96)
+    fitted = fit(tmp_path / f"photo.{kind}", 128)
+    assert fitted.size == fitted_size(tmp_path / f"photo.{kind}", 128) == size
+    assert open_picture(fitted).size == size and not fitted.info  # not turned a second time
+    right, low = mark in (2, 3, 6, 7), mark in (3, 4, 7, 8)  # where the first row and column go
+    x, y = size[0] * (3 if right else 1) // 4, size[1] * (3 if low else 1) // 4
+    red, _, blue, _ = fitted.getpixel((x, y))
+    assert red > 200 and blue < 60
+
+
+def profile(exchanged: bool) -> bytes:
+    """An sRGB profile, or one whose red and green primaries are exchanged."""
+    icc = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    if exchanged:
+        red, green = icc.index(b"rXYZ"), icc.index(b"gXYZ")  # the first occurrences are those of the table of tags
+        icc[red : red + 4], icc[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(icc)
+
+
+def test_colour_profiles_are_applied(tmp_path, capsys):
+    plain = picture(48, 32, 1, "RGBA")
+    plain.save(tmp_path / "srgb.png", icc_profile=profile(False))
+    assert difference(open_picture(tmp_path / "srgb.png"), plain) == 0  # sRGB's own profile changes nothing
+    plain.save(tmp_path / "exchanged.png", icc_profile=profile(True))
+    exchanged = Image.merge("RGBA", [plain.getchannel(c) for c in "GRBA"])
+    drawn = open_picture(tmp_path / "exchanged.png")
+    assert difference(drawn, exchanged) <= 2  # what a colour-managed viewer shows; transparency is kept
+    assert difference(open_picture(drawn), drawn) == 0  # not applied a second time
+    plain.save(tmp_path / "broken.png", icc_profile=b"broken" * 40)
+    for _ in range(2):
+        assert difference(open_picture(tmp_path / "broken.png"), plain) == 0
+    notices = capsys.readouterr().err
+    assert notices.count("broken.png: its colour profile is broken") == 1
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    plain.convert("RGB").save(tmp_path / "both.tif", icc_profile=profile(True), exif=exif)
+    assert difference(open_picture(tmp_path / "both.tif"), exchanged.convert("RGB").rotate(180).convert("RGBA")) <= 2
+
+
+@pytest.mark.parametrize("how", ["stretch", "crop", "pad"])
+def test_fit(tmp_path, capsys, how):
+    """4:3 at an area of 128 x 128 is given 160 x 96, as the reference does. What happens to the shape is the caller's."""
+    circle = Image.new("RGB", (400, 300), "blue")
+    circle.paste("red", (100, 50, 300, 250))  # a square of 200 x 200
+    circle.save(tmp_path / "photo.png")
+    pixels = np.asarray(fit(tmp_path / "photo.png", 128, how)).astype(int)
+    assert pixels.shape == (96, 160, 4)
+    red = (pixels[..., 0] > 128) & (pixels[..., 2] < 128)
+    width, height = red.any(0).sum(), red.any(1).sum()
+    assert (width, height) == {"stretch": (80, 64), "crop": (80, 80), "pad": (64, 64)}[how]
+    white = (pixels[..., :3] > 200).all(-1).mean()
+    assert (white > 0.15) == (how == "pad") and (pixels[..., 3] == 255).all()
+    assert fit(tmp_path / "photo.png", 128, how, (64, 32)).size == (64, 32)
+    assert ("stretched by 25%" in capsys.readouterr().err) == (how == "stretch")
+
+
+FORMATS = {"AVIF": "RGB", "BMP": "RGB", "DDS": "RGB", "GIF": "P", "ICO": "RGB", "IM": "RGB", "JPEG": "RGB",
+           "JPEG2000": "RGB", "MPO": "RGB", "MSP": "1", "PCX": "RGB", "PNG": "RGB", "PPM": "RGB", "QOI": "RGB",
+           "SGI": "RGB", "TGA": "RGB", "TIFF": "RGB", "WEBP": "RGB", "XBM": "1"}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_pictures_are_one_error(tmp_path, kind):
+    """Bytes changed, bytes missing: a picture of the size that was said before, or one error that names the file."""
+    rng, file = np.random.default_rng(0), tmp_path / "picture"
+    picture(48, 40).convert(FORMATS[kind]).save(file, kind)
+    whole, read = file.read_bytes(), 0
+    for number in range(100):
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        where = rng.integers(0, len(damaged) if number % 2 else min(200, len(damaged)), 1 + number % 5)
+        damaged[where] = rng.integers(0, 256, len(where))
+        file.write_bytes(damaged.tobytes()[: len(damaged) if number % 7 else rng.integers(1, len(damaged))])
+        try:
+            drawn = fit(file, 64)
+        except ValueError as error:
+            assert str(file) in str(error)
+            continue
+        assert fitted_size(file, 64) == drawn.size
+        read += 1
+    assert 0 < read < 100 or kind == "PNG"
+
+
+def test_heic_names_its_package(tmp_path):
+    (tmp_path / "photo.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(ValueError, match="photo.HEIC.*pillow-heif"):
+        open_picture(tmp_path / "photo.HEIC")
+
+
 def test_sixteen_bit_grey(tmp_path):
     grey = np.linspace(0, 65535, 64 * 32).round().astype(np.uint16).reshape(32, 64)
     for name in "grey.png", "grey.tif":
@@ -343,13 +467,91 @@ def test_export_overwrites_nothing_else(base, tmp_path):
     student = MMDiT.from_pretrained(base / "transformer")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("three years of work")
-    for out in tmp_path / "notes", tmp_path / "notes" / "thesis.txt", base:
-        with pytest.raises(ValueError, match=str(out)):
-            export(base, student, [1.0, 0.5], out)
+    checkpoint = shutil.copytree(base, tmp_path / "checkpoint")  # published: it has a model_index.json, but no mark
+    there = tree(tmp_path)
+    for out in tmp_path / "notes", tmp_path / "notes" / "thesis.txt", base, checkpoint:
+        for overwrite in False, True:
+            with pytest.raises(ValueError, match=str(out)):
+                export(base, student, [1.0, 0.5], out, overwrite=overwrite)
     for sigmas in [], [0.5, 1.0], [1.0, 0.0], [1.5], [1.0, float("nan")]:
         with pytest.raises(ValueError, match="sigmas"):
             export(base, student, sigmas, tmp_path / "student")
-    assert [p.name for p in tmp_path.rglob("*")] == ["notes", "thesis.txt"]
+    assert tree(tmp_path) == there
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in files_in(folder) if (folder / name).is_file()}
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_an_export_may_replace(base, tmp_path, link):
+    """A folder that an export wrote, with the same settings or on demand, and never with anything else in it."""
+    student, out = MMDiT.from_pretrained(base / "transformer"), tmp_path / "student"
+    export(base, student, [1.0], out, link=link, made={"lora": ["a"]})
+    export(base, student, [1.0, 0.5], out, link=link, made={"lora": ["a"]})
+    assert read_json(out / "model_index.json")["sample_sigmas"] == [1.0, 0.5]
+    with pytest.raises(ValueError, match=f"{out}: exists.*--overwrite"):
+        export(base, student, [1.0], out, link=link, made={"lora": ["b"]})
+    export(base, student, [1.0], out, link=link, made={"lora": ["b"]}, overwrite=True)
+    (out / "transformer" / "NOTES.txt").write_text("mine")
+    with pytest.raises(ValueError, match="student: transformer/NOTES.txt in it was not written by an export"):
+        export(base, student, [1.0, 0.5], out, link=link, made={"lora": ["b"]}, overwrite=True)
+    assert read_json(out / "model_index.json")["sample_sigmas"] == [1.0]
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+
+
+def test_a_failed_export_leaves_what_was_there(base, tmp_path, monkeypatch):
+    """A disk that is full in the middle, and Ctrl-C: the folder is as before, and nothing stands beside it."""
+    student, out = MMDiT.from_pretrained(base / "transformer"), tmp_path / "student"
+    export(base, student, [1.0], out)
+    there = tree(tmp_path)
+    for error in OSError(28, "No space left on device"), KeyboardInterrupt():
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "copyfile", lambda *_, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(type(error)) as raised:
+                export(base, student, [1.0, 0.5], out)
+        assert isinstance(error, KeyboardInterrupt) or f"{out}: cannot be written" in str(raised.value)
+        assert tree(tmp_path) == there and [p.name for p in tmp_path.iterdir()] == ["student"]
+    # A run that was killed between the two renames left the old folder under another name.
+    (out).rename(tmp_path / ".student.qwen-image-flash.old")
+    with pytest.raises(ValueError), aside(out):
+        raise ValueError
+    assert tree(tmp_path) == there
+
+
+def test_weights_that_are_not_finite_are_not_exported(base, tmp_path):
+    student = MMDiT.from_pretrained(base / "transformer")
+    with torch.no_grad():
+        student.img_in.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="student: img_in.weight holds values that are not finite"):
+        export(base, student, [1.0], tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_others_are_not_replaced(tmp_path):
+    """May a picture, a LoRA, a JSON file be written: nothing there, ours with these settings, ours with others, theirs."""
+    made, other = {"seed": 1, "sizes": (1, 2)}, {"seed": 2}
+    save(picture(8, 8), tmp_path / "ours.png", made)
+    write_lora(tmp_path / "ours.safetensors", {}, made=made)
+    write_json(tmp_path / "ours.json", {"_made": made})
+    picture(8, 8).save(tmp_path / "theirs.png", pnginfo=None)
+    (tmp_path / "theirs.safetensors").write_bytes(b"weights")
+    (tmp_path / "theirs.json").write_text("[1]")
+    there = tree(tmp_path)
+    for end in "png", "safetensors", "json":
+        may_write(tmp_path / "new" / f"folder.{end}", made)
+        may_write(tmp_path / f"ours.{end}", made)
+        for name, settings in ("ours", other), ("ours", None), ("theirs", made), ("theirs", None):
+            with pytest.raises(ValueError, match=f"{name}.{end}: exists.*--overwrite"):
+                may_write(tmp_path / f"{name}.{end}", settings)
+            may_write(tmp_path / f"{name}.{end}", settings, overwrite=True)
+    with pytest.raises(ValueError, match="is a folder; name a file"):
+        may_write(tmp_path / "new")
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        may_write(tmp_path / "ours.png", folder=True)
+    with pytest.raises(OSError, match="cannot be written"):
+        may_write(tmp_path / "ours.png" / "x.png")
+    assert tree(tmp_path) == there
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -383,6 +585,206 @@ def test_bad_checkpoints(base, tmp_path):
             Pipeline.from_pretrained(directory)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Pipeline.from_pretrained(tmp_path / "nowhere")
+
+
+CONFIGS = {
+    ("text_encoder", "text_config.num_attention_heads"): [-4, 0, 4.0, "4", None, 3],
+    ("text_encoder", "text_config.num_hidden_layers"): [10**30, -1, True],
+    ("text_encoder", "text_config.head_dim"): [31, 30],
+    ("text_encoder", "text_config.rms_norm_eps"): [1e300, 0.0, float("nan"), float("inf"), "small"],
+    ("text_encoder", "text_config.rope_parameters"): ["word", [1]],
+    ("text_encoder", "text_config.rope_parameters.mrope_section"): ["word", [12, 4], [12, 2, 3], [-12, 14, 14], [[1], 2, 2]],
+    ("text_encoder", "vision_config.spatial_merge_size"): [0.5, 0, 3],
+    ("text_encoder", "vision_config.depth"): [10**30, 0],
+    ("text_encoder", "vision_config.num_position_embeddings"): [35, -36],
+    ("text_encoder", "vision_config.deepstack_visual_indexes"): [[0, 4], [1, 1], [-1], 2],
+    ("text_encoder", "vision_config.num_heads"): [3, 16],
+    ("text_encoder", "image_token_id"): ["1", 10**6, -1, None],
+    ("transformer", "mlp_ratio"): [-1, 0, 10**9],
+    ("transformer", "num_layers"): [10**30, 0, 2.0],
+    ("transformer", "eps"): [1e300, -1, "1"],
+    ("transformer", "axes_dims_rope"): [[8, 12], [-8, 20, 20], [8, 12, "12"], 32, [[8], 12, 12]],
+    ("transformer", "context_in_dim"): [65],
+    ("vae", "z_dim"): [32, -64, 2.5],
+    ("vae", "dim_mult"): [[1] * 40, 4, [1, 2, 4, 8, 10**30]],
+    ("vae", "latents_std"): [[0.0] * 64, [float("inf")] * 64, 1.0],
+    ("scheduler", "shift_terminal"): [[[1]], 1.0, -1, "word"],
+    ("scheduler", "max_shift"): [1e300, float("nan"), True],
+    ("scheduler", "max_image_seq_len"): [256, 10**400, 0.5],
+    ("processor", "image_mean"): [0.5, [0.5] * 4, ["a"] * 3],
+    ("processor", "image_std"): [[float("inf")] * 3, [0.0] * 3],
+    ("processor", "size"): [{}, 5, {"shortest_edge": -1, "longest_edge": 5}, {"shortest_edge": "a", "longest_edge": 5}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("folder", "key"), CONFIGS)
+def test_configs_are_checked_where_they_are_read(base, tmp_path, folder, key):
+    """Types, signs, ranges, lengths that belong together: one error with the file and the key."""
+    directory = variant(base, tmp_path)
+    name = {"scheduler": "scheduler_config.json", "processor": "preprocessor_config.json"}.get(folder, "config.json")
+    whole = json.loads((directory / folder / name).read_text())
+    *path, last = key.split(".")
+    for value in CONFIGS[folder, key]:
+        content = copy.deepcopy(whole)
+        section = content
+        for part in path:
+            section = section[part]
+        section[last] = value
+        (directory / folder / name).write_text(json.dumps(content))
+        with pytest.raises(ValueError) as error:
+            Pipeline.from_pretrained(directory)
+        assert str(directory) in str(error.value), value
+        assert re.search(rf"{last}|rope|edge|head|config.json: latents_mean|txt_in", str(error.value)), (
+            value,
+            error.value,
+        )
+        assert len(str(error.value)) < 600
+
+
+def test_json_that_is_no_config(base, tmp_path):
+    directory = variant(base, tmp_path)
+    file = directory / "transformer" / "config.json"
+    for text in (
+        "[" * 10_000 + "]" * 10_000, '{"a":' * 10_000 + "1" + "}" * 10_000, "1" * 5000, '{"eps": 1, "eps": 2}',
+        file.read_text().replace("[", "[" * 900, 1).replace("]", "]" * 900, 1), "", "\ufeff{}", "null",
+    ):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(ValueError, match=str(file)):
+            Pipeline.from_pretrained(directory)
+
+
+def test_tokenizers_are_checked(base, tmp_path):
+    """A token of the template that is missing, and files that are no tokenizer."""
+    directory = variant(base, tmp_path)
+    file = directory / "processor" / "tokenizer.json"
+    whole = json.loads(file.read_text())
+    for token in "<|im_end|>", "<|im_start|>", "<|vision_end|>":
+        tokens = [entry for entry in whole["added_tokens"] if entry["content"] != token]
+        file.write_text(json.dumps(whole | {"added_tokens": tokens}))
+        with pytest.raises(ValueError, match=f"tokenizer.json.*{re.escape(token)}"):
+            Pipeline.from_pretrained(directory)
+    for content in whole | {"model": 5}, whole | {"added_tokens": 5}, {}, []:
+        file.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="tokenizer.json"):
+            Pipeline.from_pretrained(directory)
+
+
+def test_an_index_lists_what_is_there(base, tmp_path):
+    """A tensor that the index promises and the shard lacks, though the network does not need it."""
+    directory = variant(base, tmp_path)
+    write_text_encoder(directory, shard_size="100KB")
+    (directory / "text_encoder" / "model.safetensors").unlink()
+    file = directory / "text_encoder" / "model.safetensors.index.json"
+    content = json.loads(file.read_text())
+    shard = content["weight_map"]["lm_head.weight"] = next(iter(content["weight_map"].values()))
+    tensors = load_file(directory / "text_encoder" / shard)
+    tensors.pop("lm_head.weight", None)
+    save_file(tensors, directory / "text_encoder" / shard)
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        Pipeline.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_named_when_they_are_read(base, tmp_path, value):
+    """One value in one tensor of each network. Integers in the place of floats are found before anything is read."""
+    for folder, stem, tensor in (
+        ("vae", "diffusion_pytorch_model", "decoder.conv_out.bias"),
+        ("text_encoder", "model", "model.language_model.layers.1.mlp.up_proj.weight"),
+        ("transformer", "diffusion_pytorch_model", "proj_out.weight"),
+    ):
+        directory = variant(base, tmp_path / folder)
+        file = directory / folder / f"{stem}.safetensors"
+        tensors = load_file(file)
+        tensors[tensor].view(-1)[3] = value
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=f"{file}: {tensor} holds values that are not finite"):
+            Pipeline.from_pretrained(directory)(PROMPT, steps=1)
+        tensors[tensor] = tensors[tensor].nan_to_num(0).to(torch.int32)
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=f"{file}: {tensor} has the type I32"):
+            Pipeline.from_pretrained(directory)
+
+
+@pytest.mark.skipif(not TOY.is_dir(), reason="the toy's checkpoint is not built")
+def test_half_precision_draws_the_same_picture():
+    """fp16 overflows in the toy's autoencoder, as in many: that runs in fp32 then."""
+    drawn = {}
+    for dtype in torch.float32, torch.float16, torch.bfloat16:
+        pipeline = Pipeline.from_pretrained(TOY, dtype)
+        pipeline.progress = False
+        image = pipeline("A landscape of hills under a clear day sky.", steps=4)
+        drawn[dtype] = np.asarray(pipeline("Make it night.", image, steps=4)).astype(int)
+    assert np.abs(drawn[torch.float16] - drawn[torch.float32]).mean() < 0.3
+    assert np.abs(drawn[torch.bfloat16] - drawn[torch.float32]).mean() < 3
+    assert drawn[torch.float32].std() > 20
+
+
+def test_every_stage_that_overflows_is_named(base):
+    """The error says which stage, and a dtype that may help."""
+    source = picture(64, 64)
+    for dtype, advice in (
+        (torch.float16, "bfloat16 or float32"),
+        (torch.bfloat16, "--dtype float32"),
+        (torch.float32, "damaged"),
+    ):
+        for stage, message in (
+            (lambda p: p.encoder.model["language_model"].embed_tokens, "the language model's states"),
+            (lambda p: p.vae.quant_conv, "the latents of a source picture"),
+            (lambda p: p.mmdit.proj_out, "the MMDiT's latents"),
+            (lambda p: p.vae.decoder.conv_out, "the decoded pixels"),
+        ):
+            pipeline = Pipeline.from_pretrained(base, dtype, keep_encoder=True)
+            pipeline.progress = False
+            stage(pipeline).weight.data.fill_(torch.inf)
+            in_vae = dtype == torch.float16 and ("source" in message or "pixels" in message)
+            with pytest.raises(ValueError, match=f"{message} are not finite.*{'damaged' if in_vae else advice}"):
+                pipeline(PROMPT, source, steps=1)
+
+
+def test_a_lora_that_overflows_is_named(base, tmp_path):
+    file = tmp_path / "huge.safetensors"
+    lora = new_lora(MMDiT.from_pretrained(base / "transformer"), 2)
+    write_lora(file, {n: (a, torch.full_like(b, 1e30), alpha) for n, (a, b, alpha) in lora.items()})
+    with pytest.raises(ValueError, match=f"{file}: .*attn.to_. at scale 1000.0 is not finite in torch.float16"):
+        Pipeline.from_pretrained(base, torch.float16, loras=[(file, 1000.0)])(PROMPT, steps=1)
+
+
+def test_a_size_that_may_surprise_is_said_once(shifted, capsys):
+    for _ in range(2):
+        shifted.ours(PROMPT, steps=1, width=200, height=100)
+    said = capsys.readouterr().err
+    assert said.count("200 x 100 pixels: drawn as 192 x 96") == 1
+    assert said.count("192 x 96 pixels: the checkpoint was trained at the area 96 x 96") == 1
+    shifted.ours(PROMPT, steps=1)
+    shifted.ours(PROMPT, steps=1, width=96, height=96)
+    assert "pixels" not in capsys.readouterr().err
+
+
+def test_as_a_program(base, tmp_path):
+    """From any folder: its default checkpoint, help without torch, a terminal without letters, Ctrl-C at any moment."""
+    run = lambda *words, **more: subprocess.run(  # noqa: E731
+        [sys.executable, sample.__file__, *words], capture_output=True, text=True, cwd=tmp_path, **more
+    )
+    start = time.perf_counter()
+    assert "examples:" in run("--help").stdout and time.perf_counter() - start < 2.5
+    python = "import sys, support.program, support.sample_flags; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", python], cwd=Path(sample.__file__).parent).returncode == 0
+    ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
+    drawn = run("--checkpoint", str(base), "--prompt", "红色", "--steps", "1", "--out", "new/x.png", env=ascii)
+    assert drawn.returncode == 0 and (tmp_path / "new" / "x.png").is_file() and "\\u7ea2" in drawn.stdout
+    wrong = run("--checkpoint", str(base), "--prompt", "a", "--steps", "0")
+    assert (wrong.returncode, wrong.stderr) == (2, "sample.py: --steps 0: a number in [1, 1000] is expected\n")
+    if not torch.cuda.is_available():
+        wrong = run("--checkpoint", str(base), "--prompt", "a", "--device", "cuda")
+        assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--device cuda" in wrong.stderr
+    for moment in 0.3, 1.0:  # while it imports
+        command = [sys.executable, sample.__file__, "--checkpoint", str(base), "--prompt", "a", "--steps", "1000"]
+        program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+        time.sleep(moment)
+        program.send_signal(signal.SIGINT)
+        assert program.communicate()[1].splitlines()[-1:] == ["sample.py: stopped by Ctrl-C"]
+        assert program.returncode == 130
 
 
 @pytest.mark.parametrize(
@@ -429,7 +831,9 @@ def test_command_line(base, tmp_path, shifted):
         {"task": "edit", "category": "any", "prompt": "red", "images": ["source.webp"]},
     ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    sample.main([*command, "--prompt-file", str(tmp_path / "prompts.jsonl")])
+    with pytest.raises(ValueError, match="out-1.png: exists.*--overwrite"):
+        sample.main([*command, "--prompt-file", str(tmp_path / "prompts.jsonl")])
+    sample.main([*command, "--prompt-file", str(tmp_path / "prompts.jsonl"), "--overwrite"])
     assert difference(Image.open(tmp_path / "out-1.png"), shifted.ours("红色", steps=3)) == 0
     assert json.loads(Image.open(tmp_path / "out-1.png").text["parameters"])["prompt"] == "红色"
     assert difference(Image.open(tmp_path / "out-2.png"), shifted.ours("red", tmp_path / "source.webp", steps=3)) == 0
@@ -466,16 +870,16 @@ def test_students_from_the_command_line(base, tmp_path, capsys):
     picture(40, 90, 2, "RGBA").save(tmp_path / "tall.png")
     for file in factors, tmp_path / "again-comfyui.safetensors":
         sample.main(["--checkpoint", str(base), "--lora", str(file), "--prompt", PROMPT, "--image",
-                     str(tmp_path / "tall.png"), "--seed", "5", "--out", str(tmp_path / "out.png"), *cpu])  # fmt: skip
+                     str(tmp_path / "tall.png"), "--seed", "5", "--out", str(tmp_path / "out.png"), "--overwrite",
+                     *cpu])  # fmt: skip
         close = np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - np.asarray(drawn)).mean()
         assert close < 3  # of 255: bf16 files, merged
 
 
-def test_readme_commands(base, tmp_path, monkeypatch):
-    """The section on published checkpoints, its commands as they stand there: a picture, an edit, students."""
-    text = (Path(sample.__file__).parent / "README.md").read_text()
-    section = text.split("## Published checkpoints")[1].split("\n## ")[0]
-    commands = [shlex.split(line)[2:] for line in section.splitlines() if "/python sample.py" in line]
+def test_documented_commands(base, tmp_path, monkeypatch):
+    """The page on published checkpoints, its commands as they stand there: a picture, an edit, students."""
+    text = (Path(sample.__file__).parent / "docs" / "checkpoints.md").read_text()
+    commands = [shlex.split(line)[2:] for line in text.splitlines() if "/python sample.py" in line]
     monkeypatch.chdir(tmp_path)
     Path("Qwen-Image-2.1").symlink_to(base)
     network = MMDiT.from_pretrained(base / "transformer")
@@ -509,22 +913,36 @@ def test_command_line_errors(base, tmp_path):
     write_lora(lora, new_lora(MMDiT.from_pretrained(base / "transformer"), 2), [1.0, 0.5])
     for arguments, message in (
         (["--out", "out.jpg"], "out.jpg"),
-        (["--out", str(tmp_path / "none" / "out.png")], "no folder"),
+        (["--out", f"{lora}/out.png"], f"{lora}/out.png: cannot be written"),
+        (["--out", f"{tmp_path}/a.png", "--device", "meta"], "--device meta: torch cannot use it"),
         (["--num-images", "0"], "--num-images 0"),
         (["--prompt-file", "x"], "either --prompt"),
-        (["--device", "abacus"], "device abacus"),
+        (["--device", "abacus"], "--device abacus: torch cannot use it"),
         (["--image", str(tmp_path / "none.png")], "none.png: no such picture"),
         (["--lora", str(tmp_path / "none.safetensors:0.5")], "none.safetensors: no such LoRA file"),
         (["--aspect", "16/9"], "--aspect 16/9: W:H"),
         (["--aspect", "1:0"], "--aspect 1:0"),
         (["--aspect", "1:1", "--width", "64"], "no --height or --width"),
         (["--sigmas", "0.5", "1"], "sigmas"),
-        (["--guidance", "nan"], "guidance nan"),
+        (["--guidance", "nan"], "--guidance nan"),
         (["--negative-prompt", "a dog"], "negative prompt 'a dog'"),
         (["--resolution", "0", "--aspect", "1:1"], "--resolution 0"),
         (["--resolution=-64", "--height", "64", "--width", "64"], "--resolution -64"),
         (["--image", *[str(tmp_path.with_suffix(".png"))] * 11], "11 source pictures"),
-        (["--lora", f"{lora}:nan"], f"{lora}: the LoRA's scale is nan"),
+        (["--lora", f"{lora}:nan"], f"--lora {lora}: the scale nan"),
+        (["--lora", f"{lora}:1e39"], r"the scale 1e\+39: a number in"),
+        (["--width", "10000000"], "--width 10000000: a number in"),
+        (["--width", str(2**63)], "--width 9223372036854775808: a number in"),
+        (["--width", "16384", "--height", "16384"], "at most 16777216 are drawn.* 4 GiB"),
+        (["--steps", str(2**63 - 1)], "--steps 9223372036854775807"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--aspect", "1e5:1"], "--aspect 1e5:1"),
+        (["--aspect", "9" * 400 + ":1"], "--aspect 999"),
+        (["--aspect", "1000:1"], "--aspect 1000:1"),
+        (["--prompt", "a" * 100_000], "100000 letters; at most 8000"),
+        (["--prompt", "cat \ud83d"], "--prompt 'cat .*half a letter"),
+        (["--prompt-file", ""], "either --prompt"),
+        (["--fit", "squeeze"], "--fit: invalid choice"),
         (["--lora", str(lora), "--steps", "40"], r"40 steps: .* a LoRA file .* fix them to 2, at \[1.0, 0.5\]"),
         (["--link"], "--link is for --export of a folder"),
         (["--rank", "2"], "--rank is for --export OUT.safetensors"),
@@ -532,6 +950,8 @@ def test_command_line_errors(base, tmp_path):
     ):
         with pytest.raises((ValueError, OSError), match=message):
             sample.main(["--checkpoint", str(base), "--prompt", PROMPT, *arguments])
+    with pytest.raises(ValueError, match="--prompt-file"):
+        sample.main(["--checkpoint", str(base), "--prompt-file", ""])
     for arguments, message in (
         (["--export", str(tmp_path / "student")], "no few-step student"),
         (["--export", str(tmp_path / "s.safetensors"), "--sigmas", "1", "0.5"], "--base"),
