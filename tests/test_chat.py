@@ -26,6 +26,7 @@ from recipe import Prompt, read_prompts
 from sample import Pipeline
 from toy import world
 
+ROOT = Path(evaluation.__file__).parent
 GOOD = {"score": 3.25, "reason": "fine"}
 
 
@@ -614,8 +615,8 @@ def test_prompts_from_the_command_line(serve, tmp_path, capsys):
         evaluation.main(["--judge", server.url])
 
 
-def test_the_readmes_layout_of_a_public_bench(tmp_path, monkeypatch):
-    """The README's code, on rows of the form that GEdit-Bench has."""
+def test_the_layout_of_a_public_bench(tmp_path, monkeypatch):
+    """The code of docs/benches.md, on rows of the form that GEdit-Bench has."""
     kinds = (
         "background_change color_alter material_alter motion_change ps_human style_change subject-add subject-remove "
     )
@@ -628,30 +629,29 @@ def test_the_readmes_layout_of_a_public_bench(tmp_path, monkeypatch):
     ]
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
     monkeypatch.chdir(tmp_path)
-    readme = (Path(evaluation.__file__).parent / "README.md").read_text()
-    code = next(block.split("```")[0] for block in readme.split("```python\n")[1:] if "GEdit-Bench" in block)
+    page = (ROOT / "docs" / "benches.md").read_text()
+    code = next(block.split("```")[0] for block in page.split("```python\n")[1:] if "GEdit-Bench" in block)
     exec(code, {})
     cases = read_prompts([tmp_path / "gedit" / "edit.jsonl"])
     assert len(cases) == 11 and {case.category for case in cases} <= rubrics.EDIT_RUBRICS.keys()
 
 
-def test_the_readmes_commands(toy_checkpoint, cases, serve, monkeypatch, capsys):
+def test_the_pages_commands(toy_checkpoint, cases, serve, monkeypatch, capsys):
     """As they stand there, in an empty folder: only the checkpoint is tiny, the endpoint local, and numbers small."""
     monkeypatch.chdir(cases.parent)
     server = serve(lambda question, n: well(question) if "grade" in str(question) else '{"prompts": ["a", "b", "c"]}')
-    readme = (
-        (Path(evaluation.__file__).parent / "README.md").read_text().replace("http://localhost:8000/v1", server.url)
-    )
-    readme = readme.replace("runs/mine/student", str(toy_checkpoint)).replace(
-        "--write-prompts 20000", "--write-prompts 3"
-    )
-    commands = [shlex.split(line)[2:] for line in readme.splitlines() if "python eval.py" in line]
-    score, table, write = [words for words in commands if "--experiment" not in words]
+    page = (ROOT / "docs" / "benches.md").read_text().replace("http://localhost:8000/v1", server.url)
+    page = page.replace("runs/mine/student", str(toy_checkpoint)).replace("--write-prompts 20000", "--write-prompts 3")
+
+    def commands(text: str) -> list[list[str]]:
+        return [shlex.split(line)[2:] for line in text.splitlines() if "python eval.py" in line]
+
+    score, table, write = commands(page)
     evaluation.main([*score, "--steps", "1"])
     shutil.copytree("results/mine", "results/other")
     evaluation.main(table)
     assert capsys.readouterr().out.count("| mine |") == 2 + 4  # two tasks, of one model and of two
     evaluation.main(write)
     assert {prompt.prompt for prompt in read_prompts(["portrait.jsonl"])} == {"a", "b", "c"}
-    experiments = [words for words in commands if "--experiment" in words]
+    experiments = commands((ROOT / "results" / "README.md").read_text())
     assert experiments == [["--experiment", name] for name in ("composition", "teachers", "mixture")]
