@@ -22,6 +22,7 @@ import hashlib
 import math
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -37,6 +38,7 @@ FINE = 3  # drawing is done at this many times SIDE, then averaged: anti-aliasin
 
 CATEGORIES = ("landscape", "portrait", "text")
 FAMILIES = ("scene", "enhance", "object", "text", "identity", "style")
+BENCHES = {"t2i": CATEGORIES, "edit": FAMILIES}
 
 # No letters that spell something one would not want on a poster; three of them make a word (12^3 = 1,728 words).
 LETTERS = "ACEHLNOPTUVZ"
@@ -580,15 +582,21 @@ def training_prompts(task: str, category: str, count: int, seed: int, targets: b
     return prompts
 
 
+def prompts(counts: dict[str, int], seed: int, targets: bool) -> Iterator[Prompt]:
+    """counts[task] training prompts of every category (or editing family) of the tasks in `counts`."""
+    for task, count in counts.items():
+        for category in BENCHES[task]:
+            yield from training_prompts(task, category, count, seed, targets)
+
+
 def prompts_for(recipe: Recipe, count: int, seed: int, targets: bool) -> list[Prompt]:
     """`count` training prompts of each task that the recipe has, in equal parts from each of its categories."""
-    prompts = []
-    categories = {"t2i": recipe.t2i or CATEGORIES, "edit": recipe.edit or FAMILIES}
-    for task, parts in zip(TASKS, recipe.ratio, strict=True):
-        for category in categories[task] if parts else ():
-            each = math.ceil(count / len(categories[task]))
-            prompts += training_prompts(task, category, each, seed, targets)
-    return prompts
+    found = []
+    for task, parts, composition in zip(TASKS, recipe.ratio, (recipe.t2i, recipe.edit), strict=True):
+        categories = tuple(composition) or BENCHES[task]
+        for category in categories if parts else ():
+            found += training_prompts(task, category, math.ceil(count / len(categories)), seed, targets)
+    return found
 
 
 def bench(task: str, category: str, count: int) -> list[Case]:
