@@ -22,11 +22,13 @@ A ROW is the result for one model. In JSON:
     t2i_interval, edit_interval  the +- of the average
     of the toy world             t2i_compliance, t2i_fidelity, ... like t2i; diversity; cases, their number in a category
     of files                     scale, 5; bench, a hash of the cases; judges, scores and intervals of each judge
+    checksum                     of all the rest: a row that was changed is no measurement, and --table refuses it
 
 Rows become tables with --table. The paper's three experiments, from training to verdict: toy/experiments.py.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -55,7 +57,7 @@ def score_toy(args: argparse.Namespace) -> None:
     benches = ["t2i", "edit"] if args.bench == "all" else [args.bench]
     row, pictures = bench.evaluate(pipeline, sampler, benches, {b: args.cases or bench.CASES[b] for b in benches})
     for place in places:
-        write_json(place, row)
+        write_json(place, row | {"checksum": checksum(row)})
     print(bench.table([row]))
     if args.out:
         (args.out / "table.md").write_text(bench.table([row]) + "\n")
@@ -90,7 +92,7 @@ def score_files(args: argparse.Namespace) -> None:
     first = next(iter(row["judges"].values()))  # its numbers are the row's
     row |= {key: value for key, value in first.items() if key not in ("scored", "unscored")}
     for place in places:
-        write_json(place, row)
+        write_json(place, row | {"checksum": checksum(row)})
     print(rubrics.table([row]))
     for own, scores in row["judges"].items():
         for picture, reason in scores["unscored"].items():
@@ -119,10 +121,16 @@ def row_places(args: argparse.Namespace, name: str, beside: list[str]) -> list[P
     return places
 
 
+def checksum(row: dict) -> str:
+    """A hash of all numbers and words in the row."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def read_row(path: Path) -> dict:
-    """A row that was written before, checked; ValueError with the file and the key for anything else."""
+    """A row that this program wrote; ValueError for any other file, and for a row that was changed afterwards."""
     row = read_json(path)
-    (rubrics if "judges" in row else bench).check_row(row, str(path))
+    if row.pop("checksum", None) != checksum(row):
+        raise ValueError(f"{path}: not a row as eval.py wrote it, or changed since; score the model again")
     return row
 
 

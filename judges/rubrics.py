@@ -17,7 +17,7 @@ import numpy as np
 
 from judges.chat import Chat, Unanswered, finish_last_line, image_part, in_parallel, strict_json, text_part
 from recipe import TASKS, Prompt
-from support.tables import averages, check_averages, check_number, interval, markdown
+from support.tables import averages, interval, markdown
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The rubrics
@@ -256,44 +256,13 @@ def summary(cases: dict[str, Prompt], answers: dict[str, dict], unscored: dict[s
     return out | {"scored": len(answers), "unscored": unscored}
 
 
-def check_row(row: dict, where: str) -> None:
-    """ValueError unless the row is one that eval.py --prompts could have written. `where` names its file."""
-    judges = row.get("judges")
-    if not all(isinstance(row.get(key), str) and row[key] for key in ("name", "bench")) or row.get("scale") != 5:
-        raise ValueError(f"{where}: no row of judged pictures: name, bench and a scale of 5 are expected")
-    if type(judges) is not dict or not judges:
-        raise ValueError(f"{where}: judges is no object with an entry for each judge")
-    if row.get("nfe") is not None:
-        check_number(f"{where}: nfe", row["nfe"], 1, 10**6)
-    layout = None  # the tasks and categories of the first judge, which all others have to have too
-    for name, judge in judges.items():
-        if type(judge) is not dict or type(judge.get("unscored")) is not dict:
-            raise ValueError(f"{where}: judges: {name}: unscored is no object of pictures and reasons")
-        check_number(f"{where}: judges: {name}: scored", judge.get("scored"), 0, 10**9)
-        tasks = {task: judge[task] for task in TASKS if task in judge}
-        for task, means in tasks.items():
-            categories = [c for c in means if c != "average"] if type(means) is dict else []
-            check_averages(f"{where}: judges: {name}: {task}", means, categories, 1, 5)
-            check_number(f"{where}: judges: {name}: {task}_interval", judge.get(f"{task}_interval", 0), 0, 5)
-        found = {task: set(means) for task, means in tasks.items()}
-        layout = layout or found
-        if not found or found != layout:
-            raise ValueError(f"{where}: judges: {name}: the tasks or categories are not those of the first judge")
-    first = next(iter(judges.values()))
-    if any(row.get(task) != first.get(task) for task in TASKS):
-        raise ValueError(f"{where}: its own scores are not those of its first judge")
-
-
 def table(rows: list[dict]) -> str:
     """The paper's form: a line for each judge of each model, and the model's rank in the mean of its judges' averages. The
     paper does not say how it ranks; this rule gives its ranks. ValueError for rows that were scored on different cases."""
     if len({row["bench"] for row in rows}) > 1:
         raise ValueError("rows of different cases cannot share a table: " + ", ".join(row["name"] for row in rows))
-    layouts = [{task: set(row[task]) for task in TASKS if task in row} for row in rows]
-    if any(layout != layouts[0] for layout in layouts):
-        raise ValueError("rows with other tasks or categories: " + ", ".join(row["name"] for row in rows))
     tables, first = [], next(iter(rows[0]["judges"].values()))
-    for task in layouts[0]:
+    for task in [task for task in TASKS if task in first]:
         results = [[judge[task]["average"] for judge in row["judges"].values()] for row in rows]
         merits = [None if None in some else round(float(np.mean(some)), 6) for some in results]
         columns = [*(category for category in first[task] if category != "average"), "average"]

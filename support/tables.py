@@ -1,7 +1,6 @@
-"""What all benches share: the means of scores with their interval, the check of such means in a file, Markdown tables."""
+"""What all benches share: the means of scores, their interval, and Markdown tables."""
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -21,24 +20,6 @@ def interval(scores: dict[str, list[float]]) -> float:
     The cases of the categories are drawn independently."""
     variances = [np.var(some, ddof=1) / len(some) for some in scores.values()]
     return 1.96 * math.sqrt(sum(variances)) / len(scores)
-
-
-def check_number(where: str, value: object, low: float, high: float) -> None:
-    """ValueError unless the value is a number from low to high."""
-    if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
-        raise ValueError(f"{where} is {value!r}, a number from {low:g} to {high:g} is expected")
-
-
-def check_averages(where: str, means: object, categories: Iterable[str], low: float, high: float) -> None:
-    """ValueError unless `means` is what `averages` makes of scores from low to high in these categories."""
-    if type(means) is not dict or means.keys() != {*categories, "average"}:
-        raise ValueError(f"{where}: the keys {', '.join(categories)} and average are expected")
-    known = {category: mean for category, mean in means.items() if mean is not None}
-    for category, mean in known.items():
-        check_number(f"{where}: {category}", mean, low, high)
-    right = averages({c: [known[c]] if c in known else [] for c in categories})["average"]
-    if (right is None) != (means["average"] is None) or (right is not None and abs(right - means["average"]) > 1e-6):
-        raise ValueError(f"{where}: the average is {means['average']}, but the categories give {right}")
 
 
 def markdown(lines: list[list[str]]) -> str:

@@ -23,7 +23,7 @@ from sample import Pipeline
 from support.checkpoint import read_index
 from support.files import write_json
 from support.pictures import to_pictures
-from support.tables import averages, check_averages, check_number, interval, markdown
+from support.tables import averages, interval, markdown
 from toy import judge, world
 from toy.figures import contact_sheet
 from toy.world import Case
@@ -220,33 +220,6 @@ def table(rows: list[dict]) -> str:
         modes = [f"{row['diversity']['modes']:.1f} of {diverse[0]['of']}" if "t2i" in row else "-" for row in rows]
         lines += [["modes", *modes], line("distance", "diversity", "distance")]
     return markdown([*lines, ["seconds per image", *(f"{row['seconds_per_image']:.4f}" for row in rows)]])
-
-
-def check_row(row: dict, where: str) -> None:
-    """ValueError unless the row is one that `evaluate` could have made. `where` names its file."""
-    benches = [bench for bench in CASES if bench in row]
-    if not benches or not isinstance(row.get("name"), str):
-        raise ValueError(f"{where}: no row of a bench; eval.py --json FILE writes one")
-    for key, low, high in (("nfe", 1, 10**6), ("guidance", 1, 10**6), ("seconds_per_image", 0, 10**9)):
-        check_number(f"{where}: {key}", row.get(key), low, high)
-    for bench in benches:
-        for part in PARTS:
-            key = bench if part == "score" else f"{bench}_{part}"
-            check_averages(f"{where}: {key}", row.get(key), CATEGORIES[bench], 0, 1)
-            if None in row[key].values():
-                raise ValueError(f"{where}: {key} has a category without a score")
-        for category, score in row[bench].items():
-            halves = [row[f"{bench}_{half}"][category] for half in ("compliance", "fidelity")]
-            if abs(score - sum(halves) / 2) > 1e-6:
-                raise ValueError(f"{where}: {bench}: {category} is not the mean of its compliance and fidelity")
-        check_number(f"{where}: {bench}_interval", row.get(f"{bench}_interval"), 0, 1)
-    if "t2i" in benches:
-        diversity = row.get("diversity")
-        if type(diversity) is not dict or diversity.keys() != {"distance", "modes", "of"}:
-            raise ValueError(f"{where}: diversity has to have distance, modes and of")
-        check_number(f"{where}: diversity: of", diversity["of"], 1, 10**6)
-        check_number(f"{where}: diversity: modes", diversity["modes"], 1, diversity["of"])
-        check_number(f"{where}: diversity: distance", diversity["distance"], 0, 1)
 
 
 def open_checkpoint(folder: Path) -> Pipeline:
