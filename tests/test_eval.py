@@ -262,7 +262,7 @@ def test_help_is_quick_and_ctrl_c_is_one_line(tmp_path):
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in error
-        assert error.splitlines()[-1] == "eval.py: stopped by Ctrl-C"
+        assert error.split("\r")[-1].strip().splitlines()[-1] == "eval.py: stopped by Ctrl-C"
 
 
 def test_what_is_not_finite_is_no_score(toy_checkpoint, tmp_path, pipeline):

@@ -141,19 +141,19 @@ def evaluate(
     row = {"name": sampler.name, "nfe": sampler.nfe, "guidance": sampler.guidance}
     row |= {"seconds_per_image": 0.0, "cases": cases}
     shown, seconds, count = {}, 0.0, 0
-    bar = tqdm(total=sum(len(CATEGORIES[bench]) for bench in benches), desc=sampler.name, leave=False)
-    for bench in benches:
-        verdicts = {}
-        for category in CATEGORIES[bench]:
-            some = world.bench(bench, category, cases[bench])
-            pictures, spent = draw_cases(pipeline, sampler, some, list(range(len(some))))
-            verdicts[category] = judge.judge(pictures, some, lambda x: reconstruct(pipeline, x))
-            shown[f"{bench} {category}"] = pictures
-            seconds, count = seconds + spent, count + len(some)
-            bar.update()
-        row |= summary(bench, verdicts)
-        if each:
-            row[f"{bench}_each"] = {part: numbers(part, verdicts) for part in PARTS}
+    with tqdm(total=sum(len(CATEGORIES[bench]) for bench in benches), desc=sampler.name, leave=False) as bar:
+        for bench in benches:
+            verdicts = {}
+            for category in CATEGORIES[bench]:
+                some = world.bench(bench, category, cases[bench])
+                pictures, spent = draw_cases(pipeline, sampler, some, list(range(len(some))))
+                verdicts[category] = judge.judge(pictures, some, lambda x: reconstruct(pipeline, x))
+                shown[f"{bench} {category}"] = pictures
+                seconds, count = seconds + spent, count + len(some)
+                bar.update()
+            row |= summary(bench, verdicts)
+            if each:
+                row[f"{bench}_each"] = {part: numbers(part, verdicts) for part in PARTS}
     if "t2i" in benches:
         row["diversity"] = diversity(pipeline, sampler)
     row["seconds_per_image"] = seconds / count

@@ -1,20 +1,20 @@
-"""Makes toy/checkpoint again, from a seed: `python -m toy.build --out runs/toy` (about eight hours on two cores).
+"""Makes a checkpoint like toy/checkpoint: `python -m toy.build --out runs/toy` (about eight hours of two cores).
 
-Stages, each with a progress bar, each done only once (a killed build goes on where it was):
+Stages. Each is done once; a killed build goes on where it was:
 
     language    tokenizer trained on the captions; a random, frozen Qwen3-VL                              seconds
     vae         the autoencoder (toy/train_vae.py)                                                        an hour
-    pool        captions, sources and targets encoded once                                                minutes
-    shallow     the base teacher with six blocks, from random weights, with train.py's flow objective     35 minutes
-    grow, base  two blocks more, and on                                                                   70 minutes
-    spelling    and on, with more of what it was still bad at: words                                      an hour
-    finish      and on: words still, landscapes, wordy edits; a pool of twice the size                    two hours
-    editing     and on: edits above all                                                                   an hour
-    text, edit  the specialised teachers, fine-tuned from the base on their own task alone                an hour and a half
-    scores      what the judge makes of the autoencoder, and of every teacher at 80 NFE                   minutes
+    pool        captions, sources and targets, encoded once                                               minutes
+    shallow     the base teacher with six blocks, from random weights, by train.py's flow objective       35 minutes
+    grow, base  two blocks more, and more steps                                                           70 minutes
+    spelling    more steps, mostly on words, where it was still bad                                       an hour
+    finish      on words, landscapes and wordy edits                                                      two hours
+    editing     mostly on edits                                                                           an hour
+    text, edit  the specialised teachers, from the base, each on its own task alone                       an hour and a half
+    scores      of the autoencoder, and of every teacher at 80 NFE                                        minutes
 
-All of it lies in OUT/checkpoint, in the published layout; build.json there holds the log: steps, seconds, losses, scores.
-What is committed in toy/checkpoint is a copy of that folder.
+OUT/checkpoint has the published layout. OUT/build.json, with a copy in the checkpoint, is the log: steps, seconds, losses,
+scores. How the committed checkpoint differs: toy/README.md.
 """
 
 import argparse
@@ -52,19 +52,18 @@ TEACHER = dict(
 )
 SCHEDULER = Scheduler(shift_terminal=0.02)  # as published
 GUIDANCE = 2.0  # of the teachers; ours
-TIME_SHIFT = 1.65  # of the teachers' p(t): about what the schedule shifts 64 tokens by, e^0.5
-VAE_STEPS = 8250  # two cycles of train_vae.CYCLE, the second cut short for time, still gaining a little
-POOL = {"t2i": 16000, "edit": 8000}  # prompts per category; the specialists draw from the same
-BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more, noisier steps reach further in the same time here
-GROWN_AFTER = (2, 5)  # blocks of the shallow teacher behind which one more is put
-# The base teacher's last recipes, after an equal share of everything: more of what it was still bad at.
+TIME_SHIFT = 1.65  # of the teachers' p(t): e^0.5, about the schedule's shift for 64 tokens
+VAE_STEPS = 8250  # nearly two cycles of train_vae.CYCLE
+POOL = {"t2i": 16000, "edit": 8000}  # prompts in a category
+BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more and noisier steps get further in the same time here
+GROWN_AFTER = (2, 5)  # blocks of the shallow teacher after which a new one is put
+# The base teacher's last recipes, with more of what it was still bad at.
 OWN_RECIPES = {
     "spelling": ((7, 3), (1, 1, 5), (2, 2, 2, 3, 1, 1)),  # ratio, parts of world.CATEGORIES, parts of world.FAMILIES
     "finish": ((6, 4), (2, 1, 3), (2, 2, 1, 3, 1, 1)),
     "editing": ((4, 6), (1, 1, 2), (2, 3, 3, 4, 1, 1)),
 }
 # name -> (recipe, steps, scale of the learning rates). The base begins shallow, which is cheaper, and grows once.
-# A specialist sees its own task alone, from the base on.
 TEACHERS = {
     "shallow": ("flash", 3400, 1.0),
     "base": ("mix-7-3", 4900, 1.0),
@@ -109,9 +108,9 @@ def build_pool(folder: Path, cache: Path) -> Pool:
 
 
 def grow(shallow: Path, folder: Path) -> dict:
-    """The transformer in the folder `shallow` with more blocks, as folder/transformer: each new one is a copy of the one
-    before it, with the two matrices that write to the stream set to zero. It draws what it drew, and has more to learn
-    with (as in LLaMA Pro, arXiv 2401.02415)."""
+    """Write the transformer in `shallow` with more blocks, as folder/transformer. A new block is a copy of the one before it,
+    with zeros in the two matrices that write to the stream. So the network draws what it drew, and can learn more (as in
+    LLaMA Pro, arXiv 2401.02415)."""
     model, blocks = MMDiT.from_pretrained(shallow), []
     for i, block in enumerate(model.transformer_blocks):
         blocks.append(block)
@@ -150,7 +149,7 @@ def train_teacher(name: str, folder: Path, out: Path, pool: Pool, compile: bool)
 
 
 def score_autoencoder(folder: Path) -> dict:
-    """The bench's right answers through the autoencoder and back: what no teacher can exceed, as the judge reads it."""
+    """The scores of the right answers, through the autoencoder and back: no teacher can have higher ones."""
     pipeline, row = benches.open_checkpoint(folder), {}
     for bench, categories in benches.CATEGORIES.items():
         verdicts = {}
