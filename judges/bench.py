@@ -25,7 +25,11 @@ def read_cases(paths: list[Path]) -> dict[str, Prompt]:
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
         raise ValueError(f"--prompts {paths[0]}: no *.jsonl in it")
-    return name_cases(read_prompts(files))
+    cases = read_prompts(files)
+    try:
+        return name_cases(cases)
+    except ValueError as error:
+        raise ValueError(f"--prompts {' '.join(map(str, paths))}: {error}") from None
 
 
 def check_folder(folder: Path, cases: dict[str, Prompt], whole: bool) -> None:

@@ -22,8 +22,8 @@ TOY_BENCH = "the toy world's benches"
 
 def word(text: str) -> str:
     """A flag's text, which is not empty and can be written to a file."""
-    if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is empty or has a zero byte")
+    if not text.strip() or "\0" in text or len(text) > 4096:
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is empty, has a zero byte, or is longer than 4,096 letters")
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
     """Errors are ValueErrors of one line; argparse would print the usage too."""
 
     def error(self, message: str) -> None:
-        raise ValueError(message)
+        raise ValueError(message if len(message) < 500 else f"{message[:200]}...")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -125,7 +125,7 @@ def check_combinations(args: argparse.Namespace) -> None:
         raise ValueError("--write-prompts needs --category, --endpoint URL and --out FILE.jsonl")
     if args.mode == "prompts" and not (args.list or args.out):
         raise ValueError("--prompts needs --out DIR, for pictures and answers")
-    if args.judge_model and args.mode == "prompts" and not args.judge:
-        raise ValueError("--judge-model needs --judge URL")
+    if args.mode == "prompts" and not args.judge and (args.judge_model or args.judge_key):
+        raise ValueError("--judge-model and --judge-key need --judge URL")
     if args.experiment and args.steps == 1:
         raise ValueError("--steps 1: an experiment looks at half of its steps, so at least 2 are needed")
