@@ -28,9 +28,7 @@ Rows become tables with --table. The paper's three experiments, from training to
 """
 
 import argparse
-import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -43,7 +41,7 @@ if __name__ == "__main__":
 from judges import rubrics
 from judges.bench import check_folder, describe, draw_cases, open_chats, read_cases
 from judges.prompts import write_prompts
-from support.files import read_json, write_json
+from support.rows import check_place, read_row, write_row
 from toy import bench, experiments
 from toy.figures import contact_sheet
 
@@ -53,11 +51,11 @@ def score_toy(args: argparse.Namespace) -> None:
     pipeline = bench.open_checkpoint(args.checkpoint)
     guidance = pipeline.guidance if args.guidance is None else args.guidance
     sampler = bench.default_sampler(args.checkpoint.resolve().name, pipeline, args.steps, guidance)
-    places = row_places(args, sampler.name, ["table.md", "sheet.png"])
+    files = places(args, sampler.name, "table.md", "sheet.png")
     benches = ["t2i", "edit"] if args.bench == "all" else [args.bench]
     row, pictures = bench.evaluate(pipeline, sampler, benches, {b: args.cases or bench.CASES[b] for b in benches})
-    for place in places:
-        write_json(place, row | {"checksum": checksum(row)})
+    for file in files:
+        write_row(file, row)
     print(bench.table([row]))
     if args.out:
         (args.out / "table.md").write_text(bench.table([row]) + "\n")
@@ -74,7 +72,7 @@ def score_files(args: argparse.Namespace) -> None:
         return print("\n".join(json.dumps({"picture": name, "prompt": case.prompt}) for name, case in cases.items()))
     judges = open_chats(args.judge, args) if args.judge else []
     name = args.name or args.out.resolve().name
-    places = row_places(args, name, [])
+    files = places(args, name)
 
     folder = args.pictures or args.out / "pictures"
     check_folder(folder, cases, whole=args.pictures is not None)
@@ -91,8 +89,8 @@ def score_files(args: argparse.Namespace) -> None:
         row["judges"][own] = rubrics.summary(cases, answers, unscored)
     first = next(iter(row["judges"].values()))  # its numbers are the row's
     row |= {key: value for key, value in first.items() if key not in ("scored", "unscored")}
-    for place in places:
-        write_json(place, row | {"checksum": checksum(row)})
+    for file in files:
+        write_row(file, row)
     print(rubrics.table([row]))
     for own, scores in row["judges"].items():
         for picture, reason in scores["unscored"].items():
@@ -101,37 +99,15 @@ def score_files(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def row_places(args: argparse.Namespace, name: str, beside: list[str]) -> list[Path]:
-    """Where the row of this model goes: --json, and row.json in --out. What else is written there lies `beside`.
-
-    ValueError or OSError, before the work begins, if a place cannot be written to, or holds anything but a row of this model.
-    """
-    places = list(filter(None, (args.json, args.out and args.out / "row.json")))
-    for place in places:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(place.parent, os.W_OK):
-            raise PermissionError(f"{place.parent}: no folder that can be written to")
-        if place.is_dir():
-            raise ValueError(f"{place}: is a folder; a file is written there")
-        if place.exists() and not args.overwrite and read_row(place)["name"] != name:
-            raise ValueError(f"{place}: is the row of another model; name another place, or give --overwrite")
-    for other in beside if args.out else ():
-        if (args.out / other).exists() and not places[-1].exists() and not args.overwrite:
-            raise ValueError(f"{args.out / other}: exists, and no row.json is beside it; name another --out")
-    return places
-
-
-def checksum(row: dict) -> str:
-    """A hash of all numbers and words in the row."""
-    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def read_row(path: Path) -> dict:
-    """A row that this program wrote; ValueError for any other file, and for a row that was changed afterwards."""
-    row = read_json(path)
-    if row.pop("checksum", None) != checksum(row):
-        raise ValueError(f"{path}: not a row as eval.py wrote it, or changed since; score the model again")
-    return row
+def places(args: argparse.Namespace, name: str, *beside: str) -> list[Path]:
+    """Where this model's row is written: --json, and row.json in --out, `beside` which other files are written."""
+    found = [args.json] if args.json else []
+    for place in found:
+        check_place(place, {"name": name}, args.overwrite, [])
+    if args.out:
+        found.append(args.out / "row.json")
+        check_place(found[-1], {"name": name}, args.overwrite, list(beside))
+    return found
 
 
 def print_table(files: list[Path]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from judges.chat import Chat, Unanswered, finish_last_line, image_part, in_parallel, strict_json, text_part
 from recipe import TASKS, Prompt
-from support.tables import averages, interval, markdown
+from support.rows import averages, interval, markdown
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The rubrics

@@ -310,7 +310,7 @@ def test_tables_of_rows(toy_checkpoint, tmp_path, capsys):
             if new is not ...:
                 inner[last] = new
             refused(tmp_path / "changed.json", json.dumps(changed), both)
-    for text in ("[]", "{}", "", "{", "null", '{"name": "x", "t2i": {}}', "[" * 100_000, "\udcff"):
+    for text in ("[]", "{}", "", "{", "null", '{"name": "x", "t2i": {}}', "\udcff"):
         refused(tmp_path / "other.json", text, both)
     capsys.readouterr()
 
@@ -335,7 +335,7 @@ def test_nothing_of_others_is_written_over(toy_checkpoint, tmp_path, capsys):
     first = read_json(tmp_path / "out" / "row.json")
     evaluation.main([*words, "--out", str(tmp_path / "out")])  # its own, again
     other = shutil.copytree(toy_checkpoint, tmp_path / "other")
-    with pytest.raises(ValueError, match="row.json: is the row of another model"):
+    with pytest.raises(ValueError, match="row.json: exists, with other name"):
         evaluation.main([*words, "--checkpoint", str(other), "--out", str(tmp_path / "out")])
     assert read_json(tmp_path / "out" / "row.json")["edit"] == first["edit"]
     evaluation.main([*words, "--checkpoint", str(other), "--out", str(tmp_path / "out"), "--overwrite"])

@@ -127,7 +127,9 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     shutil.copy(tiny / "teachers" / "text" / "diffusion_pytorch_model.safetensors", tiny / "transformer")
     with pytest.raises(ValueError, match="made with other weights; name another --runs"):
         run(tiny, "composition", "--overwrite")
-    with pytest.raises(ValueError, match="has a table of other seeds; name another --out, or give --overwrite"):
+    with pytest.raises(
+        ValueError, match="table.json: exists, with other seeds; name another place, or give --overwrite"
+    ):
         run(tiny, "composition", "--seeds", "1", "--nfe", "2")
 
 

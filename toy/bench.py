@@ -23,7 +23,7 @@ from sample import Pipeline
 from support.checkpoint import read_index
 from support.files import write_json
 from support.pictures import to_pictures
-from support.tables import averages, interval, markdown
+from support.rows import averages, interval, markdown
 from toy import judge, world
 from toy.figures import contact_sheet
 from toy.world import Case
@@ -216,9 +216,10 @@ def table(rows: list[dict]) -> str:
             ]
             lines.append([f"**{title} average**", *scores])
             lines += [line(f"{title} {half}", f"{bench}_{half}") for half in ("compliance", "fidelity")]
-    if diverse := [row.get("diversity") for row in rows if "t2i" in row]:
-        modes = [f"{row['diversity']['modes']:.1f} of {diverse[0]['of']}" if "t2i" in row else "-" for row in rows]
-        lines += [["modes", *modes], line("distance", "diversity", "distance")]
+    if any("diversity" in row for row in rows):
+        found = [row.get("diversity") for row in rows]
+        lines.append(["modes", *(f"{some['modes']:.1f} of {some['of']}" if some else "-" for some in found)])
+        lines.append(line("distance", "diversity", "distance"))
     return markdown([*lines, ["seconds per image", *(f"{row['seconds_per_image']:.4f}" for row in rows)]])
 
 

@@ -135,9 +135,11 @@ def train_teacher(name: str, folder: Path, out: Path, pool: Pool, compile: bool)
         ratio, t2i, edit = OWN_RECIPES[recipe]
         t2i, edit = dict(zip(world.CATEGORIES, t2i, strict=True)), dict(zip(world.FAMILIES, edit, strict=True))
         recipes.RECIPES[recipe] = recipes.Recipe(recipe, ratio, t2i=t2i, edit=edit)
-    args = train.Args(**train.FLOW, checkpoint=folder, out=out, recipe=recipe, steps=steps, seed=SEED, compile=compile)
-    args.batch, args.micro_batch, args.guidance, args.time_shift = BATCH, MICRO_BATCH, GUIDANCE, TIME_SHIFT
-    args.muon_lr, args.lr, args.resume = scale * args.muon_lr, scale * args.lr, (out / "args.json").exists()
+    args = train.Args(
+        **train.FLOW | {"batch": BATCH, "micro_batch": MICRO_BATCH, "time_shift": TIME_SHIFT, "steps": steps}
+    )
+    args = replace(args, checkpoint=folder, out=out, recipe=recipe, guidance=GUIDANCE, seed=SEED, compile=compile)
+    args = replace(args, muon_lr=scale * args.muon_lr, lr=scale * args.lr, resume=(out / "args.json").exists())
     args, state = open_run(args)
     result = train.train(args, pool, state)
     place = folder / "teachers" / name if name in ("text", "edit") else folder / "transformer"

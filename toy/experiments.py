@@ -35,8 +35,8 @@ from support.checkpoint import fingerprint
 from support.conditions import Pool, encode_pool
 from support.files import read_json, write_json
 from support.options import faster_dtype
+from support.rows import check_place, markdown
 from support.run import find_teachers, open_run, whole_checkpoints
-from support.tables import markdown
 from toy import bench as benches
 from toy import judge, world
 from toy.bench import Sampler
@@ -355,7 +355,7 @@ def run(args: argparse.Namespace) -> dict:
     name, seeds, steps = args.experiment, args.seeds, args.steps or STUDENT.steps
     out = args.out or Path("results") / (name if args.nfe == 4 else f"{name}-{args.nfe}nfe")
     result = {"experiment": name, "steps": steps, "seeds": seeds, "student_nfe": args.nfe, "cases": benches.CASES}
-    check_place(out, result, args.overwrite)
+    check_place(out / "table.json", result, args.overwrite, ["table.md", "sheet.png", "curve.png"])
     plan, shop = EXPERIMENTS[name], Workshop(args.runs, args.checkpoint, steps, args.nfe)
     scores, tasks, shown = measure(shop, plan, seeds), list(plan.paper), [TEACHER, SPECIALISTS, START, *plan.rows]
     result |= {
@@ -390,18 +390,6 @@ def run(args: argparse.Namespace) -> dict:
     print("\n".join(lines[2:]))
     print(f"written to {out}")
     return result
-
-
-def check_place(out: Path, settings: dict, overwrite: bool) -> None:
-    """ValueError or OSError, before the work begins, if `out` has a table of other settings or cannot be written to."""
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise PermissionError(f"{out}: no folder that can be written to")
-    files = [out / file for file in ("table.json", "table.md", "sheet.png", "curve.png")]
-    found = read_json(files[0]) if files[0].is_file() else {}
-    differ = [key for key, value in settings.items() if found.get(key) != value]
-    if differ and not overwrite and any(file.exists() for file in files):
-        raise ValueError(f"{out}: has a table of other {', '.join(differ)}; name another --out, or give --overwrite")
 
 
 def pictures(shop: Workshop, plan: Experiment, scores: Scores) -> dict[str, dict[str, list[Image.Image]]]:
