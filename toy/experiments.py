@@ -4,10 +4,10 @@
     python eval.py --experiment teachers         which teacher, when          section 4, table 2; section 6.1
     python eval.py --experiment mixture          how many edits               section 5, tables 3 and 4
 
-A ROW of a table is a recipe (recipe.py); its students differ in the seed alone. All rows of all tables share one
-optimisation, STUDENT, and one set of prompts; no number here was chosen by looking at a table. CLAIMS are the paper's, in
-our words, each as comparisons of rows; they were written down before any table was there. A claim is judged by intervals:
-agree, disagree, or cannot tell. Everything on the way is kept (class Workshop), so a killed run goes on where it was.
+A ROW of a table is a recipe (recipe.py); its students differ in the seed alone. All rows of all tables have the same
+optimisation, STUDENT, and the same prompts. No number here was chosen by looking at a table. CLAIMS are the paper's, in our
+words, each as comparisons of rows. They were written down before any table was made. Intervals decide: agree, disagree, or
+cannot tell. Everything is kept on the way (Workshop), so a killed run goes on where it was.
 """
 
 import argparse
@@ -42,11 +42,11 @@ from toy import judge, world
 from toy.bench import Sampler
 from toy.figures import chart, contact_sheet
 
-# The optimisation: one for all rows of all tables. It is the main job's, but shorter, so that all three tables fit into an
-# evening, and without decay, for a run is made in stages, and would end in each. The shift is what the main job had, too,
+# One optimisation for all rows of all tables. It is the main job's, but shorter, so that all three tables fit into an
+# evening, and without decay: a run is made in stages, and each would end with it. The main job had this time_shift too
 # when the tables were made.
 STUDENT = train.Args(decay=0.0, steps=80, time_shift=3.0)
-# Prompts of every category or family; as in the paper, two categories are twice as many.
+# Prompts in a category or family. Two categories have twice as many as one, as in the paper.
 POOL = {"t2i": 512, "edit": 256}
 STAGES = 4  # a student is scored after each quarter of its steps
 START, TEACHER, SPECIALISTS = "undistilled, same steps", "base teacher", "specialised teachers"  # rows without training
@@ -146,7 +146,7 @@ def encoded(checkpoint: Path, tasks: tuple[str, ...]) -> Pool:
 
 @contextmanager
 def alone(place: Path) -> Iterator[None]:
-    """What one process makes at `place`, another waits for, and then finds. A process that dies gives way, too."""
+    """Within, no other process makes what belongs at `place`: it waits, and then finds it. A process that dies gives way."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with open(place.with_name(f"{place.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -154,10 +154,10 @@ def alone(place: Path) -> Iterator[None]:
 
 
 class Workshop:
-    """What the tables share: a folder of students and scores, where nothing is made twice, by several commands at once
-    either.
+    """What the tables share: a folder of students and scores. Nothing in it is made twice, also by commands that run at
+    the same time.
 
-    settings.json                       what all of it was made with; another checkpoint needs another folder
+    settings.json                       what all of it was made with; other settings need another folder
     RECIPE-4nfe-80steps-seed0/          a run of train.py's
         stages/000040                   the student's weights after so many steps
         stages/000040-t2i.json          its row on one bench
@@ -175,7 +175,7 @@ class Workshop:
         now = {"weights": fingerprint(checkpoint), "student": student, "pool": POOL, "world": digest.hexdigest()}
         file = home / "settings.json"
         with alone(file):
-            # Which dtype is faster is measured, and must not come out otherwise when half of the students are there.
+            # Which dtype is faster is measured once, so that all students have the same.
             if not file.exists():
                 write_json(file, now | {"dtype": faster_dtype(str(self.pipeline.device))})
             then = read_json(file)
@@ -184,7 +184,7 @@ class Workshop:
         self.dtype = then["dtype"]
 
     def student(self, recipe: str, seed: int, tasks: tuple[str, ...]) -> dict[int, Path]:
-        """Train one, in stages: {steps: its weights}. An interrupted one goes on from its last checkpoint."""
+        """Train one student in stages: {steps: folder of its weights}. A killed one goes on from its last checkpoint."""
         out = self.home / f"{recipe}-{self.nfe}nfe-{self.steps}steps-seed{seed}"
         stages = {math.ceil(self.steps * i / STAGES): out / "stages" for i in range(1, STAGES + 1)}
         stages = {step: folder / f"{step:06d}" for step, folder in stages.items()}
@@ -214,7 +214,7 @@ class Workshop:
         with alone(file):
             row = read_json(file) if file.exists() else {}
             if (row.get("judge"), row.get("cases")) != (self.judge_version(), {bench: cases}):
-                for category in benches.CATEGORIES[bench]:  # not on the clock, or the first row alone would pay for it
+                for category in benches.CATEGORIES[bench]:  # before the clock runs: only the first row would pay for it
                     some = world.bench(bench, category, cases)
                     self.condition([case.prompt for case in some], [case.images for case in some])
                 row, _ = benches.evaluate(self.opened(weights), sampler, [bench], {bench: cases}, each=True)
@@ -230,8 +230,8 @@ class Workshop:
         return pipeline
 
     def condition(self, prompts: list[str], images: list[list[Image.Image]]) -> Condition:
-        """In place of the pipeline's own: all students get the same cases, and a source takes longer to encode than four
-        steps from it take."""
+        """In place of the pipeline's own. All students get the same cases, and encoding a source takes longer than drawing
+        four steps, so each condition is kept."""
         key = (*prompts, *(image.tobytes() for row in images for image in row))
         if key not in self.conditions:
             self.conditions[key] = self.pipeline.condition(prompts, images)
