@@ -1,143 +1,141 @@
-"""T2I-Bench and Editing-Bench, and the paper's three experiments: the command.
+"""T2I-Bench and Editing-Bench: how a model is scored, and the command that does it.
 
-The paper scores four-step students with two benches (section 3 and 5; appendix A): three categories of prompts, six
-families of edits, and a judge who weighs compliance and quality equally. There are two of that kind here:
+The paper compares models on two benches (sections 3 and 5, appendix A): T2I-Bench has three categories of prompts,
+Editing-Bench six families of edits. A bench scores a model in four steps:
 
-    the toy world's    toy/bench.py: an exact judge, fixed held-out cases
-    of files           judges/bench.py: cases from JSON lines, a vision-language model as the judge
+    draw       one picture for each case; its noise follows from the case, so all models start from the same noise
+    judge      one score for each picture, half for compliance with the prompt and half for quality
+    mean       over the cases of a category; the AVERAGE is the mean of the categories' means
+    interval   1.96 sqrt(sum_c var_c / n_c) / C, half the width of the average's 95% interval; C categories of n_c cases
 
-    python eval.py --checkpoint toy/checkpoint --guidance 2 --json teacher.json --out results/teacher
-    python eval.py --checkpoint DIR --prompts bench/ --out results/turbo --judge http://localhost:8000/v1 --judge-model NAME
-    python eval.py --table results/turbo/row.json results/mine/row.json
-    python eval.py --experiment composition                      one of the paper's tables, from training to verdict
-    python eval.py --write-prompts 20000 --category portrait --endpoint http://localhost:8000/v1 --out portrait.jsonl
+There are two judges, and each has cases of its own:
+
+    the toy world   toy/judge.py measures, exactly. Scores from 0 to 1, cases from toy/world.py. The steps: toy/bench.py
+    files           a vision-language model is asked. Scores from 1 to 5, cases from JSON lines. Rubrics and questions:
+                    judges/rubrics.py; pictures: judges/bench.py
+
+A ROW is the result for one model. In JSON:
+
+    name, guidance, seconds_per_image
+    nfe                          network evaluations for one picture: the steps, and twice as many with guidance
+    t2i, edit                    {"portrait": mean, ..., "average": mean of the means}
+    t2i_interval, edit_interval  the +- of the average
+    of the toy world             t2i_compliance, t2i_fidelity, ... like t2i; diversity; cases, their number in a category
+    of files                     scale, 5; bench, a hash of the cases; judges, scores and intervals of each judge
+    checksum                     of all the rest: a row that was changed is no measurement, and --table refuses it
+
+Rows become tables with --table. The paper's three experiments, from training to verdict: toy/experiments.py.
 """
 
 import argparse
-import math
-import os
+import json
 import sys
 from pathlib import Path
 
-from judges import chat
-from judges import rubrics as language_judge
-from judges.bench import open_chat, score_files
-from support.files import read_json, write_json
+from support import program
+from support.eval_flags import parse
+
+if __name__ == "__main__":
+    program.start("eval.py", parse)  # before torch is imported, which takes seconds
+
+from judges import rubrics
+from judges.bench import check_folder, describe, draw_cases, open_chats, read_cases
+from judges.prompts import write_prompts
+from support.rows import check_place, read_row, write_row
 from toy import bench, experiments
 from toy.figures import contact_sheet
 
 
+def score_toy(args: argparse.Namespace) -> None:
+    """Score a model on the toy world's benches. Prints the table; writes the row, and the table with a contact sheet."""
+    pipeline = bench.open_checkpoint(args.checkpoint)
+    guidance = pipeline.guidance if args.guidance is None else args.guidance
+    sampler = bench.default_sampler(args.checkpoint.resolve().name, pipeline, args.steps, guidance)
+    files = places(args, sampler.name, "table.md", "sheet.png")
+    benches = ["t2i", "edit"] if args.bench == "all" else [args.bench]
+    row, pictures = bench.evaluate(pipeline, sampler, benches, {b: args.cases or bench.CASES[b] for b in benches})
+    for file in files:
+        write_row(file, row)
+    print(bench.table([row]))
+    if args.out:
+        (args.out / "table.md").write_text(bench.table([row]) + "\n")
+        contact_sheet({sampler.name: pictures}, 2, args.out / "sheet.png")
+
+
+def score_files(args: argparse.Namespace) -> None:
+    """Score a model on your own cases. All that can be wrong is looked at before the first question, which costs money.
+
+    SystemExit(1) at the end if something could not be scored. The same command then asks for that, and for nothing else.
+    """
+    cases = read_cases(args.prompts)  # {name of its picture: case}
+    if args.list:
+        return print("\n".join(json.dumps({"picture": name, "prompt": case.prompt}) for name, case in cases.items()))
+    judges = open_chats(args.judge, args) if args.judge else []
+    name = args.name or args.out.resolve().name
+    files = places(args, name)
+
+    folder = args.pictures or args.out / "pictures"
+    check_folder(folder, cases, whole=args.pictures is not None)
+    if not args.pictures:
+        draw_cases(cases, folder, args)
+    row = {"name": name, **describe(cases, folder), "judges": {}}
+    if not judges:
+        return print(f"{len(cases)} pictures in {folder}")
+
+    for judge in judges:
+        own = judge.model or "judge"
+        kept = args.out / f"judge-{''.join(c if c.isalnum() or c in '-.' else '_' for c in own)}.jsonl"
+        answers, unscored = rubrics.judge(judge, cases, folder, kept, args.parallel)
+        row["judges"][own] = rubrics.summary(cases, answers, unscored)
+    first = next(iter(row["judges"].values()))  # its numbers are the row's
+    row |= {key: value for key, value in first.items() if key not in ("scored", "unscored")}
+    for file in files:
+        write_row(file, row)
+    print(rubrics.table([row]))
+    for own, scores in row["judges"].items():
+        for picture, reason in scores["unscored"].items():
+            print(f"not scored by {own}: {picture}, {cases[picture].prompt!r}: {reason}", file=sys.stderr)
+    if any(scores["unscored"] for scores in row["judges"].values()):
+        sys.exit(1)
+
+
+def places(args: argparse.Namespace, name: str, *beside: str) -> list[Path]:
+    """Where this model's row is written: --json, and row.json in --out, `beside` which other files are written."""
+    found = [args.json] if args.json else []
+    for place in found:
+        check_place(place, {"name": name}, args.overwrite, [])
+    if args.out:
+        found.append(args.out / "row.json")
+        check_place(found[-1], {"name": name}, args.overwrite, list(beside))
+    return found
+
+
+def print_table(files: list[Path]) -> None:
+    """Print rows that were written before as one table."""
+    rows = [read_row(path) for path in files]
+    judged = ["judges" in row for row in rows]
+    if any(judged) != all(judged):
+        raise ValueError(
+            f"{files[judged.index(False)]}: is of the toy world, and cannot share a table with rows of files"
+        )
+    print((rubrics if judged[0] else bench).table(rows))
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", type=Path, default=Path(__file__).parent / "toy" / "checkpoint", help="published layout")
-    add("--json", type=Path, metavar="FILE", help="write the row there")
-    add(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        help="write table and contact sheet there; with --prompts pictures and row.json",
-    )
-    add("--steps", type=int, help="default: the checkpoint's own sigmas, else 40. --experiment: a student's updates")
-    add("--guidance", type=float, help="default: the checkpoint's own")
-    add("--bench", choices=["t2i", "edit", "all"], default="all", help="of the toy world")
-    add("--cases", type=int, help=f"of the toy world, per category (default: {bench.CASES})")
-    add = parser.add_argument_group("benches of files").add_argument
-    add("--prompts", type=Path, nargs="+", metavar="PATH", help="JSON lines as train.py reads them, or folders of them")
-    add("--pictures", type=Path, metavar="DIR", help="judge these, which something else drew; their names: --list")
-    add("--list", action="store_true", help="print each case with its picture's name and do nothing else")
-    add("--seed", type=int, default=0, help="of the pictures' noise")
-    add("--offload", action="store_true", help="the networks take turns on the GPU: half the memory, slower")
-    add("--name", help="the model's name in the table; default: that of --out")
-    add("--judge", nargs="+", metavar="URL", help="chat endpoints, such as http://localhost:8000/v1")
-    add("--judge-model", nargs="+", metavar="NAME", help="the judges, side by side (or the one that writes)")
-    add(
-        "--judge-key",
-        nargs="+",
-        metavar="VARIABLE",
-        default=["JUDGE_API_KEY"],
-        help="environment variables with the keys",
-    )
-    add("--parallel", type=int, default=8, help="questions under way at once")
-    add("--timeout", type=float, default=180.0, help="seconds for an answer")
-    add("--table", type=Path, nargs="+", metavar="FILE", help="rows that --json or --prompts wrote, as one table")
-    add = parser.add_argument_group("writing prompts").add_argument
-    add("--write-prompts", type=int, metavar="N", help="until --out FILE.jsonl has N different ones")
-    add("--category", help="landscape, portrait, text, or any other words that say what to describe")
-    add("--endpoint", metavar="URL", help="the chat endpoint that writes")
-    add = parser.add_argument_group("the paper's experiments, in the toy world").add_argument
-    add("--experiment", choices=["composition", "teachers", "mixture"])
-    add("--seeds", type=int, default=3, help="students a row")
-    add("--nfe", type=int, default=4, help="the students' number of steps")
-    add("--runs", type=Path, default=Path("runs/experiments"), metavar="DIR", help="where students and scores are kept")
-    args = parser.parse_args(argv)
-
-    modes = ("experiment", "prompts", "table", "write_prompts")
-    chosen = [mode for mode in modes if vars(args)[mode] is not None]
-    if len(chosen) > 1:
-        raise ValueError(f"--{chosen[0].replace('_', '-')} and --{chosen[1].replace('_', '-')}: one of them at a time")
-    for needed, mode in (
-        ("judge", "prompts"),
-        ("pictures", "prompts"),
-        ("list", "prompts"),
-        ("category", "write_prompts"),
-    ):
-        if vars(args)[needed] and vars(args)[mode] is None:
-            raise ValueError(f"--{needed} goes with --{mode.replace('_', '-')}")
-    for number in ("parallel", "timeout", "seeds", "nfe"):
-        if vars(args)[number] <= 0:
-            raise ValueError(f"--{number} {vars(args)[number]}: a number above 0 is expected")
-    if args.guidance is not None and not 1 <= args.guidance < math.inf:
-        raise ValueError(f"--guidance {args.guidance}: a number from 1 (off) on is expected")
-
-    if args.write_prompts is not None:
-        if not (args.category and args.endpoint and args.out):
-            raise ValueError("--write-prompts needs --category, --endpoint URL and --out FILE.jsonl")
-        count = chat.write_prompts(open_chat(args), args.category, args.write_prompts, args.out, args.parallel)
-        print(f"{args.out}: {count} prompts")
-    elif args.table:
-        rows = [read_json(path) for path in args.table]
-        judged = ["judges" in row for row in rows]
-        if any(judged) != all(judged):
-            raise ValueError("rows of the toy world and of files cannot share a table")
-        print(language_judge.table(rows) if all(judged) else bench.table(rows))
-    elif args.experiment:
-        suffix = "" if args.nfe == 4 else f"-{args.nfe}nfe"
-        out = args.out or Path("results") / f"{args.experiment}{suffix}"
-        steps = experiments.STUDENT.steps if args.steps is None else args.steps
-        experiments.run(args.experiment, args.checkpoint, out, args.runs, args.seeds, steps, args.nfe)
+    args = parse(argv)
+    if args.table:
+        print_table(args.table)
     elif args.prompts:
         score_files(args)
+    elif args.experiment:
+        experiments.run(args)
+    elif args.write_prompts:
+        (chat,) = open_chats([args.endpoint], args)
+        count = write_prompts(chat, args.category, args.write_prompts, args.out, args.parallel)
+        print(f"{args.out}: {count} prompts")
     else:
         score_toy(args)
 
 
-def score_toy(args: argparse.Namespace) -> None:
-    # Everything that can be wrong is looked at now: the scores take minutes, and should not be lost at the end.
-    if args.cases is not None and args.cases < 2:
-        raise ValueError(f"--cases {args.cases}: at least 2 are needed, for an interval")
-    for folder in filter(None, (args.json and args.json.parent, args.out)):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder}: no folder that can be written to")
-    if args.json and args.json.is_dir():
-        raise ValueError(f"--json {args.json}: is a folder; name a file")
-    pipeline = bench.open_checkpoint(args.checkpoint)
-    sampler = bench.default_sampler(pipeline, args.steps, pipeline.guidance if args.guidance is None else args.guidance)
-    sampler.name = args.checkpoint.resolve().name
-    benches = ["t2i", "edit"] if args.bench == "all" else [args.bench]
-    row, shown = bench.evaluate(pipeline, sampler, benches, {b: args.cases or bench.CASES[b] for b in benches})
-    if args.json:
-        write_json(args.json, row)
-    print(bench.table([row]))
-    if args.out:
-        (args.out / "table.md").write_text(bench.table([row]) + "\n")
-        contact_sheet({sampler.name: shown}, 2, args.out / "sheet.png")
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    main()

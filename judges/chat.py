@@ -1,22 +1,21 @@
-"""A chat model behind an HTTP endpoint: one more frozen network, which other people's machines may run.
+"""A chat model behind an HTTP endpoint. It grades pictures (rubrics.py) and writes prompts (prompts.py).
 
-Any server that speaks OpenAI's chat format will do, a local one too. judge.py asks it to grade pictures; at the end of
-this file it writes prompts to train on. An answer counts only if it is exactly what was asked for:
+Any server that speaks OpenAI's chat format will do, also a local one. An answer counts only if it is exactly what was
+asked for. What happens otherwise:
 
-    prose around the JSON, another key, a 6        asked again, ATTEMPTS times in all; then it stays unanswered
-    429, 5xx, a time-out, a cut connection         the same, after a pause that doubles (or what Retry-After says)
-    another 4xx: the server wants not this one     unanswered at once
-    401, 403, 404, a redirect                      the end: the next question would fare no better; and so would it after
-                                                   GIVE_UP unanswered ones in a row
+    other text around the JSON, another key, a 6       asked again, ATTEMPTS times in all; then it stays unanswered
+    429, 5xx, a time-out, a cut connection             the same, after a pause that doubles (or that Retry-After names)
+    another 4xx: the server refuses this question      unanswered at once
+    401, 403, 404, a redirect                          the run ends: the next question would fare no better
+    GIVE_UP unanswered questions in a row              the run ends
 
-The standard library's HTTP is enough.
+Python's own HTTP client is enough.
 """
 
 import base64
 import http.client
 import io
 import json
-import math
 import random
 import re
 import threading
@@ -27,19 +26,20 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
-from recipe import read_prompts
+from support.pictures import open_picture
 
 ATTEMPTS = 6  # at one question
 GIVE_UP = 10  # unanswered questions in a row
 LONGEST_PAUSE = 120.0  # seconds, whatever a server's Retry-After says
-LONGEST_SIDE = 2048  # of a picture sent, in pixels; judges look at smaller ones
+LONGEST_SIDE = 2048  # in pixels, of a picture that is sent; judges look at smaller ones
 LARGEST_REPLY = 1 << 22  # bytes
-TRANSIENT = {408, 409, 425, 429}  # HTTP statuses to try again at, besides every 5xx
-HOPELESS = {301, 302, 303, 307, 308, 401, 403, 404}  # ... and those that every other question would meet as well
+TRANSIENT = {408, 409, 425, 429}  # HTTP statuses after which the question is asked again, as after every 5xx
+HOPELESS = {301, 302, 303, 307, 308, 401, 403, 404}  # every other question would get the same status
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ class Unanswered(Exception):
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would follow, and show the key to whoever it is sent to."""
+    """urllib would follow a redirect, and send the key to the other server."""
 
     def redirect_request(self, *_):
         return None
@@ -70,27 +70,33 @@ class Chat:
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
-        if not self.url.startswith(("http://", "https://")):
+        try:
+            parts = urlsplit(self.url)
+            right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is no number, a bracket that is not closed
+            right = False
+        if not right or not self.url.isascii() or not self.url.isprintable() or " " in self.url:
             raise ValueError(f"{self.url}: no address; one like http://localhost:8000/v1 is expected")
+        if self.key and not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError(f"{self.url}: the key for it has letters that HTTP cannot send")
         self.opener = urllib.request.build_opener(NoRedirect)
 
     def ask(self, system: str, content: list[dict], check: Callable[[dict], None]) -> dict:
-        """The JSON object that answers, after `check` found nothing in it to raise ValueError about.
+        """The JSON object that answers. `check` raises ValueError for an answer that is not what was asked for.
 
-        Unanswered when that took too many attempts or the server does not want this question; ValueError when it
-        wants none.
+        Unanswered: too many attempts, or the server refuses this question. ValueError: the server refuses every question.
         """
         messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        # No temperature: the models that think first accept none, and a second attempt should not repeat the first.
+        # No temperature: models that think first accept none, and a second attempt should not repeat the first.
         question = {"messages": messages, "response_format": {"type": "json_object"}}
         body = json.dumps(question | ({"model": self.model} if self.model else {})).encode()
         problem, pause = "stopped", self.pause
         for attempt in range(ATTEMPTS):
             if attempt and self.stop.wait(min(pause, LONGEST_PAUSE)) or self.stop.is_set():
                 break
-            pause = self.pause * 2**attempt * random.uniform(0.75, 1.25)  # many waiting threads, spread out
+            pause = self.pause * 2**attempt * random.uniform(0.75, 1.25)  # so that waiting threads spread out
             try:
-                answer = strict_json(self.reply(body))
+                answer = strict_json(bare(self.reply(body)))
                 check(answer)
                 return answer
             except urllib.error.HTTPError as error:
@@ -103,23 +109,23 @@ class Chat:
                 pause = max(pause, float(after)) if after.isdecimal() else pause
             except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, a cut one
                 problem = f"{type(error).__name__}: {error}"
-            except ValueError as error:  # an answer, but not the one asked for: no reason to wait
+            except ValueError as error:  # an answer, but not what was asked for: no reason to wait
                 problem, pause = str(error), 0.0
         raise Unanswered(problem)
 
     def reply(self, body: bytes) -> str:
-        """What the model says. ValueError if the reply is no chat completion."""
+        """The text of the model's answer. ValueError if the reply is no chat completion."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url + "/chat/completions", body, headers)
         raw, deadline = b"", time.monotonic() + self.timeout
         with self.opener.open(request, timeout=self.timeout) as response:
-            while part := response.read1(1 << 16):  # the socket's own time-out starts anew with every byte
+            while part := response.read1(1 << 16):  # the socket's own time-out starts again with every byte
                 raw += part
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"no whole reply within {self.timeout:g} seconds")
                 if len(raw) > LARGEST_REPLY:
                     raise ValueError(f"a reply of more than {LARGEST_REPLY} bytes")
-            if response.length:  # read1 ends without a word where the connection does
+            if response.length:  # read1 does not report a connection that ends too early
                 raise ConnectionError(f"cut off {response.length} bytes before the end")
         try:
             choice = json.loads(raw)["choices"][0]
@@ -133,7 +139,7 @@ class Chat:
         return text
 
     def excerpt(self, error: urllib.error.HTTPError) -> str:
-        """The start of what a server says about an error. Some repeat the key in it."""
+        """The start of a server's error message, without the key, which some servers repeat in it."""
         try:
             text = error.read(500).decode(errors="replace")
         except (OSError, http.client.HTTPException):
@@ -141,12 +147,21 @@ class Chat:
         return " ".join(text.replace(self.key or "\0", "***").split())[:300] or error.reason
 
 
+def bare(text: str) -> str:
+    """The answer without what many models put around it: one finished thought before it, then one code fence around it."""
+    text = text.strip()
+    if not text.startswith("{"):
+        text = text.partition("</think>")[2].strip() if "</think>" in text else text
+    fenced = re.fullmatch(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", text, re.DOTALL)
+    return fenced[1] if fenced else text
+
+
 def strict_json(text: str) -> dict:
-    """One JSON object and nothing around it, no key twice, no NaN; else ValueError."""
+    """Exactly one JSON object, no key twice, no NaN, no half of an emoji; else ValueError."""
 
     def unique(pairs: list[tuple]) -> dict:
         if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands there twice")
+            raise ValueError("a key is given twice")
         return dict(pairs)
 
     def constant(word: str) -> None:
@@ -154,6 +169,7 @@ def strict_json(text: str) -> dict:
 
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        json.dumps(value, ensure_ascii=False).encode()  # finds halves of emoji
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not the JSON that was asked for ({error}): {text[:200]!r}") from None
     if type(value) is not dict:
@@ -163,15 +179,13 @@ def strict_json(text: str) -> dict:
 
 def image_part(path: Path) -> dict:
     """A picture as part of a question: upright, over white, as PNG inside the JSON."""
-    picture = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    picture = open_picture(path)
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     flat.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     flat.save(file, "PNG")
-    return {
-        "type": "image_url",
-        "image_url": {"url": "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()},
-    }
+    data = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
 def text_part(text: str) -> dict:
@@ -179,11 +193,11 @@ def text_part(text: str) -> dict:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Many questions, and answers that outlive a killed run
+# Many questions, and files of answers
 
 
 def in_parallel(chat: Chat, ask: Callable, jobs: list, parallel: int, title: str) -> Iterator[tuple]:
-    """(job, answer or Unanswered) as they come. ValueError after GIVE_UP in a row without an answer."""
+    """(job, answer or Unanswered), in the order in which they end. ValueError after GIVE_UP in a row without an answer."""
     pool, in_a_row = ThreadPoolExecutor(parallel), 0
     try:
         futures = {pool.submit(ask, job): job for job in jobs}
@@ -198,107 +212,27 @@ def in_parallel(chat: Chat, ask: Callable, jobs: list, parallel: int, title: str
                         f"all answers so far are kept, and the same command asks for the rest"
                     ) from None
             yield futures[future], result
-    except BaseException:  # Ctrl-C, too: what is under way may end, but is not tried again, and nothing else is asked
+    except BaseException:  # also Ctrl-C: questions under way may end, but are not asked again
         chat.stop.set()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def finish_last_line(path: Path) -> None:
-    """Of a file of JSON objects, one a line, that is appended to: a run may have been killed in the middle of a line."""
+def finish_last_line(path: Path, start: str) -> None:
+    """Repair a file of JSON lines that is appended to, after a run that was killed in the middle of a line.
+
+    start: how every line that this program writes begins. Any other last line is somebody else's, and stays.
+    """
     content = path.read_bytes() if path.exists() else b""
-    start = content.rfind(b"\n") + 1
-    if not content[start:].startswith(b"{"):
-        return  # whole, or no such file
+    end = content.rfind(b"\n") + 1
+    last = content[end:]
+    if not last or last[: len(start.encode())] != start.encode()[: len(last)]:
+        return
     with open(path, "r+b") as file:
         try:
-            json.loads(content[start:])
+            json.loads(last)
             file.seek(0, io.SEEK_END)
             file.write(b"\n")  # only the line's end is missing
         except ValueError:
-            file.truncate(start)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing prompts: the paper's 3 x 20,000 were written by a language model too (section 3)
-
-AT_ONCE = 20  # prompts asked for in one question
-STALE = 20  # answers in a row without a new prompt
-
-WRITER = """
-You write prompts for a text-to-image model. Each describes one picture, in one to three English sentences, so that a
-painter could start: what is to be seen, where, in which light, in which medium. No two may have the same idea, and
-none may speak of itself, of prompts or of models. No real people, brands or living artists.
-Reply with one JSON object and nothing else, no code fence: {"prompts": ["...", "..."]}
-"""
-
-BRIEFS = {
-    "landscape": "landscapes: nature, towns or the sky are the subject, and people, if any, are small in it",
-    "portrait": "portraits: one person, face and character are the subject; say age, features, clothes and surroundings",
-    "text": "pictures with words: posters, signs, covers, packages, screens; quote in double quotes exactly what is to be "
-    "read in the picture, from one word to a few lines",
-}
-# One draw from each goes with every question. A model that is asked the same thing twice gives much the same answer.
-TURNS = (
-    "at dawn, at noon, in the evening, at night, in fog, in rain, in snow, in a storm, in harsh sun",
-    "photographs, oil paintings, drawings, illustrations, prints, film stills, any medium",
-    "Africa, the Arctic, Central Asia, East Asia, Europe, India, an island, Latin America, an imagined place",
-    "today, a hundred years ago, the Middle Ages, antiquity, the near future",
-    "quiet, joyful, solemn, odd, tense, tender",
-    "at most 15 words each, about 30 words each, about 60 words each",
-)
-
-
-def write_prompts(chat: Chat, category: str, count: int, out: Path, parallel: int) -> int:
-    """Append prompts to a file of JSON lines until it has `count` of this category, all different; returns how many it has.
-
-    A file that is there is gone on with. ValueError when it holds other prompts, or the model has no more ideas.
-    """
-    finish_last_line(out)
-    found = read_prompts([out]) if out.exists() and out.stat().st_size else []
-    for prompt in found:
-        if (prompt.task, prompt.category) != ("t2i", category):
-            raise ValueError(
-                f"{out}: has a {prompt.task} prompt of category {prompt.category!r}, {category!r} is expected"
-            )
-    seen = {plain(prompt.prompt) for prompt in found}
-    stale, rng = 0, random.Random(len(seen))
-
-    def check(answer: dict) -> None:
-        texts = answer.get("prompts")
-        if answer.keys() != {"prompts"} or type(texts) is not list or not texts:
-            raise ValueError(f"a list 'prompts' and nothing else is expected: {json.dumps(answer)[:200]}")
-        if not all(isinstance(text, str) and plain(text) and len(text.encode()) <= 4000 for text in texts):
-            raise ValueError("every prompt must be a text of at most 4,000 bytes")  # encode() finds halves of emoji
-
-    def ask(turn: str) -> dict:
-        return chat.ask(WRITER, [text_part(turn)], check)
-
-    about = f"{AT_ONCE} prompts for {BRIEFS.get(category, 'pictures of the kind: ' + category)}. This time: "
-    bar = tqdm(total=count, initial=len(seen), desc=category, unit="prompt")
-    with bar, open(out, "a", encoding="utf-8") as file:
-        while len(seen) < count:
-            some = range(min(parallel, math.ceil((count - len(seen)) / AT_ONCE)))
-            turns = [about + "; ".join(rng.choice(words.split(", ")) for words in TURNS) for _ in some]
-            for _, answer in in_parallel(chat, ask, turns, parallel, "ask"):
-                before, useful = len(seen), isinstance(answer, dict)
-                for text in answer["prompts"] if useful else ():
-                    if plain(text) not in seen and len(seen) < count:
-                        seen.add(plain(text))
-                        line = {"task": "t2i", "category": category, "prompt": " ".join(text.split())}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
-                bar.update(len(seen) - before)
-                stale = 0 if len(seen) > before else stale + 1
-                problem = "only prompts that are there already" if useful else answer
-            if stale >= STALE and len(seen) < count:
-                raise ValueError(
-                    f"{out}: {len(seen)} of {count} prompts; {stale} answers in a row were no use: {problem}"
-                )
-    return len(seen)
-
-
-def plain(text: str) -> str:
-    """The words alone: prompts that differ in case, space or punctuation are one."""
-    return " ".join(re.findall(r"\w+", text.casefold()))
+            file.truncate(end)

@@ -1,10 +1,10 @@
-"""The judge of real pictures: our wording of the paper's rubrics, and what a model that looks at pictures answers to them.
+"""A vision-language model as the judge: the paper's rubrics in our words, the questions, and the means of the answers.
 
-toy/judge.py measures; this one is asked (chat.py). Facts from appendix A of Qwen-Image-Flash (arXiv 2606.03746), sentences
-ours. Scores go from 1 to 5, and an answer in any other form than the rubric's is no answer.
+Facts are from appendix A of Qwen-Image-Flash (arXiv 2606.03746), sentences are ours. Scores go from 1 to 5. An answer in
+another form than the rubric's does not count.
 
-Every answer is on disk before the next is counted, under the hash of ALL that led to it: model, words, the bytes of every
-picture. So a changed picture is judged anew, an unchanged one never twice, and a run that ended early asks only the rest.
+Every answer is kept on disk, under a hash of ALL that led to it: model, words, and the bytes of every picture. So a picture
+that has changed is judged again, no question is paid for twice, and a run that ended early asks only the rest.
 """
 
 import hashlib
@@ -12,10 +12,12 @@ import json
 import re
 import threading
 from pathlib import Path
-from statistics import mean, variance
 
-from judges.chat import Chat, Unanswered, finish_last_line, image_part, in_parallel, text_part
+import numpy as np
+
+from judges.chat import Chat, Unanswered, finish_last_line, image_part, in_parallel, strict_json, text_part
 from recipe import TASKS, Prompt
+from support.rows import averages, interval, markdown
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The rubrics
@@ -117,19 +119,11 @@ def system_text(case: Prompt) -> str:
     if case.task == "t2i":
         return T2I_RUBRIC + SCALE.format(form=json.dumps(form))
     title, focus, severe, names = EDIT_RUBRICS[case.category]
-    form = {
-        "score": 3.42,
-        "sub_scores": dict.fromkeys(names.split(), 3.42),
-        "reason": "one sentence",
-        "failures": ["..."],
-    }
-    rubric = EDIT_RUBRIC.format(
-        sources="the source picture" if len(case.images) == 1 else f"{len(case.images)} source pictures in their order",
-        title=title,
-        focus=focus,
-        severe=severe,
-        parts="\n".join(f"- {name}: {SUB_SCORES[name]}" for name in names.split()),
-    )
+    names, count = names.split(), len(case.images)
+    sources = "the source picture" if count == 1 else f"{count} source pictures in their order"
+    parts = "\n".join(f"- {name}: {SUB_SCORES[name]}" for name in names)
+    rubric = EDIT_RUBRIC.format(sources=sources, title=title, focus=focus, severe=severe, parts=parts)
+    form = {"score": 3.42, "sub_scores": dict.fromkeys(names, 3.42), "reason": "one sentence", "failures": ["..."]}
     return rubric + SCALE.format(form=json.dumps(form))
 
 
@@ -138,7 +132,7 @@ def check_verdict(case: Prompt, answer: dict) -> None:
 
     def keys(found: dict, wanted: set[str]) -> None:
         if type(found) is not dict or found.keys() != wanted:
-            raise ValueError(f"the keys {sorted(wanted)} are expected: {json.dumps(found)[:200]}")
+            raise ValueError(f"the keys {', '.join(sorted(wanted))} are expected: {json.dumps(found)[:200]}")
 
     def score(name: str, value: object) -> None:
         if type(value) not in (int, float) or not 1 <= value <= 5 or round(value, 2) != value:
@@ -161,29 +155,31 @@ def check_verdict(case: Prompt, answer: dict) -> None:
 
 
 def name_cases(cases: list[Prompt]) -> dict[str, Prompt]:
-    """Every case under the name of its picture, CATEGORY-HASH.png. The hash is of all that the case consists of, so a bench
-    that was sorted anew, moved or extended keeps its pictures. ValueError: a case twice, an edit without a rubric."""
+    """Every case under the name of its picture, CATEGORY-HASH.png.
+
+    The hash is of all that the case consists of, so a bench that is sorted again, moved or extended keeps its pictures.
+    ValueError for a case that is there twice, and for an edit without a rubric.
+    """
     named = {}
     for case in cases:
+        what = f"{case.task}, {case.category}, {case.prompt!r}"
         if case.task == "edit" and case.category not in EDIT_RUBRICS:
-            raise ValueError(
-                f"no rubric for edits of category {case.category!r} ({case.prompt!r}); there are {', '.join(EDIT_RUBRICS)}"
-            )
+            raise ValueError(f"{what}: there is no rubric for such edits; categories are {', '.join(EDIT_RUBRICS)}")
         sources = [hashlib.sha256(Path(image).read_bytes()).hexdigest() for image in case.images]
         content = json.dumps([case.task, case.category, case.prompt, sources])
         word = re.sub(r"\W+", "_", case.category)[:32]
         name = f"{word}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.png"
         if name in named:
-            raise ValueError(f"a case stands there twice: {case.task}, {case.category}, {case.prompt!r}")
+            raise ValueError(f"a case is there twice: {what}")
         named[name] = case
     return named
 
 
 def judge(chat: Chat, cases: dict[str, Prompt], folder: Path, cache: Path, parallel: int) -> tuple[dict, dict]:
-    """Ask about every picture that the cache (a file of JSON lines) knows no answer for.
+    """Ask about every picture for which the cache, a file of JSON lines, has no answer.
 
-    Returns {name: answer} and {name: why there is none}. ValueError when the endpoint is no use, KeyboardInterrupt after
-    what is under way has ended; what was answered until then is kept either way.
+    Returns {name: answer} and {name: why there is none}. ValueError when the endpoint is no use; KeyboardInterrupt after the
+    questions under way have ended. The answers until then are kept either way.
     """
     known, answers, waiting = read_cache(cache), {}, {}
     for name, case in cases.items():
@@ -192,8 +188,11 @@ def judge(chat: Chat, cases: dict[str, Prompt], folder: Path, cache: Path, paral
         key = json.dumps([chat.model, name, case.prompt, system_text(case), seen])
         key = hashlib.sha256(key.encode()).hexdigest()
         if key in known:
-            check_verdict(case, known[key])
-            answers[name] = known[key]
+            number, answers[name] = known[key]
+            try:
+                check_verdict(case, answers[name])
+            except ValueError as error:
+                raise ValueError(f"{cache}, line {number}: {error}; take the line out") from None
         else:
             waiting[name] = key
     writing = threading.Lock()
@@ -207,7 +206,10 @@ def judge(chat: Chat, cases: dict[str, Prompt], folder: Path, cache: Path, paral
         content += [text_part(f"{words}: {case.prompt}"), text_part("Result:"), image_part(folder / name)]
         answer = chat.ask(system_text(case), content, lambda answer: check_verdict(case, answer))
         line = json.dumps({"key": waiting[name], "picture": name, "model": chat.model, "answer": answer})
-        with writing, open(cache, "a", encoding="utf-8") as file:  # here, so that no interrupt falls in between
+        with (
+            writing,
+            open(cache, "a", encoding="utf-8") as file,
+        ):  # in the thread itself, so no interrupt comes in between
             file.write(line + "\n")
         return answer
 
@@ -217,16 +219,19 @@ def judge(chat: Chat, cases: dict[str, Prompt], folder: Path, cache: Path, paral
     return answers, {name: str(reason) for name, reason in unscored.items()}
 
 
-def read_cache(path: Path) -> dict[str, dict]:
-    """key -> answer. A last line that a killed run left unfinished is cut off; ValueError for any other bad line."""
-    finish_last_line(path)
+def read_cache(path: Path) -> dict[str, tuple[int, dict]]:
+    """key -> its line's number and the answer. A last line that a killed run left unfinished is removed; any other line
+    that is not a kept answer is a ValueError."""
+    finish_last_line(path, '{"key": "')
     known = {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
-            row = json.loads(line)
-            known[row["key"]] = row["answer"]
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"{path}, line {number}: not a kept answer; take the line out") from None
+            row = strict_json(line.decode())
+            if type(row["key"]) is not str or type(row["answer"]) is not dict:
+                raise ValueError("no answer in it")
+        except (ValueError, LookupError) as error:
+            raise ValueError(f"{path}, line {number}: not a kept answer ({error}); take the line out") from None
+        known[row["key"]] = number, row["answer"]
     return known
 
 
@@ -235,21 +240,19 @@ def read_cache(path: Path) -> dict[str, dict]:
 
 
 def summary(cases: dict[str, Prompt], answers: dict[str, dict], unscored: dict[str, str]) -> dict:
-    """Of one judge: mean score by category and their average for each task, the half-width of its 95% interval, and what
-    has no score. A category without any is None, and so is an average that would have to leave it out."""
+    """One judge's part of a row: the means for each task, the half-width of the average's 95% interval, and which pictures
+    have no score. Where a category has none, its mean and the average are None."""
     out = {}
     for task in TASKS:
-        scores = {case.category: [] for case in cases.values() if case.task == task}
+        categories = sorted({case.category for case in cases.values() if case.task == task})
+        scores = {category: [] for category in categories}
         for name, case in cases.items():
             if case.task == task and name in answers:
                 scores[case.category].append(answers[name]["score"])
         if scores:
-            means = {category: mean(some) if some else None for category, some in sorted(scores.items())}
-            whole = None not in means.values()
-            out[task] = means | {"average": mean(means.values()) if whole else None}
+            out[task] = averages(scores)
             if all(len(some) > 1 for some in scores.values()):
-                squares = sum(variance(some) / len(some) for some in scores.values())
-                out[f"{task}_interval"] = 1.96 * squares**0.5 / len(scores)
+                out[f"{task}_interval"] = interval(scores)
     return out | {"scored": len(answers), "unscored": unscored}
 
 
@@ -258,21 +261,20 @@ def table(rows: list[dict]) -> str:
     paper does not say how it ranks; this rule gives its ranks. ValueError for rows that were scored on different cases."""
     if len({row["bench"] for row in rows}) > 1:
         raise ValueError("rows of different cases cannot share a table: " + ", ".join(row["name"] for row in rows))
-    tables = []
-    for task in [task for task in TASKS if task in next(iter(rows[0]["judges"].values()))]:
-        averages = [[judge[task]["average"] for judge in row["judges"].values()] for row in rows]
-        merits = [None if None in some else round(mean(some), 6) for some in averages]
-        categories = [c for c in next(iter(rows[0]["judges"].values()))[task] if c != "average"]
-        head = [task, "NFE", "judge", *categories, "average", "rank", "scored"]
-        lines = [head, ["---"] * len(head)]
+    tables, first = [], next(iter(rows[0]["judges"].values()))
+    for task in [task for task in TASKS if task in first]:
+        results = [[judge[task]["average"] for judge in row["judges"].values()] for row in rows]
+        merits = [None if None in some else round(float(np.mean(some)), 6) for some in results]
+        columns = [*(category for category in first[task] if category != "average"), "average"]
+        lines = [[task, "NFE", "judge", *columns, "rank", "scored"]]
         for row, merit in zip(rows, merits, strict=True):
             rank = "-" if merit is None else str(1 + sum(other is not None and other > merit for other in merits))
             for number, (name, judge) in enumerate(row["judges"].items()):
-                scores = ["-" if (x := judge[task][c]) is None else f"{x:.2f}" for c in (*categories, "average")]
+                scores = ["-" if judge[task][c] is None else f"{judge[task][c]:.2f}" for c in columns]
                 if f"{task}_interval" in judge:
                     scores[-1] += f" ± {judge[f'{task}_interval']:.2f}"
-                first = [row["name"], str(row["nfe"] or "-")] if number == 0 else ["", ""]
+                once = ["", "", ""] if number else [row["name"], str(row["nfe"] or "-"), rank]
                 scored = f"{judge['scored']} of {judge['scored'] + len(judge['unscored'])}"
-                lines.append([*first, name, *scores, "" if number else rank, scored])
-        tables.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
+                lines.append([*once[:2], name, *scores, once[2], scored])
+        tables.append(markdown(lines))
     return "\n\n".join(tables)

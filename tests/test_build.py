@@ -1,11 +1,13 @@
 """How the toy checkpoint is made: what its stages must leave as it was, with tiny numbers."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from model import Condition, MMDiT, MMDiTConfig
+from support.files import read_json
 from toy import build, train_vae
 
 
@@ -56,3 +58,26 @@ def test_scores_of_the_autoencoder(toy_checkpoint, monkeypatch):
     monkeypatch.setattr(build.benches, "CASES", {"t2i": 2, "edit": 2})
     row = build.score_autoencoder(toy_checkpoint)
     assert row["t2i_fidelity"]["text"] == row["edit_fidelity"]["style"] == 0  # an untrained one draws nothing
+
+
+def test_a_stage_trains_with_its_own_recipe_and_numbers(toy_checkpoint, tmp_path, monkeypatch):
+    """One step of the stage `finish`: its recipe, its learning rates, and the result in the checkpoint's place."""
+    monkeypatch.setattr(build, "TEACHERS", {"finish": ("finish", 1, 0.7)})
+    monkeypatch.setattr(build, "BATCH", 2)
+    monkeypatch.setattr(build, "MICRO_BATCH", 2)
+    monkeypatch.setattr(build, "POOL", {"t2i": 1, "edit": 1})
+    monkeypatch.setattr(build.train.watch, "draw_pictures", lambda *_: None)
+    monkeypatch.setattr(build.recipes, "RECIPES", dict(build.recipes.RECIPES))
+    folder = shutil.copytree(toy_checkpoint, tmp_path / "checkpoint")
+    before = MMDiT.from_pretrained(folder / "transformer").state_dict()
+    pool = build.build_pool(folder, tmp_path / "pool.pt")
+    assert len(pool.entries) == 3 + 6 and all(entry.target is not None for entry in pool.entries)
+    log = build.train_teacher("finish", folder, tmp_path / "finish", pool, compile=False)
+    used = read_json(tmp_path / "finish" / "args.json")["arguments"]
+    assert (used["recipe"], used["steps"], used["batch"], used["guidance"]) == ("finish", 1, 2, build.GUIDANCE)
+    assert (used["muon_lr"], used["lr"]) == pytest.approx((0.7 * 0.02, 0.7 * 2e-3)) and log["steps"] == 1
+    recipe = build.recipes.find("finish")
+    assert recipe.ratio == (6, 4) and recipe.t2i == {"landscape": 2, "portrait": 1, "text": 3}
+    assert recipe.edit == {"scene": 2, "enhance": 2, "object": 1, "text": 3, "identity": 1, "style": 1}
+    after = MMDiT.from_pretrained(folder / "transformer").state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in before)

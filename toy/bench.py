@@ -1,18 +1,13 @@
 """The toy world's T2I-Bench and Editing-Bench, and the comparison of a student with its teacher.
 
-The judge is exact (toy/judge.py). The cases are fixed and held out (toy/world.py: no training prompt shares a benched
-combination of attributes). Every model starts from the same noise.
-
-A ROW is a dictionary, as `eval.py --json` writes it: nfe, guidance, seconds_per_image, t2i and edit (score by category and
-their average, from 0 to 1), for each of these the half-width of a 95% interval and the two halves of the score, and
-diversity. NFE counts network evaluations per picture: steps, times two with guidance.
+The cases are fixed and held out: no training prompt has the attributes of a benched one (toy/world.py). Every model starts
+from the same noise. The judge is exact (toy/judge.py). What a row is: eval.py.
 """
 
-import math
 import time
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
@@ -28,17 +23,21 @@ from sample import Pipeline
 from support.checkpoint import read_index
 from support.files import write_json
 from support.pictures import to_pictures
+from support.rows import averages, interval, markdown
 from toy import judge, world
 from toy.figures import contact_sheet
 from toy.world import Case
 
 RESOLUTION = world.SIDE * world.ENLARGE  # of the toy world's pictures, in pixels
 BATCH = 32  # pictures drawn at once
-CASES = {"t2i": 64, "edit": 48}  # per category; by the spread in results/main an average to +-0.03 (arithmetic)
-COMPARED = {"t2i": 24, "edit": 16}  # for `compare`, which is part of a run of minutes: +-0.05 and 0.06 there
-CATEGORIES = {"t2i": world.CATEGORIES, "edit": world.FAMILIES}
-VARIETY = (2, 8)  # prompts per category, and pictures of each: what diversity is measured on
-PARTS: dict[str, Callable[[judge.Verdict], float]] = {  # of a verdict, what a row has the means of
+CASES = {
+    "t2i": 64,
+    "edit": 48,
+}  # in a category; the average is then known to about 0.03 (arithmetic, from results/main)
+COMPARED = {"t2i": 24, "edit": 16}  # for `compare`, which ends a run of minutes: about 0.05 and 0.06
+CATEGORIES = dict(world.BENCHES)
+VARIETY = (2, 8)  # prompts in a category, and pictures of each, from which diversity is measured
+PARTS: dict[str, Callable[[judge.Verdict], float]] = {  # what a row has the means of
     "score": lambda v: v.score,
     "compliance": lambda v: float(v.compliance),
     "attributes": lambda v: sum(v.right.values()) / len(v.right),
@@ -48,7 +47,7 @@ PARTS: dict[str, Callable[[judge.Verdict], float]] = {  # of a verdict, what a r
 
 @dataclass
 class Sampler:
-    """How pictures are drawn. `renoise`: new noise at every stop (flow.renoise), else Euler's straight steps."""
+    """How pictures are drawn. renoise: new noise after every step (flow.renoise), else Euler's method."""
 
     name: str
     sigmas: list[float]  # with the final 0
@@ -58,6 +57,7 @@ class Sampler:
 
     @property
     def nfe(self) -> int:
+        """Network evaluations for one picture: the steps, and twice as many with guidance."""
         return (len(self.sigmas) - 1) * (2 if self.guidance > 1 else 1)
 
 
@@ -65,10 +65,11 @@ class Sampler:
 def draw_cases(
     pipeline: Pipeline, sampler: Sampler, cases: list[Case], seeds: list[int]
 ) -> tuple[list[Image.Image], float]:
-    """One picture per case (all of one task and category), from noise that follows from its seed alone; and the seconds it took.
+    """One picture for each case, and the seconds that it took. All cases have one task and category.
 
-    Only prompts of equal length run together, at most BATCH of them. Padding would be masked, yet it moves the target's
-    rotary position: a picture would depend on its neighbours. So each is drawn as sample.py draws it, alone.
+    A picture's noise follows from its seed alone. Prompts run together, at most BATCH of them, where they are equally
+    long: padding is masked, but it moves the rotary positions of the picture's tokens, and a picture would depend on its
+    neighbours. ValueError where latents or pixels are not finite.
     """
     if own := sampler.specialists.get((cases[0].task, cases[0].category)):
         pipeline = copy(pipeline)
@@ -95,14 +96,22 @@ def draw_cases(
                 z = flow.renoise(velocity, noises[0], sampler.sigmas, noises[1:])  # (B, 64, h, w)
             else:
                 z = flow.euler(velocity, noises[0], sampler.sigmas)  # (B, 64, h, w)
-            latents[rows.cpu()] = z.cpu()
-    latents = latents.to(pipeline.device, pipeline.dtype).split(BATCH)
-    pictures = [picture for z in latents for picture in to_pictures(pipeline.vae.decode(z))]
+            latents[rows.cpu()] = finite(z, pipeline, f"{sampler.name}: latents").cpu()
+    pictures = []
+    for z in latents.to(pipeline.device, pipeline.dtype).split(BATCH):
+        pictures += to_pictures(finite(pipeline.vae.decode(z), pipeline, f"{sampler.name}: decoded pixels"))
     return pictures, time.perf_counter() - began
 
 
+def finite(values: Tensor, pipeline: Pipeline, what: str) -> Tensor:
+    """The values as they are. ValueError if one of them is not finite: such a picture is not to be scored."""
+    if not values.isfinite().all():
+        raise ValueError(f"{pipeline.directory}: {what} are not finite in {pipeline.dtype}; are its weights whole?")
+    return values
+
+
 def excerpt(condition: Condition, rows: Tensor) -> Condition:
-    """Some rows (B,) of a condition, which are equally long, without padding."""
+    """The condition of some of its prompts, rows (B,), without padding. They are equally long."""
     length = int(condition.mask[rows[0]].sum())
     sources = [source[rows] for source in condition.sources]
     return Condition(condition.states[rows, :length], condition.mask[rows, :length], sources, condition.slots)
@@ -110,12 +119,13 @@ def excerpt(condition: Condition, rows: Tensor) -> Condition:
 
 @torch.no_grad()
 def reconstruct(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
-    """(B, 128, 128, 3) in [0, 1] through the autoencoder: what a perfect model's picture would look like."""
+    """(B, 128, 128, 3) in [0, 1], through the autoencoder and back: what a perfect model's picture would look like."""
     again = []
     for part in torch.from_numpy(pictures).permute(0, 3, 1, 2).split(BATCH):
         images = torch.cat([part, torch.ones_like(part[:, :1])], dim=1) * 2 - 1  # (b, 4, 128, 128), opaque
         images = images.to(pipeline.device, pipeline.dtype)
-        decoded = pipeline.vae.decode(pipeline.vae.encode(images)).float().cpu().clamp(-1, 1) / 2 + 0.5
+        decoded = finite(pipeline.vae.decode(pipeline.vae.encode(images)), pipeline, "the autoencoder's pixels")
+        decoded = decoded.float().cpu().clamp(-1, 1) / 2 + 0.5  # (b, 4, 128, 128)
         again.append(decoded[:, :3] * decoded[:, 3:] + 1 - decoded[:, 3:])  # over white, as the judge sees pictures
     return torch.cat(again).permute(0, 2, 3, 1).numpy()
 
@@ -123,48 +133,45 @@ def reconstruct(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
 def evaluate(
     pipeline: Pipeline, sampler: Sampler, benches: list[str], cases: dict[str, int] = CASES, each: bool = False
 ) -> tuple[dict, dict[str, list[Image.Image]]]:
-    """Scores one model: the row, and its pictures by category (in the order of the bench).
+    """Score one model: its row, and its pictures by bench and category.
 
-    each: the row says case by case what its means are of. All models draw the same cases, so that differences of two
-    models can be taken in pairs.
+    each: the row also has the numbers of every single case. All models draw the same cases, so that the difference of two
+    models can be taken case by case.
     """
     row = {"name": sampler.name, "nfe": sampler.nfe, "guidance": sampler.guidance}
     row |= {"seconds_per_image": 0.0, "cases": cases}
     shown, seconds, count = {}, 0.0, 0
-    bar = tqdm(total=sum(len(CATEGORIES[b]) for b in benches), desc=sampler.name, leave=False)
-    for bench in benches:
-        verdicts = {}
-        for category in CATEGORIES[bench]:
-            some = world.bench(bench, category, cases[bench])
-            pictures, spent = draw_cases(pipeline, sampler, some, list(range(len(some))))
-            seconds, count = seconds + spent, count + len(some)
-            verdicts[category] = judge.judge(pictures, some, lambda x: reconstruct(pipeline, x))
-            shown[f"{bench} {category}"] = pictures
-            bar.update()
-        row |= summary(bench, verdicts)
-        if each:
-            named = {
-                part: {c: [value(v) for v in some] for c, some in verdicts.items()} for part, value in PARTS.items()
-            }
-            row[f"{bench}_each"] = named
+    with tqdm(total=sum(len(CATEGORIES[bench]) for bench in benches), desc=sampler.name, leave=False) as bar:
+        for bench in benches:
+            verdicts = {}
+            for category in CATEGORIES[bench]:
+                some = world.bench(bench, category, cases[bench])
+                pictures, spent = draw_cases(pipeline, sampler, some, list(range(len(some))))
+                verdicts[category] = judge.judge(pictures, some, lambda x: reconstruct(pipeline, x))
+                shown[f"{bench} {category}"] = pictures
+                seconds, count = seconds + spent, count + len(some)
+                bar.update()
+            row |= summary(bench, verdicts)
+            if each:
+                row[f"{bench}_each"] = {part: numbers(part, verdicts) for part in PARTS}
     if "t2i" in benches:
         row["diversity"] = diversity(pipeline, sampler)
     row["seconds_per_image"] = seconds / count
     return row, shown
 
 
+def numbers(part: str, verdicts: dict[str, list[judge.Verdict]]) -> dict[str, list[float]]:
+    """One of PARTS of every verdict, by category."""
+    return {category: [PARTS[part](verdict) for verdict in some] for category, some in verdicts.items()}
+
+
 def summary(bench: str, verdicts: dict[str, list[judge.Verdict]]) -> dict:
-    """Mean score by category, the average over categories, and what they are made of."""
-    out = {}
-    for part, value in PARTS.items():
-        means = {category: float(np.mean([value(v) for v in some])) for category, some in verdicts.items()}
-        out[bench if part == "score" else f"{bench}_{part}"] = means | {"average": float(np.mean(list(means.values())))}
+    """A bench's part of a row: the means of score, compliance, attributes and fidelity, and the score's interval."""
+    out = {bench if part == "score" else f"{bench}_{part}": averages(numbers(part, verdicts)) for part in PARTS}
     kept = [v.kept for some in verdicts.values() for v in some if v.kept is not None]
     if kept:
         out["edit_kept"] = float(np.mean(kept))
-    # Half-width of the 95% interval of the average: categories are drawn independently.
-    variances = [np.var([v.score for v in some], ddof=1) / len(some) for some in verdicts.values()]
-    out[f"{bench}_interval"] = 1.96 * math.sqrt(sum(variances)) / len(verdicts)
+    out[f"{bench}_interval"] = interval(numbers("score", verdicts))
     letters = [v.right[name] for v in verdicts.get("text", []) for name in v.right if name.startswith("letter")]
     if letters:
         out[f"{bench}_letters"] = float(np.mean(letters))
@@ -172,8 +179,11 @@ def summary(bench: str, verdicts: dict[str, list[judge.Verdict]]) -> dict:
 
 
 def diversity(pipeline: Pipeline, sampler: Sampler) -> dict:
-    """Of several pictures of ONE prompt: their mean distance (root mean square over large pixels, 0 to 1), and the modes,
-    how many of them differ in what the prompt leaves open. A student that always draws the same picture loses both."""
+    """How different several pictures of ONE prompt are. A student that always draws the same picture loses both numbers.
+
+    distance   between two of them, root mean square over large pixels, 0 to 1
+    modes      how many of them differ in what the prompt leaves open, 1 to `of`
+    """
     prompts, samples = VARIETY
     distances, modes = [], []
     for category in world.CATEGORIES:
@@ -187,29 +197,30 @@ def diversity(pipeline: Pipeline, sampler: Sampler) -> dict:
     return {"distance": float(np.mean(distances)), "modes": float(np.mean(modes)), "of": samples}
 
 
-# ----------------------------------------------------------------------------- tables and pictures
+# ----------------------------------------------------------------------------- rows in tables and files
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown, one column per model; aligned, so that it reads in a terminal too."""
+    """Markdown, one model in a column. What a row does not have is "-" there."""
+
+    def line(title: str, key: str, name: str = "average") -> list[str]:
+        return [title, *(f"{row[key][name]:.3f}" if key in row else "-" for row in rows)]
+
     lines = [["", *(row["name"] for row in rows)], ["network evaluations", *(str(row["nfe"]) for row in rows)]]
     for bench, title in (("t2i", "T2I"), ("edit", "edit")):
-        if bench in rows[0]:
-            for category in CATEGORIES[bench]:
-                lines.append([f"{title} {category}", *(f"{row[bench][category]:.3f}" for row in rows)])
-            scores = [f"**{row[bench]['average']:.3f}** ± {row[f'{bench}_interval']:.3f}" for row in rows]
+        if any(bench in row for row in rows):
+            lines += [line(f"{title} {category}", bench, category) for category in CATEGORIES[bench]]
+            scores = [
+                f"**{row[bench]['average']:.3f}** ± {row[f'{bench}_interval']:.3f}" if bench in row else "-"
+                for row in rows
+            ]
             lines.append([f"**{title} average**", *scores])
-            for half, name in (("compliance", "compliance"), ("fidelity", "fidelity")):
-                lines.append([f"{title} {name}", *(f"{row[f'{bench}_{half}']['average']:.3f}" for row in rows)])
-    if "diversity" in rows[0]:
-        modes = [f"{row['diversity']['modes']:.1f} of {row['diversity']['of']}" for row in rows]
-        lines.append(["modes", *modes])
-        lines.append(["distance", *(f"{row['diversity']['distance']:.3f}" for row in rows)])
-    lines.append(["seconds per image", *(f"{row['seconds_per_image']:.4f}" for row in rows)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+            lines += [line(f"{title} {half}", f"{bench}_{half}") for half in ("compliance", "fidelity")]
+    if any("diversity" in row for row in rows):
+        found = [row.get("diversity") for row in rows]
+        lines.append(["modes", *(f"{some['modes']:.1f} of {some['of']}" if some else "-" for some in found)])
+        lines.append(line("distance", "diversity", "distance"))
+    return markdown([*lines, ["seconds per image", *(f"{row['seconds_per_image']:.4f}" for row in rows)]])
 
 
 def open_checkpoint(folder: Path) -> Pipeline:
@@ -226,25 +237,22 @@ def open_checkpoint(folder: Path) -> Pipeline:
     return pipeline
 
 
-def default_sampler(pipeline: Pipeline, steps: int | None, guidance: float) -> Sampler:
-    """The sampler that `sample.py` would use."""
-    sigmas = pipeline.sigmas(steps, (pipeline.resolution // 16) ** 2)
-    sampler = Sampler("", sigmas, guidance)
-    return replace(sampler, name=f"{sampler.nfe} NFE")
+def default_sampler(name: str, pipeline: Pipeline, steps: int | None, guidance: float) -> Sampler:
+    """What `sample.py` would do with this many steps (None: the checkpoint's own)."""
+    return Sampler(name, pipeline.sigmas(steps, (pipeline.resolution // 16) ** 2), guidance)
 
 
 def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = COMPARED) -> list[dict]:
     """What a distillation was for: the teacher at 80 NFE, the same teacher in the student's few steps by both samplers,
-    and the student. Writes out/comparison.{json,md,png} and prints the table."""
+    and the student. Writes out/comparison.json, .md and .png, and prints the table."""
     base, pupil = open_checkpoint(teacher), open_checkpoint(student)
-    full = default_sampler(base, 40, base.guidance)
-    short = default_sampler(pupil, None, 1.0)
-    few = len(short.sigmas) - 1
+    short = default_sampler("", pupil, None, 1.0).sigmas
+    few = len(short) - 1
     runs = [
-        (base, Sampler("teacher", full.sigmas, full.guidance)),
-        (base, Sampler(f"teacher, {few} Euler steps", short.sigmas)),
-        (base, Sampler(f"teacher, {few} re-noising steps", short.sigmas, renoise=True)),
-        (pupil, Sampler(f"student, {few} steps", short.sigmas)),
+        (base, default_sampler("teacher", base, 40, base.guidance)),
+        (base, Sampler(f"teacher, {few} Euler steps", short)),
+        (base, Sampler(f"teacher, {few} re-noising steps", short, renoise=True)),
+        (pupil, Sampler(f"student, {few} steps", short)),
     ]
     rows, models = [], {}
     for pipeline, sampler in runs:

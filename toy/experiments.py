@@ -4,12 +4,13 @@
     python eval.py --experiment teachers         which teacher, when          section 4, table 2; section 6.1
     python eval.py --experiment mixture          how many edits               section 5, tables 3 and 4
 
-A ROW of a table is a recipe (recipe.py); its students differ in the seed alone. All rows of all tables share one
-optimisation, STUDENT, and one set of prompts; no number here was chosen by looking at a table. CLAIMS are the paper's, in
-our words, each as comparisons of rows; they were written down before any table was there. A claim is judged by intervals:
-agree, disagree, or cannot tell. Everything on the way is kept (class Workshop), so a killed run goes on where it was.
+A ROW of a table is a recipe (recipe.py); its students differ in the seed alone. All rows of all tables have the same
+optimisation, STUDENT, and the same prompts. No number here was chosen by looking at a table. CLAIMS are the paper's, in our
+words, each as comparisons of rows. They were written down before any table was made. Intervals decide: agree, disagree, or
+cannot tell. Everything is kept on the way (Workshop), so a killed run goes on where it was.
 """
 
+import argparse
 import fcntl
 import hashlib
 import math
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +34,18 @@ from sample import Pipeline
 from support.checkpoint import fingerprint
 from support.conditions import Pool, encode_pool
 from support.files import read_json, write_json
+from support.rows import check_place, markdown
 from support.run import faster_dtype, find_teachers, open_run, whole_checkpoints
 from toy import bench as benches
 from toy import judge, world
 from toy.bench import Sampler
 from toy.figures import chart, contact_sheet
 
-# The optimisation: one for all rows of all tables. It is the main job's, but shorter, so that all three tables fit into an
-# evening, and without decay, for a run is made in stages, and would end in each. The shift is what the main job had, too,
+# One optimisation for all rows of all tables. It is the main job's, but shorter, so that all three tables fit into an
+# evening, and without decay: a run is made in stages, and each would end with it. The main job had this time_shift too
 # when the tables were made.
 STUDENT = train.Args(decay=0.0, steps=80, time_shift=3.0)
-# Prompts of every category or family; as in the paper, two categories are twice as many.
+# Prompts in a category or family. Two categories have twice as many as one, as in the paper.
 POOL = {"t2i": 512, "edit": 256}
 STAGES = 4  # a student is scored after each quarter of its steps
 START, TEACHER, SPECIALISTS = "undistilled, same steps", "base teacher", "specialised teachers"  # rows without training
@@ -137,18 +139,13 @@ EXPERIMENTS = {
 @cache
 def encoded(checkpoint: Path, tasks: tuple[str, ...]) -> Pool:
     """The prompts that all students of a table learn from."""
-    prompts = [
-        prompt
-        for task in tasks
-        for category in benches.CATEGORIES[task]
-        for prompt in world.training_prompts(task, category, POOL[task], seed=0, targets=False)
-    ]
+    prompts = list(world.prompts({task: POOL[task] for task in tasks}, seed=0, targets=False))
     return encode_pool(benches.open_checkpoint(checkpoint), prompts, benches.RESOLUTION)
 
 
 @contextmanager
 def alone(place: Path) -> Iterator[None]:
-    """What one process makes at `place`, another waits for, and then finds. A process that dies gives way, too."""
+    """Within, no other process makes what belongs at `place`: it waits, and then finds it. A process that dies gives way."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with open(place.with_name(f"{place.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -156,10 +153,10 @@ def alone(place: Path) -> Iterator[None]:
 
 
 class Workshop:
-    """What the tables share: a folder of students and scores, where nothing is made twice, by several commands at once
-    either.
+    """What the tables share: a folder of students and scores. Nothing in it is made twice, also by commands that run at
+    the same time.
 
-    settings.json                       what all of it was made with; another checkpoint needs another folder
+    settings.json                       what all of it was made with; other settings need another folder
     RECIPE-4nfe-80steps-seed0/          a run of train.py's
         stages/000040                   the student's weights after so many steps
         stages/000040-t2i.json          its row on one bench
@@ -172,18 +169,12 @@ class Workshop:
         given = "checkpoint prompts recipe out teacher student_steps steps seed resume device dtype compile".split()
         student = {name: value for name, value in asdict(STUDENT).items() if name not in given}
         digest = hashlib.sha256()  # of some prompts: it changes with the world, but not with its comments
-        for task, category in [(task, category) for task, some in benches.CATEGORIES.items() for category in some]:
-            for prompt in world.training_prompts(task, category, 4, seed=0, targets=False):
-                digest.update(prompt.prompt.encode() + b"".join(image.tobytes() for image in prompt.images))
-        now = {
-            "weights": fingerprint(checkpoint),
-            "student": student,
-            "pool": POOL,
-            "world": digest.hexdigest(),
-        }
+        for prompt in world.prompts({"t2i": 4, "edit": 4}, seed=0, targets=False):
+            digest.update(prompt.prompt.encode() + b"".join(image.tobytes() for image in prompt.images))
+        now = {"weights": fingerprint(checkpoint), "student": student, "pool": POOL, "world": digest.hexdigest()}
         file = home / "settings.json"
         with alone(file):
-            # Which dtype is faster is measured, and must not come out otherwise when half of the students are there.
+            # Which dtype is faster is measured once, so that all students have the same.
             if not file.exists():
                 write_json(file, now | {"dtype": faster_dtype(str(self.pipeline.device))})
             then = read_json(file)
@@ -192,7 +183,7 @@ class Workshop:
         self.dtype = then["dtype"]
 
     def student(self, recipe: str, seed: int, tasks: tuple[str, ...]) -> dict[int, Path]:
-        """Train one, in stages: {steps: its weights}. An interrupted one goes on from its last checkpoint."""
+        """Train one student in stages: {steps: folder of its weights}. A killed one goes on from its last checkpoint."""
         out = self.home / f"{recipe}-{self.nfe}nfe-{self.steps}steps-seed{seed}"
         stages = {math.ceil(self.steps * i / STAGES): out / "stages" for i in range(1, STAGES + 1)}
         stages = {step: folder / f"{step:06d}" for step, folder in stages.items()}
@@ -222,7 +213,7 @@ class Workshop:
         with alone(file):
             row = read_json(file) if file.exists() else {}
             if (row.get("judge"), row.get("cases")) != (self.judge_version(), {bench: cases}):
-                for category in benches.CATEGORIES[bench]:  # not on the clock, or the first row alone would pay for it
+                for category in benches.CATEGORIES[bench]:  # before the clock runs: only the first row would pay for it
                     some = world.bench(bench, category, cases)
                     self.condition([case.prompt for case in some], [case.images for case in some])
                 row, _ = benches.evaluate(self.opened(weights), sampler, [bench], {bench: cases}, each=True)
@@ -238,29 +229,30 @@ class Workshop:
         return pipeline
 
     def condition(self, prompts: list[str], images: list[list[Image.Image]]) -> Condition:
-        """In place of the pipeline's own: all students get the same cases, and a source takes longer to encode than four
-        steps from it take."""
+        """In place of the pipeline's own. All students get the same cases, and encoding a source takes longer than drawing
+        four steps, so each condition is kept."""
         key = (*prompts, *(image.tobytes() for row in images for image in row))
         if key not in self.conditions:
             self.conditions[key] = self.pipeline.condition(prompts, images)
         return self.conditions[key]
 
+    @cached_property
     def teachers(self) -> dict[str, Sampler]:
-        """The rows that need no training."""
-        full = benches.default_sampler(self.pipeline, 40, self.pipeline.guidance)
+        """The rows that need no training. A specialised teacher draws its own categories, the base all others."""
+        full = benches.default_sampler(TEACHER, self.pipeline, 40, self.pipeline.guidance)
         found = find_teachers(replace(STUDENT, checkpoint=self.checkpoint))
         networks = {name: self.opened(folder).mmdit for name, folder in found.items()}
-        everyone, routing = {}, recipes.find("specialised-only")
+        routing, drawn_by = recipes.find("specialised-only"), {}
         for bench in benches.CATEGORIES:
             for category in benches.CATEGORIES[bench]:
                 (name,) = routing.weights(0, 4, bench, category)
                 if name in networks:
-                    everyone[bench, category] = networks[name]
-        return {
-            TEACHER: replace(full, name=TEACHER),
-            SPECIALISTS: replace(full, name=SPECIALISTS, specialists=everyone),
-            START: Sampler(START, self.sigmas),
-        }
+                    drawn_by[bench, category] = networks[name]
+        specialists = replace(full, name=SPECIALISTS, specialists=drawn_by)
+        return {TEACHER: full, SPECIALISTS: specialists, START: Sampler(START, self.sigmas)}
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
 
 
 def values(rows: list[dict], bench: str, part: str, category: str) -> np.ndarray:
@@ -270,12 +262,12 @@ def values(rows: list[dict], bench: str, part: str, category: str) -> np.ndarray
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Mean of a - b, both as `values` gives them, and the half-width of its 95% interval.
+    """Mean of a - b, both as `values` gives them, and half the width of its 95% interval.
 
-    Two chances come together. Seeds: another run would have become another student; few are known, hence Student's t. A
-    teacher has one "seed", and no such chance. Cases: another bench would have asked for other pictures; they are the same
-    for a and b, so it is their differences that scatter, within each category. The intervals of several comparisons hold
-    each at 95%, not all together.
+    Two kinds of chance are added. Seeds: another run would have given another student. There are few of them, hence
+    Student's t. A teacher has one "seed" and no such chance. Cases: another bench would have asked for other pictures. The
+    cases of a and b are the same, so their differences are what scatters, in each category. Every interval holds at 95% by
+    itself, not all of them together.
     """
     seeds = [x.mean(axis=(1, 2)) for x in (a, b) if len(x) > 1]
     from_seeds = sum(x.var(ddof=1) / len(x) for x in seeds) ** 0.5
@@ -287,7 +279,8 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def verdict(parts: list[Above], rows: dict[tuple[str, str], list[dict]], seeds: int) -> tuple[str, list[str]]:
-    """agree: every part's whole interval is above 0; disagree: some part's is below; else cannot tell. And the evidence."""
+    """agree: the whole interval of every part is above 0; disagree: that of some part is below; else cannot tell. And the
+    differences that say so."""
     words, evidence = set(), []
     for part in parts:
         sides = [values(rows[row, part.bench], part.bench, part.part, part.category) for row in (part.row, part.other)]
@@ -298,25 +291,9 @@ def verdict(parts: list[Above], rows: dict[tuple[str, str], list[dict]], seeds: 
     return next(word for word in ("disagree", "cannot tell", "agree") if word in words), evidence
 
 
-def budget(bench: str, rows: list[list[dict]], seeds: int) -> list[str]:
-    """Markdown: how wide the interval of a difference of two students is, and (arithmetic) would be with other budgets."""
-    if seeds < 2:
-        return ["One seed says nothing about others: nothing can be told from it."]
-    each = [values(some, bench, "score", "average") for some in rows]  # (seeds, categories, cases)
-    from_seeds = np.mean([x.mean(axis=(1, 2)).var(ddof=1) for x in each])
-    pairs = [(a - b).mean(axis=0) for i, a in enumerate(each) for b in each[:i]]  # (categories, cases)
-    from_cases = np.mean([(p.var(axis=1, ddof=1) / p.shape[1]).sum() / len(p) ** 2 for p in pairs])
-    lines = ["| seeds | these cases | four times the cases |", "| --- | --- | --- |"]
-    for n in sorted({seeds, 3, 5, 10}):
-        t = T[min(2 * n - 2, len(T)) - 1]
-        halves = [math.hypot(t * (2 * from_seeds / n) ** 0.5, 1.96 * (from_cases / more) ** 0.5) for more in (1, 4)]
-        lines.append(f"| {n} | ± {halves[0]:.3f} | ± {halves[1]:.3f} |")
-    return lines
-
-
 def averaged(bench: str, some: list[dict]) -> dict:
     """The rows of one student's seeds as one row: means, the interval over seeds and cases, and each seed's average."""
-    mean, half = difference(values(some, bench, "score", "average"), np.zeros((1, 1, 1)))
+    _, half = difference(values(some, bench, "score", "average"), np.zeros((1, 1, 1)))
     out = {"nfe": some[0]["nfe"], "seeds": len(some), f"{bench}_interval": half}
     out[f"{bench}_by_seed"] = [row[bench]["average"] for row in some]
     for key in (bench, f"{bench}_compliance", f"{bench}_attributes", f"{bench}_fidelity", "diversity"):
@@ -325,99 +302,121 @@ def averaged(bench: str, some: list[dict]) -> dict:
     return out | {"seconds_per_image": float(np.mean([row["seconds_per_image"] for row in some]))}
 
 
-def table(bench: str, rows: dict[str, dict], paper: dict[str, str]) -> list[str]:
+# ---- one experiment --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scores:
+    """What an experiment has measured."""
+
+    rows: dict[tuple[str, str], list[dict]]  # (row, bench) -> what `evaluate` gives, for each seed
+    curve: dict[str, dict[str, list[tuple[int, list[float]]]]]  # bench -> row -> [(steps, a score for each seed)]
+    weights: dict[str, Path]  # row -> what its first seed ended with
+
+
+def measure(shop: Workshop, plan: Experiment, seeds: int) -> Scores:
+    """Train and score all students of a table, and score the teachers."""
+    tasks = tuple(plan.paper)
+    few = {bench: min(benches.COMPARED[bench], benches.CASES[bench]) for bench in tasks}
+    claimed = {row for parts in plan.claims.values() for part in parts for row in (part.row, part.other)}
+    scores = Scores({}, {bench: {} for bench in tasks}, {})
+
+    def on_curve(rows: list[dict], bench: str) -> list[float]:
+        """All points of a curve are scored on the same few cases."""
+        return [float(values([row], bench, "score", "average")[..., : few[bench]].mean()) for row in rows]
+
+    for label, sampler in shop.teachers.items():
+        place = shop.home / f"{label.replace(' ', '-').replace(',', '')}-{sampler.nfe}nfe"
+        for bench in tasks:
+            scores.rows[label, bench] = [shop.row(place, sampler, bench, benches.CASES[bench])]
+    for label, recipe in plan.rows.items():
+        students = [shop.student(recipe, seed, tasks) for seed in range(seeds)]
+        stages = list(students[0])
+        half, end = stages[(len(stages) - 1) // 2], stages[-1]
+        scores.weights[label] = students[0][end]
+        for bench in tasks:
+            line = scores.curve[bench][label] = [(0, on_curve(scores.rows[START, bench], bench))]
+            for step in stages:
+                whole = step == end or (step == half and label + HALFWAY in claimed)
+                cases = benches.CASES[bench] if whole else few[bench]
+                sampler = Sampler(f"{label}, step {step}", shop.sigmas)
+                rows = [shop.row(places[step], sampler, bench, cases, places[step]) for places in students]
+                line.append((step, on_curve(rows, bench)))
+                if step in (half, end):
+                    scores.rows[label if step == end else label + HALFWAY, bench] = rows
+            mean = np.mean([row[bench]["average"] for row in scores.rows[label, bench]])
+            print(f"{label}: {bench} {mean:.3f}", flush=True)
+    return scores
+
+
+def run(args: argparse.Namespace) -> dict:
+    """One experiment, from the prompts to the verdicts. Writes table.md, table.json, sheet.png and curve.png to --out."""
+    name, seeds, steps = args.experiment, args.seeds, args.steps or STUDENT.steps
+    out = args.out or Path("results") / (name if args.nfe == 4 else f"{name}-{args.nfe}nfe")
+    result = {"experiment": name, "steps": steps, "seeds": seeds, "student_nfe": args.nfe, "cases": benches.CASES}
+    check_place(out / "table.json", result, args.overwrite, ["table.md", "sheet.png", "curve.png"])
+    plan, shop = EXPERIMENTS[name], Workshop(args.runs, args.checkpoint, steps, args.nfe)
+    scores, tasks, shown = measure(shop, plan, seeds), list(plan.paper), [TEACHER, SPECIALISTS, START, *plan.rows]
+    result |= {
+        "made_with": read_json(args.runs / "settings.json"),
+        "rows": {label: {} for label in shown},
+        "claims": [],
+    }
+    chance = "seeds and cases" if seeds > 1 else "cases alone"
+    counts = ", ".join(f"{bench} {benches.CASES[bench]}" for bench in tasks)
+    lines = [f"# {name}", ""]
+    lines.append(
+        f"{seeds} seeds a row, {steps} updates of {STUDENT.batch} samples, students of {args.nfe} NFE. Cases in a category: "
+        f"{counts}. ± is a 95% interval over {chance}; s/image is without the encoding of prompts and sources."
+    )
+    for bench in tasks:
+        means = {label: averaged(bench, scores.rows[label, bench]) for label in shown}
+        for label in shown:
+            result["rows"][label] |= means[label]
+        lines += ["", table(bench, means, plan.paper[bench])]
+    claims = [["the paper", "here", "by"]]
+    for claim, parts in plan.claims.items():
+        word, evidence = verdict(parts, scores.rows, seeds)
+        result["claims"].append({"claim": claim, "verdict": word, "evidence": evidence})
+        claims.append([claim, f"**{word}**", "; ".join(evidence)])
+    lines += ["", markdown(claims)]
+    if seeds == 1:
+        lines += ["", "One seed says nothing about others: nothing can be told from it."]
+    write_json(out / "table.json", result | {"curve": scores.curve})
+    (out / "table.md").write_text("\n".join(lines) + "\n")
+    contact_sheet(pictures(shop, plan, scores), 2, out / "sheet.png")
+    chart(scores.curve, out / "curve.png")
+    print("\n".join(lines[2:]))
+    print(f"written to {out}")
+    return result
+
+
+def pictures(shop: Workshop, plan: Experiment, scores: Scores) -> dict[str, dict[str, list[Image.Image]]]:
+    """Of the first cases: base teacher, undistilled, and the first seed of every row."""
+    drawn = {}
+    for label in (TEACHER, START, *plan.rows):
+        pipeline, sampler = (
+            shop.opened(scores.weights.get(label)),
+            shop.teachers.get(label, Sampler(label, shop.sigmas)),
+        )
+        drawn[label] = {}
+        for bench in plan.paper:
+            seeds = list(range(4 if bench == "t2i" else 2))
+            for category in benches.CATEGORIES[bench]:
+                cases = world.bench(bench, category, len(seeds))
+                drawn[label][f"{bench} {category}"], _ = benches.draw_cases(pipeline, sampler, cases, seeds)
+    return drawn
+
+
+def table(bench: str, rows: dict[str, dict], paper: dict[str, str]) -> str:
     """Markdown, a line for each of the averaged rows."""
-    categories = list(benches.CATEGORIES[bench])
-    diverse = ["modes", "distance"] if bench == "t2i" else []
-    titles = [bench, "NFE", "seeds", *categories, "average", "compliance", "fidelity", *diverse, "s/image"]
-    lines = [[*titles, "paper: Gemini / GPT"]]
-    lines.append(["---"] * len(lines[0]))
+    categories, diverse = benches.CATEGORIES[bench], ["modes", "distance"] if bench == "t2i" else []
+    head = [bench, "NFE", "seeds", *categories, "average", "compliance", "fidelity", *diverse, "s/image"]
+    lines = [[*head, "paper: Gemini / GPT"]]
     for name, row in rows.items():
         line = [name, str(row["nfe"]), str(row["seeds"]), *(f"{row[bench][c]:.3f}" for c in categories)]
         line.append(f"**{row[bench]['average']:.3f}** ± {row[f'{bench}_interval']:.3f}")
         line += [f"{row[f'{bench}_{part}']['average']:.3f}" for part in ("compliance", "fidelity")]
         line += [f"{row['diversity'][key]:.2f}" for key in diverse]
         lines.append([*line, f"{row['seconds_per_image']:.3f}", paper.get(name, "")])
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def run(name: str, checkpoint: Path, out: Path, home: Path, seeds: int, steps: int, nfe: int) -> dict:
-    """One experiment, from the prompts to the verdicts. Writes out/table.md, table.json, sheet.png and curve.png."""
-    if steps < 2:
-        raise ValueError(f"--steps {steps}: at least 2 are needed, for there is a look at half of them")
-    plan, shop = EXPERIMENTS[name], Workshop(home, checkpoint, steps, nfe)
-    tasks, rows = tuple(plan.paper), {}  # (row's name, bench) -> one row for each seed
-    few = {bench: min(benches.COMPARED[bench], benches.CASES[bench]) for bench in tasks}
-
-    def on_curve(row: dict, bench: str) -> float:
-        return float(values([row], bench, "score", "average")[..., : few[bench]].mean())  # the cases of all its points
-
-    teachers = shop.teachers()
-    for label, sampler in teachers.items():
-        for bench in tasks:
-            place = home / f"{label.replace(' ', '-').replace(',', '')}-{sampler.nfe}nfe"
-            rows[label, bench] = [shop.row(place, sampler, bench, benches.CASES[bench])]
-    curve = {bench: {label: [(0, [on_curve(rows[START, bench][0], bench)])] for label in plan.rows} for bench in tasks}
-    last = {}  # row's name -> the finished weights of its first seed
-    claimed = {row for parts in plan.claims.values() for part in parts for row in (part.row, part.other)}
-    for label, recipe in plan.rows.items():
-        students = [shop.student(recipe, seed, tasks) for seed in range(seeds)]
-        stages = list(students[0])
-        half, last[label] = stages[(len(stages) - 1) // 2], students[0][stages[-1]]
-        for bench in tasks:
-            for step in stages:
-                whole = step == stages[-1] or (step == half and label + HALFWAY in claimed)
-                cases = benches.CASES[bench] if whole else few[bench]
-                sampler = Sampler(f"{label}, step {step}", shop.sigmas)
-                some = [shop.row(places[step], sampler, bench, cases, places[step]) for places in students]
-                curve[bench][label].append((step, [on_curve(row, bench) for row in some]))
-                if step == half:
-                    rows[label + HALFWAY, bench] = some
-            rows[label, bench] = some
-            print(f"{label}: {bench} {np.mean([row[bench]['average'] for row in some]):.3f}", flush=True)
-
-    models = {}
-    for label in (TEACHER, START, *plan.rows):
-        pipeline, sampler = shop.opened(last.get(label)), teachers.get(label, Sampler(label, shop.sigmas))
-        models[label] = {}
-        for bench, count in ((bench, 4 if bench == "t2i" else 2) for bench in tasks):
-            for category in benches.CATEGORIES[bench]:
-                cases = world.bench(bench, category, count)
-                models[label][f"{bench} {category}"], _ = benches.draw_cases(
-                    pipeline, sampler, cases, list(range(count))
-                )
-    contact_sheet(models, 2, out / "sheet.png")
-    chart(curve, out / "curve.png")
-
-    shown = [*teachers, *plan.rows]
-    result = {"experiment": name, "steps": steps, "seeds": seeds, "student_nfe": nfe, "cases": benches.CASES}
-    result |= {"made_with": read_json(home / "settings.json"), "rows": {label: {} for label in shown}, "claims": []}
-    lines = [
-        f"# {name}",
-        "",
-        f"{seeds} seeds a row, {steps} updates of {STUDENT.batch} samples, students of {nfe} NFE. Cases in a category: "
-        f"{', '.join(f'{bench} {benches.CASES[bench]}' for bench in tasks)}. ± is a 95% interval over {'seeds and cases' if seeds > 1 else 'cases alone'}; "
-        "s/image is without the encoding of prompts and sources.",
-    ]
-    for bench in tasks:
-        means = {label: averaged(bench, rows[label, bench]) for label in shown}
-        for label in shown:
-            result["rows"][label] |= means[label]
-        lines += ["", *table(bench, means, plan.paper[bench])]
-    lines += ["", "| the paper | here | by |", "| --- | --- | --- |"]
-    for claim, parts in plan.claims.items():
-        word, evidence = verdict(parts, rows, seeds)
-        result["claims"].append({"claim": claim, "verdict": word, "evidence": evidence})
-        lines.append(f"| {claim} | **{word}** | {'; '.join(evidence)} |")
-    lines += [
-        "",
-        f"How wide the interval of a difference of two students is: measured for {seeds} seeds and these cases, else arithmetic.",
-    ]
-    for bench in tasks:
-        lines += ["", f"{bench}:", "", *budget(bench, [rows[label, bench] for label in plan.rows], seeds)]
-    result["curve"] = curve
-    write_json(out / "table.json", result)
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines[3:]))
-    print(f"written to {out}")
-    return result
+    return markdown(lines)

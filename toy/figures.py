@@ -1,4 +1,4 @@
-"""Pictures of results: the contact sheet, every model on the same cases, and the curve, the score as training goes on."""
+"""Pictures of results: the contact sheet shows every model on the same cases, the curve shows scores during training."""
 
 import textwrap
 from pathlib import Path
@@ -13,8 +13,11 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b")
 
 
 def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: int, path: Path) -> None:
-    """The same cases under every model, one model a row: `each` of every editing family, with their sources first, and
-    above them twice as many of every T2I category, of which there are half as many. The last row is the judge's truth."""
+    """The same cases under every model, one model in a row. Above, 2 x `each` cases of the three T2I categories; below, `each`
+    cases of the six families of edits, under their sources. The last row is the truth.
+
+    models: {name: {"t2i portrait": pictures, "edit scene": pictures, ...}}, pictures in the order of the bench
+    """
     blocks = []  # for each bench: {category: cases}, {name of the row: {category: pictures}}
     for bench, count in (("t2i", 2 * each), ("edit", each)):
         first = {key.split()[1]: shown for key, shown in next(iter(models.values())).items() if key.startswith(bench)}
@@ -53,13 +56,13 @@ def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: int, pa
 
 
 def answer(case: Case) -> Image.Image:
-    """The picture that the case was made from. Of a T2I case it is one of many right ones."""
+    """The picture that the case was made from. For a T2I case it is one of many right ones."""
     return world.enlarge(world.render(case.target, case.edit and case.edit.style))
 
 
 def chart(panels: dict[str, dict[str, list[tuple[float, list[float]]]]], path: Path) -> None:
-    """One panel beside the other: {title: {name of the line: [(step, the values of all seeds)]}}. The line runs through the
-    means; its shadow reaches from the lowest to the highest seed."""
+    """Panels side by side: {title: {name of the line: [(step, one value for each seed)]}}. A line runs through the means; its
+    shadow reaches from the lowest to the highest seed."""
     width, height, left, top, foot = 520, 340, 52, 34, 40
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colours = dict(zip(names, COLOURS * (1 + len(names) // len(COLOURS))))

@@ -2,16 +2,16 @@
 
 No network has a say. For a picture and the spec that its prompt was made from:
 
-1. fit     the caption leaves much open, so find the OPEN entries with which the truth comes nearest to the picture;
-2. read    change whichever attribute brings the drawing nearer, until none does: what had to be changed is wrong;
-3. score   half compliance, half fidelity, as the paper's judges weigh their two dimensions (appendix A):
-           compliance  1 if EVERY attribute (and so every letter) is right, else 0;
-           fidelity    how near the picture is to the nearest drawing, place by place: 1 at what the autoencoder makes
-                       of that drawing, 0 at that drawing blurred or noised until a person calls it bad.
+1. fit     The caption leaves much open: find the OPEN entries with which the truth comes nearest to the picture.
+2. read    Change the attribute that brings the drawing nearest, until none does. What was changed is wrong.
+3. score   Half compliance, half fidelity, as the paper's judges weigh two things (appendix A).
+           compliance  1 if EVERY attribute, and so every letter, is right, else 0
+           fidelity    how near the picture is to the nearest drawing, place by place: 1 at what the autoencoder makes of
+                       that drawing, 0 at that drawing blurred or noised until a person calls it bad
 
-An edit must leave the rest alone, so there the open entries are those of the SOURCE and only those that the instruction
-opens are fitted: a face that moved is far from the drawing, and fidelity says so. `kept` is the fidelity to the TRUE target
-over the pixels that the edit should not have touched; it is reported beside the score.
+An edit must leave the rest alone. So its open entries are those of the SOURCE, and only those that the instruction opens
+are fitted: a face that moved is far from the drawing and costs fidelity. `kept` is the fidelity to the TRUE target where the
+edit should have changed nothing; it is reported beside the score.
 
 BAD_BLUR and BAD_NOISE were set by looking at pictures of the world itself, before any model was scored.
 """
@@ -28,8 +28,8 @@ from toy.world import Case, Edit
 
 BAD_BLUR = 1.2  # radius in large pixels
 BAD_NOISE = 0.10  # standard deviation per large pixel, of a full range of 1
-MIN_KEPT = 1 / 16  # share of the picture; a sunset leaves a lamp or two as they were, which is too little to judge by
-# What an attribute's other values leave open in turn: a stray house may stand anywhere.
+MIN_KEPT = 1 / 16  # of the picture; a sunset leaves only a lamp or two as they were, too little to judge by
+# What another value of an attribute leaves open: a house that should not be there may stand anywhere.
 OPENS = {
     "weather": ("clouds",),
     "thing": ("side", "step"),
@@ -62,8 +62,7 @@ def judge(pictures: list[Image.Image], cases: list[Case], reconstruct: Reconstru
     """Scores pictures (any size, any mode) against their cases."""
     reads = [read(world.shrink(picture), case) for picture, case in zip(pictures, cases)]
     drawn = [_large(world.render(spec, style)) for spec, _, style in reads]  # (128, 128, 3) each
-    # What an edit should have kept is asked of the truth, not of the nearest drawing: in that one a hat that nobody
-    # asked for is right.
+    # What an edit should have kept is compared with the truth. The nearest drawing may have a hat that nobody asked for.
     edits = [i for i, case in enumerate(cases) if case.edit]
     truths = {i: cases[i].target | {name: reads[i][0][name] for name in cases[i].edit.free} for i in edits}
     kept = {i: _large(world.render(truths[i], reads[i][2])) for i in edits}
@@ -71,7 +70,7 @@ def judge(pictures: list[Image.Image], cases: list[Case], reconstruct: Reconstru
     kept_again = dict(zip(edits, again[len(cases) :]))
     verdicts = []
     for i, (spec, right, _) in enumerate(reads):
-        picture = _flat(pictures[i], drawn[i].shape[0])
+        picture = world.shrink(pictures[i], drawn[i].shape[0])
         whole, rest = fidelity(picture, drawn[i], again[i]), None
         if cases[i].edit:
             where = _untouched(cases[i].edit, truths[i])
@@ -84,9 +83,9 @@ def judge(pictures: list[Image.Image], cases: list[Case], reconstruct: Reconstru
 def read(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool], str | None]:
     """(32, 32, 3) -> the nearest spec, which attributes are right, and the nearest style.
 
-    Steepest descent from the truth: of all single changes of an attribute the one that brings the drawing nearest is made,
-    then the open entries are fitted again, until no change brings it nearer. One at a time and the greatest first,
-    because one wrong attribute makes its neighbours look wrong too: on a sign of another colour the letters have other ink.
+    Steepest descent from the truth: make the one change of an attribute that brings the drawing nearest, fit the open
+    entries again, and repeat until no change helps. One change at a time, the greatest first, because one wrong attribute
+    makes others look wrong: on a sign of another colour the letters have other ink.
     """
     style = case.edit.style if case.edit else None
     groups = _groups(case)
@@ -100,7 +99,7 @@ def read(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool], str | 
             break
         spec, style = fit(picture, best[0], groups, best[1]), best[1]
     right = {name: spec[name] == case.target[name] for name in names}
-    if "side" in names and spec["thing"] == "nothing":  # what is not there stands on no side
+    if "side" in names and spec["thing"] == "nothing":  # what is not there is on no side
         right["side"] = False
     if case.edit and case.edit.style:
         right["style"] = style == case.edit.style
@@ -108,15 +107,15 @@ def read(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool], str | 
 
 
 def fit_open(picture: np.ndarray, case: Case) -> tuple:
-    """(32, 32, 3) of a T2I case -> its open entries, as fitted: which of the many right pictures this is."""
+    """(32, 32, 3) of a T2I case -> its fitted open entries, which say which of the many right pictures this is."""
     groups = _groups(case)
     spec = fit(picture, _blank(case.target, groups), groups, None)
     return tuple(spec[name] for name in world.OPEN[spec["category"]])
 
 
 def fit(picture: np.ndarray, spec: dict, groups: tuple[tuple[str, ...], ...], style: str | None) -> dict:
-    """The spec with the entries in `groups` chosen so that the drawing comes nearest: coordinate descent from the spec's
-    own, until a sweep changes nothing. Entries of one group are tried in all combinations."""
+    """The spec with those entries in `groups` that bring the drawing nearest: coordinate descent from the spec's own, until
+    a sweep changes nothing. The entries of one group are tried in all combinations."""
     lists = world.OPEN[spec["category"]]
     for _ in range(4):
         before = spec
@@ -133,7 +132,7 @@ def fit(picture: np.ndarray, spec: dict, groups: tuple[tuple[str, ...], ...], st
 
 
 def _groups(case: Case) -> tuple[tuple[str, ...], ...]:
-    """The open entries to be fitted: of a T2I case all, of an edit those that its instruction opens."""
+    """The open entries to fit: all of a T2I case, of an edit those that its instruction opens."""
     groups = world.TOGETHER[case.target["category"]]
     if case.edit:
         groups = tuple(tuple(name for name in group if name in case.edit.free) for group in groups)
@@ -141,13 +140,13 @@ def _groups(case: Case) -> tuple[tuple[str, ...], ...]:
 
 
 def _blank(spec: dict, groups: tuple[tuple[str, ...], ...]) -> dict:
-    """The spec without what it says of the entries to be fitted: the judge must find them in the picture."""
+    """The spec with first values in the entries to fit: the judge must find them in the picture."""
     lists = world.OPEN[spec["category"]]
     return world.settle(spec | {name: lists[name][0] for group in groups for name in group})
 
 
 def _others(spec: dict, name: str) -> list[dict]:
-    """The specs that differ in attribute `name`, with everything that this change leaves open."""
+    """The specs with another value of attribute `name`, and with all that such a change leaves open."""
     lists = world.ATTRIBUTES[spec["category"]] | world.OPEN[spec["category"]]
     opened = OPENS.get(name, ())
     values = [value for value in lists[name] if value != spec[name]]
@@ -159,10 +158,10 @@ def _others(spec: dict, name: str) -> list[dict]:
 
 
 def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray, where: np.ndarray | None = None) -> float:
-    """All (128, 128, 3) in [0, 1]; `where` an optional (128, 128) mask. 1 at `again`, 0 at a bad blur or noise of `drawn`.
+    """1 at `again`, 0 at a bad blur or noise of `drawn`. All (128, 128, 3) in [0, 1]; `where` is a (128, 128) mask.
 
-    No place counts for more than the worst place of those bad pictures: what is lost there is lost, and a doubled cloud
-    should not weigh as much as a picture that is bad everywhere.
+    No place counts for more than the worst place of those bad pictures: a doubled cloud should not weigh as much as a
+    picture that is bad everywhere.
     """
     small = drawn[:: world.ENLARGE, :: world.ENLARGE]
     noise = np.random.default_rng(0).normal(0, BAD_NOISE, small.shape)
@@ -174,16 +173,16 @@ def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray, where: n
         return _rms(local_errors(made, drawn, where).clip(max=worst))
 
     zero, one = min(map(_rms, bad)), error(again)
-    if zero <= one:  # an autoencoder that is no better than that can draw nothing well
+    if zero <= one:  # an autoencoder as bad as that draws nothing well
         return 0.0
     return float(np.clip((zero - error(picture)) / (zero - one), 0, 1))
 
 
 def local_errors(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
-    """The error inside each of the 8 x 8 latent positions (of those in `where`), by a fourth-power mean over its pixels.
+    """The error in each of the 8 x 8 latent positions (of those in `where`): a fourth-power mean over its pixels.
 
-    Fourth power, because blur errs much at few pixels (the edges) and noise errs little at all of them; with squares alone
-    a picture that is plainly blurred would count as one with hardly visible noise.
+    Blur errs much at few pixels, the edges; noise errs little at all of them. With squares alone, plain blur would count as
+    hardly visible noise.
     """
     error = np.square(np.square(a - b).mean(axis=2))
     weight = np.ones_like(error) if where is None else where.astype(np.float32)
@@ -201,17 +200,11 @@ def _distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _large(small: np.ndarray) -> np.ndarray:
-    """(32, 32, 3) -> (128, 128, 3), in the 256 steps that a picture has."""
+    """(32, 32, 3) -> (128, 128, 3), in the 256 steps of a picture."""
     return ((small * 255).round() / 255).repeat(world.ENLARGE, axis=0).repeat(world.ENLARGE, axis=1)
 
 
-def _flat(picture: Image.Image, side: int) -> np.ndarray:
-    """Any picture -> (side, side, 3) float32 in [0, 1], over white where transparent."""
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
-    return np.asarray(flat.resize((side, side), Image.BOX), dtype=np.float32) / 255
-
-
 def _untouched(edit: Edit, truth: dict) -> np.ndarray:
-    """(128, 128) bool: where source and true target agree; before any degradation or style, which keep the object."""
+    """(128, 128) bool: where source and true target agree, before any degradation or style."""
     same = np.abs(world.render(edit.source) - world.render(truth)).max(axis=2) < 1 / 255
     return same.repeat(world.ENLARGE, axis=0).repeat(world.ENLARGE, axis=1)

@@ -1,12 +1,12 @@
 """Trains the toy's autoencoder: the published class with smaller numbers, on pictures of the toy world.
 
-The loss is a plain VAE's: squared (and a little absolute) error of the picture plus beta times the KL divergence of the
-posterior from N(0, I). No adversary and no perceptual network: the world has no texture that they
-would be needed for. beta decides how much noise the latents carry while training (about beta / 2 of squared error): enough that the decoder forgives the small errors of
-a diffusion model, too little to see.
+The loss is a plain VAE's: the squared, and a little of the absolute, error of the picture, plus BETA times the KL divergence
+of the posterior from N(0, I). The world has no texture that would need an adversary or a perceptual network. BETA decides
+how much noise the latents carry in training, about BETA / 2 of squared error: too little to be seen, and enough that the
+decoder forgives the small errors of a diffusion model.
 
-Pictures 128 x 128 = 8 x 8 latent positions. The network is convolutional but for one attention in the middle, so most
-steps use crops of 4 x 4 latent positions, a quarter of the cost; the last fifth of each cycle uses whole pictures.
+A picture of 128 x 128 is 8 x 8 latent positions. The network is convolutional but for one attention in the middle. So most
+steps use crops of 4 x 4 positions, at a quarter of the cost. The last fifth of each cycle uses whole pictures.
 """
 
 import json
@@ -26,22 +26,22 @@ from encoders.vae import VAE, VAEConfig
 from support.muon import Muon
 from toy import world
 
-# Ours. High resolutions get few channels: the pictures are constant over 4 x 4 pixels, so nothing is lost there, and
-# the width goes to the coarse levels, where it is cheap.
+# Ours. High resolutions get few channels, for pictures are constant over 4 x 4 pixels and nothing is lost there. The coarse
+# levels are wide, where width is cheap.
 CONFIG = dict(base_dim=4, decoder_base_dim=4, dim_mult=[1, 2, 8, 32, 32], num_res_blocks=1)
 BETA = 2e-4
-L1 = 0.1  # weight of the absolute error beside the squared one: it keeps small things (eyes, a mouth) from fading
-MUON_LR = 0.02  # for the kernels, as matrices (outputs x everything else); RMS-matched scaling is off
+L1 = 0.1  # weight of the absolute error: it keeps small things, such as eyes and mouths, from fading
+MUON_LR = 0.02  # for the kernels, as matrices (outputs x all the rest)
 LR = 2e-3  # AdamW, for the rest: biases, gammas, and the first and last convolution of each half
 CYCLE = 4500  # the learning rates fall from full to zero over so many steps, then start again at half
-WHOLE_FROM = 0.8  # share of a cycle after which whole pictures are used
+WHOLE_FROM = 0.8  # part of a cycle after which whole pictures are used
 
 
 def pictures(count: int, seed: int) -> np.ndarray:
     """(count, 32, 32, 4) float32 in [0, 1], large pixels: everything that the autoencoder will meet.
 
-    Half plain pictures, a quarter each in a style and degraded; and of all of these some with other colours and some
-    partly transparent, so that a user's own picture is not entirely foreign.
+    Half of them are plain, a quarter is in a style, a quarter degraded. Some have other colours, and some are partly
+    transparent, so that a user's own picture is not wholly new.
     """
     rng = random.Random(f"vae {seed}")
     out = np.ones((count, world.SIDE, world.SIDE, 4), dtype=np.float32)
@@ -69,7 +69,7 @@ def to_images(small: np.ndarray) -> Tensor:
 
 
 def crop(small: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Half the side, at a corner of the latent grid: a letter keeps its place on the grid."""
+    """Half the side, cut on the latent grid, so that a letter keeps its place on it."""
     out = []
     for picture in small:
         x, y = 4 * rng.randrange(5), 4 * rng.randrange(5)
@@ -92,7 +92,7 @@ def as_matrix(kernel: Tensor) -> Tensor:
 
 
 def split_parameters(vae: VAE) -> tuple[list, list, list]:
-    """The kernels that Muon updates, the matrices that share their memory (it takes nothing else), and all the rest."""
+    """The kernels that Muon updates, the same as matrices that share their memory, and all the rest. Muon takes matrices."""
     outer = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
     kernels, rest = [], []
     for name, p in vae.named_parameters():
@@ -104,7 +104,7 @@ def split_parameters(vae: VAE) -> tuple[list, list, list]:
 
 @torch.no_grad()
 def psnr(vae: VAE, count: int = 96) -> float:
-    """dB over held-out pictures, plain and as the sources of edits are, in [0, 1]."""
+    """Peak signal-to-noise ratio in dB over `count` held-out pictures."""
     images = to_images(pictures(count, seed=-1))
     mean = torch.cat([vae.moments(part)[0] for part in images.split(16)])
     again = torch.cat([vae.decode_raw(part) for part in mean.split(16)]).clamp(-1, 1)
@@ -152,9 +152,8 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
         adam.step()
         bar.set_postfix(loss=f"{loss.item():.4f}", db=f"{-10 * math.log10(error.item() / 4):.1f}")
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            log.append(
-                {"step": step + 1, "seconds": round(time.time() - began), "loss": loss.item(), "psnr": psnr(vae)}
-            )
+            seconds = round(time.time() - began)
+            log.append({"step": step + 1, "seconds": seconds, "loss": loss.item(), "psnr": psnr(vae)})
             tqdm.write(json.dumps(log[-1]))
             state = {"vae": vae.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step + 1}
             torch.save(state | {"seconds": time.time() - began, "log": log}, state_dir / "vae.part")
@@ -167,8 +166,8 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
 
 @torch.no_grad()
 def measure_statistics(vae: VAE) -> None:
-    """latents_mean and latents_std of the config: of the SAMPLED latents, so that a channel that carries nothing (mean
-    constant, posterior as wide as the prior) is not blown up to unit size by its own residue."""
+    """Set latents_mean and latents_std of the config: those of the SAMPLED latents. A channel that carries nothing has a
+    constant mean and the prior's width; by its mean alone it would be scaled up to noise."""
     moments = [vae.moments(part) for part in to_images(pictures(512, seed=-2)).split(16)]
     mean, logvar = (torch.cat(parts) for parts in zip(*moments))
     centre = mean.mean(dim=(0, 2, 3))

@@ -1,18 +1,18 @@
 """A world small enough for a laptop: pictures, captions and edits with known ground truth.
 
-A picture is drawn from a SPEC, a flat dictionary of values out of the short lists below. Two kinds of entries:
+A picture is drawn from a SPEC, a flat dictionary of values out of the short lists below. It has two kinds of entries:
 
-- ATTRIBUTES are said in the caption ("a person with blue hair ..."); a model must get them right;
-- OPEN entries are not (where the face is, which hill, which stickers); a model must choose, and choose ONE. They make the
-  distribution multi-modal: the average of two choices looks wrong, which is what a few Euler steps produce and what
-  distillation has to repair. They come from lists too, so that the judge (judge.py) can find them again exactly.
+- ATTRIBUTES are named in the caption ("a person with blue hair ..."); a model must get them right.
+- OPEN entries are not (where the face is, which hill, which stickers); a model must choose ONE. They make the distribution
+  multi-modal: the average of two choices looks wrong. A few Euler steps draw such averages, and distillation has to repair
+  them. They come from lists too, so that the judge (judge.py) can find them again exactly.
 
-Three categories, as in the paper (section 3): landscape, portrait, text (a poster). Six editing families, as in its
+Three categories, as in the paper (section 3): landscape, portrait, text (a poster). Six families of edits, as in its
 Editing-Bench (section 5): scene, enhance, object, text, identity, style. Everything else about this world is ours.
 
-Pictures are drawn at 96 x 96 with Pillow, averaged down to 32 x 32 "large pixels" (anti-aliased, hence pretty), and enlarged
-four times to 128 x 128 RGBA. The VAE's 16 x makes that 64 tokens, each 4 x 4 large pixels. Letters lie on the token grid:
-one letter is one token wide and two high. Off the grid a small network does not learn to write.
+Pictures are drawn at 96 x 96 with Pillow and averaged down to 32 x 32 "large pixels", so that edges are smooth. These are
+enlarged four times, to 128 x 128 RGBA. The VAE's factor of 16 makes 64 tokens of that, each 4 x 4 large pixels. A letter
+is one token wide and two high, on the grid of tokens: a small network does not learn to write off the grid.
 
 `python -m toy.world FILE.png` draws a sheet of it.
 """
@@ -21,7 +21,7 @@ import argparse
 import hashlib
 import math
 import random
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from recipe import TASKS, Prompt, Recipe
+from support import program
+from support.pictures import open_picture
 
 SIDE = 32  # large pixels along a side
 ENLARGE = 4  # pixels of the picture per large pixel
@@ -37,8 +39,9 @@ FINE = 3  # drawing is done at this many times SIDE, then averaged: anti-aliasin
 
 CATEGORIES = ("landscape", "portrait", "text")
 FAMILIES = ("scene", "enhance", "object", "text", "identity", "style")
+BENCHES = {"t2i": CATEGORIES, "edit": FAMILIES}
 
-# No letters that spell something one would not want on a poster; three of them make a word (12^3 = 1,728 words).
+# Without letters that could spell something unwanted on a poster. Three make a word: 12^3 = 1,728 words.
 LETTERS = "ACEHLNOPTUVZ"
 GLYPHS = {  # 3 x 5 large pixels
     "A": "010 101 111 101 101",
@@ -55,7 +58,7 @@ GLYPHS = {  # 3 x 5 large pixels
     "Z": "111 001 010 100 111",
 }
 
-# Within every list the colours differ in brightness too, so that a grey or sepia picture can still be judged.
+# The colours of a list differ in brightness too, so that a grey or sepia picture can still be judged.
 HAIR = {"black": (28, 24, 28), "red": (196, 48, 30), "blue": (62, 120, 244), "blond": (244, 212, 110)}
 SKIN = {"dark": (96, 56, 36), "brown": (176, 116, 72), "pale": (250, 216, 186)}
 EYES = {"black": (8, 8, 16), "blue": (20, 80, 250), "green": (30, 200, 70)}
@@ -65,13 +68,14 @@ SIGN = {"blue": (30, 60, 190), "red": (214, 44, 44), "green": (60, 180, 90), "ye
 WALL = {"brown": (110, 70, 50), "orange": (232, 128, 44), "gray": (178, 180, 186)}
 STICKER = {"white": (250, 250, 250), "pink": (255, 90, 160), "black": (20, 20, 24)}
 STICKER_PLACES = {"sticker_a": ((4, 4), (27, 4), (16, 3)), "sticker_b": ((4, 28), (27, 28), (16, 29))}
-SKY = {  # top and bottom of the gradient, then the light that falls on everything below it
+SKY = {  # top and bottom of the gradient, and the light that falls on everything below it
     "day": ((60, 140, 240), (196, 228, 252), (1.0, 1.0, 1.0)),
     "sunset": ((96, 44, 120), (250, 130, 60), (0.80, 0.62, 0.58)),
     "night": ((6, 8, 30), (36, 44, 90), (0.34, 0.38, 0.52)),
     "dawn": ((132, 150, 214), (252, 206, 188), (0.92, 0.84, 0.86)),
 }
 SUN = {"day": (255, 226, 60), "sunset": (255, 84, 36), "night": (240, 240, 216), "dawn": (255, 244, 180)}
+CLOUD = {"day": (252, 252, 252), "sunset": (190, 120, 130), "night": (86, 92, 120), "dawn": (240, 226, 230)}
 GROUND = {"hills": (70, 160, 66), "mountains": (124, 122, 134), "dunes": (230, 190, 110), "sea": (28, 100, 180)}
 
 ATTRIBUTES: dict[str, dict[str, tuple]] = {
@@ -124,8 +128,8 @@ OPEN: dict[str, dict[str, tuple]] = {
         "sticker_b": (("none", 0),) + tuple((c, p) for c in STICKER for p in (0, 1, 2)),
     },
 }
-# What the judge fits together rather than one after the other, because one without the other means nothing (a thing stands
-# on the ground, so ground and step meet twice).
+# What the judge fits together and not one after the other, because one says nothing without the other. A thing stands on
+# the ground, so ground and step meet twice.
 TOGETHER = {
     "landscape": (
         ("sun_x", "sun_y"),
@@ -150,13 +154,13 @@ DEGRADATIONS = {
 
 
 def draw_spec(category: str, rng: random.Random) -> dict:
-    """A uniform draw of every entry. Attributes that say nothing are set to their first value (no thing: no side)."""
+    """A spec with every entry drawn uniformly, settled."""
     lists = ATTRIBUTES[category] | OPEN[category]
     return settle({"category": category} | {name: rng.choice(values) for name, values in lists.items()})
 
 
 def settle(spec: dict) -> dict:
-    """Entries without a visible effect get one canonical value, so that equal pictures have equal specs."""
+    """The spec with one fixed value for every entry that cannot be seen, so that equal pictures have equal specs."""
     spec = dict(spec)
     if spec["category"] == "landscape":
         if spec["thing"] == "nothing":
@@ -173,7 +177,7 @@ def settle(spec: dict) -> dict:
 
 
 def attributes(spec: dict) -> dict[str, tuple]:
-    """The attributes that this spec's caption names, with the list each one is chosen from."""
+    """The attributes that this spec's caption names, each with the list of its values."""
     lists = dict(ATTRIBUTES[spec["category"]])
     if spec.get("thing") == "nothing":
         del lists["side"]
@@ -197,7 +201,7 @@ def word(spec: dict) -> str:
 
 
 def held_out(spec: dict) -> bool:
-    """One combination of attributes in eight is kept for the benches. Training never shows it, in no category or edit.
+    """Whether this combination of attributes is kept for the benches: one in eight is. Training never shows it.
 
     For a poster the word alone decides, so that no benched word has been seen on any sign.
     """
@@ -247,10 +251,11 @@ def enlarge(small: np.ndarray) -> Image.Image:
     return image.resize((SIDE * ENLARGE, SIDE * ENLARGE), Image.NEAREST).convert("RGBA")
 
 
-def shrink(image: Image.Image) -> np.ndarray:
-    """The mean colour of each large pixel, over white where transparent: (32, 32, 3) float32 in [0, 1]."""
-    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
-    return np.asarray(flat.resize((SIDE, SIDE), Image.BOX), dtype=np.float32) / 255
+def shrink(image: Image.Image, side: int = SIDE) -> np.ndarray:
+    """Any picture -> (side, side, 3) float32 in [0, 1]: the mean colour of each large pixel, over white."""
+    image = open_picture(image)
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.asarray(flat.resize((side, side), Image.BOX), dtype=np.float32) / 255
 
 
 class Pen:
@@ -299,11 +304,8 @@ def _landscape(spec: dict) -> Image.Image:
         sky.oval(x + 1.6, y - 0.8, 2.9, 2.9, (14, 17, 44))
     if spec["weather"] == "cloudy":
         for x, y in (((6, 8), (20, 4)), ((10, 5), (27, 9)), ((4, 4), (16, 10)), ((15, 7), (29, 3)))[spec["clouds"]]:
-            white = {"day": (252, 252, 252), "sunset": (190, 120, 130), "night": (86, 92, 120)}.get(
-                time, (240, 226, 230)
-            )
-            sky.oval(x, y, 5, 1.7, white)
-            sky.oval(x + 1, y - 1.3, 2.8, 1.7, white)
+            sky.oval(x, y, 5, 1.7, CLOUD[time])
+            sky.oval(x + 1, y - 1.3, 2.8, 1.7, CLOUD[time])
 
     def surface(x: float) -> float:
         """Height of the ground line at column x."""
@@ -400,16 +402,11 @@ def _portrait(spec: dict) -> Image.Image:
         pen.box(x - 1 * s, y - 4.4 * s, x + 9.4 * s, y - 3.2 * s, (30, 110, 40))
     elif spec["hat"] == "crown":
         w, b, t = 6.4 * s, y - 4 * s, y - 10 * s
-        points = [
-            (x - w, b),
-            (x - w, t),
-            (x - w / 2, b - 2.6 * s),
-            (x, t),
-            (x + w / 2, b - 2.6 * s),
-            (x + w, t),
-            (x + w, b),
-        ]
-        pen.shape(points, (255, 190, 20))
+        left, right = (
+            [(x - w, b), (x - w, t), (x - w / 2, b - 2.6 * s)],
+            [(x + w / 2, b - 2.6 * s), (x + w, t), (x + w, b)],
+        )
+        pen.shape([*left, (x, t), *right], (255, 190, 20))
         pen.box(x - w, b - 1 * s, x + w, b, (220, 130, 10))
     elif spec["hat"] == "top hat":
         pen.box(x - 4.8 * s, y - 12 * s, x + 4.8 * s, y - 4 * s, (52, 52, 62))
@@ -449,7 +446,7 @@ def _poster(spec: dict) -> Image.Image:
 
 @dataclass
 class Edit:
-    """One editing case. Judged against `target` in `style`; `free` names the open entries that the edit itself opens."""
+    """One editing case. It is judged against `target` in `style`; `free` names the entries that the edit leaves open."""
 
     family: str
     instruction: str
@@ -461,21 +458,13 @@ class Edit:
 
 
 def draw_edit(family: str, rng: random.Random) -> Edit:
-    """A uniform draw of a source and of one instruction of this family.
+    """A source and one instruction of this family, drawn uniformly.
 
-    Many instructions leave something open in turn: a sun that may stand anywhere, a new wall's bricks, where a new sign
-    hangs. There the answer is one of many, and an edit is as hard for few steps as a picture from words alone.
+    Many instructions leave something open: where the sun is, a new wall's bricks, where a new sign hangs. There the answer
+    is one of many, and the edit is as hard for few steps as a picture from words alone.
     """
-    category = rng.choice(
-        {
-            "scene": CATEGORIES,
-            "enhance": CATEGORIES,
-            "object": ("landscape", "portrait"),
-            "text": ("text",),
-            "identity": ("portrait",),
-            "style": CATEGORIES,
-        }[family]
-    )
+    fitting = {"object": ("landscape", "portrait"), "text": ("text",), "identity": ("portrait",)}
+    category = rng.choice(fitting.get(family, CATEGORIES))
     source = draw_spec(category, rng)
     target = dict(source)
 
@@ -546,7 +535,7 @@ def source_picture(edit: Edit, rng: random.Random) -> Image.Image:
 
 @dataclass
 class Case:
-    """A benched prompt: what the model is shown, and the truth that the judge holds."""
+    """A benched prompt: what the model is shown, and the truth, which the judge knows."""
 
     task: str
     category: str
@@ -571,7 +560,7 @@ def draw_case(task: str, category: str, seed: int, index: int, benched: bool) ->
 
 
 def training_prompts(task: str, category: str, count: int, seed: int, targets: bool = True) -> list[Prompt]:
-    """`count` prompts of one category (or editing family) that no bench contains, with target pictures if asked for."""
+    """`count` prompts of one category (or family of edits) that no bench has; `targets`: with the pictures to learn."""
     prompts = []
     for index in range(count):
         case = draw_case(task, category, seed, index, benched=False)
@@ -580,15 +569,21 @@ def training_prompts(task: str, category: str, count: int, seed: int, targets: b
     return prompts
 
 
+def prompts(counts: dict[str, int], seed: int, targets: bool) -> Iterator[Prompt]:
+    """counts[task] training prompts of every category (or family of edits) of the tasks in `counts`."""
+    for task, count in counts.items():
+        for category in BENCHES[task]:
+            yield from training_prompts(task, category, count, seed, targets)
+
+
 def prompts_for(recipe: Recipe, count: int, seed: int, targets: bool) -> list[Prompt]:
     """`count` training prompts of each task that the recipe has, in equal parts from each of its categories."""
-    prompts = []
-    categories = {"t2i": recipe.t2i or CATEGORIES, "edit": recipe.edit or FAMILIES}
-    for task, parts in zip(TASKS, recipe.ratio, strict=True):
-        for category in categories[task] if parts else ():
-            each = math.ceil(count / len(categories[task]))
-            prompts += training_prompts(task, category, each, seed, targets)
-    return prompts
+    found = []
+    for task, parts, composition in zip(TASKS, recipe.ratio, (recipe.t2i, recipe.edit), strict=True):
+        categories = tuple(composition) or BENCHES[task]
+        for category in categories if parts else ():
+            found += training_prompts(task, category, math.ceil(count / len(categories)), seed, targets)
+    return found
 
 
 def bench(task: str, category: str, count: int) -> list[Case]:
@@ -596,14 +591,23 @@ def bench(task: str, category: str, count: int) -> list[Case]:
     return [draw_case(task, category, 2026, index, benched=True) for index in range(count)]
 
 
-def sheet(rows: list[list[Image.Image]], gap: int = 6) -> Image.Image:
-    """Pictures in rows on white, for people to look at."""
-    side = max(image.width for row in rows for image in row) + gap
-    canvas = Image.new("RGB", (side * max(map(len, rows)) + gap, side * len(rows) + gap), "white")
+def sheet() -> Image.Image:
+    """What the world looks like: a category in three rows, the last of them of one caption; a family of edits in a row."""
+    rows = []
+    for category in CATEGORIES:
+        rng = random.Random(0)
+        rows += [[enlarge(render(draw_spec(category, rng))) for _ in range(12)] for _ in range(2)]
+        spec = draw_spec(category, rng)
+        said = {name: spec[name] for name in ATTRIBUTES[category]}
+        rows.append([enlarge(render(settle(draw_spec(category, rng) | said))) for _ in range(12)])
+    for family in FAMILIES:
+        cases = [draw_case("edit", family, 0, index, benched=False) for index in range(6)]
+        rows.append([p for c in cases for p in (c.images[0], enlarge(render(c.target, c.edit.style)))])
+    side = SIDE * ENLARGE + 6
+    canvas = Image.new("RGB", (12 * side, side * len(rows)), "white")
     for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            tile = image.convert("RGBA")
-            canvas.paste(tile, (gap + x * side, gap + y * side), tile)
+        for x, picture in enumerate(row):
+            canvas.paste(picture, (x * side + 3, y * side + 3))
     return canvas
 
 
@@ -613,27 +617,9 @@ def main(argv: list[str] | None = None) -> None:
     path = parser.parse_args(argv).path
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: the sheet is written as .png")
-    rows = []
-    for category in CATEGORIES:
-        rng = random.Random(0)
-        rows += [[enlarge(render(draw_spec(category, rng))) for _ in range(12)] for _ in range(2)]
-    for category in CATEGORIES:  # one caption, many pictures: what the caption leaves open
-        rng = random.Random(1)
-        spec = draw_spec(category, rng)
-        fixed = {name: spec[name] for name in ATTRIBUTES[category]}
-        rows += [[enlarge(render(settle(draw_spec(category, rng) | fixed))) for _ in range(12)]]
-    for family in FAMILIES:
-        row = []
-        for index in range(6):
-            case = draw_case("edit", family, 0, index, benched=False)
-            row += [case.images[0], enlarge(render(case.target, case.edit.style))]
-        rows.append(row)
-    sheet(rows).save(path)
+    sheet().save(path)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        print(f"toy.world: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    program.start("toy.world", lambda: None)
+    main()

@@ -1,0 +1,69 @@
+"""What all benches share: the means of scores with their interval, rows in files, and Markdown tables."""
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from support.files import read_json, write_json
+
+
+def averages(scores: dict[str, list[float]]) -> dict[str, float | None]:
+    """Scores by category -> {category: mean, ..., "average": the mean of these means}.
+
+    A category without any score has the mean None. Then the average is None too, for it would leave that category out.
+    """
+    means = {category: float(np.mean(some)) if some else None for category, some in scores.items()}
+    whole = None not in means.values()
+    return means | {"average": float(np.mean(list(means.values()))) if whole else None}
+
+
+def interval(scores: dict[str, list[float]]) -> float:
+    """Half the width of the average's 95% interval: 1.96 sqrt(sum_c var_c / n_c) / C, for C categories of n_c >= 2 cases.
+    The cases of the categories are drawn independently."""
+    variances = [np.var(some, ddof=1) / len(some) for some in scores.values()]
+    return 1.96 * math.sqrt(sum(variances)) / len(scores)
+
+
+def write_row(path: Path, row: dict) -> None:
+    """Write a row with a checksum of its numbers and words."""
+    write_json(path, row | {"checksum": checksum(row)})
+
+
+def read_row(path: Path) -> dict:
+    """A row that `write_row` wrote; ValueError for any other file, and for a row that was changed afterwards."""
+    row = read_json(path)
+    if row.pop("checksum", None) != checksum(row):
+        raise ValueError(f"{path}: not a row as eval.py wrote it, or changed since; score the model again")
+    return row
+
+
+def checksum(row: dict) -> str:
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_place(path: Path, made: dict, overwrite: bool, beside: list[str]) -> None:
+    """Before the work begins: ValueError or OSError if results cannot be written to the JSON file `path`, and to the files
+    `beside` it, or if others are there. Results with all the values in `made` are replaced; others only with `overwrite`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent}: no folder that can be written to")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; a file is written there")
+    there = [file for file in (path, *(path.parent / name for name in beside)) if file.exists()]
+    found = read_json(path) if path.exists() and not overwrite else {}
+    differ = [key for key, value in made.items() if found.get(key) != value]
+    if there and differ and not overwrite:
+        raise ValueError(f"{there[0]}: exists, with other {', '.join(differ)}; name another place, or give --overwrite")
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is its head; aligned, so that it reads in a terminal too."""
+    lines = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
