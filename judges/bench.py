@@ -35,7 +35,8 @@ def read_cases(paths: list[Path]) -> dict[str, Prompt]:
 def check_folder(folder: Path, cases: dict[str, Prompt], whole: bool) -> None:
     """ValueError for a file that is no case's picture and, if the folder has to be whole, for a picture that is missing."""
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    extra = sorted(there - cases.keys() - {f"{name}.part" for name in cases})  # .part: of a killed run
+    unfinished = {f".{name}.qwen-image-flash.part" for name in cases}  # of a killed run; drawing again removes them
+    extra = sorted(there - cases.keys() - unfinished)
     if extra:
         raise ValueError(f"{folder / extra[0]}: belongs to no case ({len(extra)} such in all); take it away")
     if whole and (missing := sorted(cases.keys() - there)):
@@ -59,8 +60,6 @@ def draw_cases(cases: dict[str, Prompt], folder: Path, args: argparse.Namespace)
         if {key: notes.get(key) for key in made} != made:
             raise ValueError(f"{folder / name}: drawn by other weights or settings; name another --out for these")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in missing:
-        (folder / f"{name}.part").unlink(missing_ok=True)  # of a killed run
     if missing:
         cuda = torch.cuda.is_available()
         dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")

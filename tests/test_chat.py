@@ -667,7 +667,7 @@ def test_what_lies_beside_the_pictures_stays(toy_checkpoint, cases, tmp_path):
     assert (folder / "film.part").read_bytes() == b"mine" and len(list(folder.iterdir())) == 1
     (folder / "film.part").unlink()
     names = rubrics.name_cases(read_prompts(sorted(cases.glob("*.jsonl"))))
-    (folder / f"{min(names)}.part").write_bytes(b"half a picture")
+    (folder / f".{min(names)}.qwen-image-flash.part").write_bytes(b"half a picture")
     evaluation.main(words)
     assert {path.name for path in folder.iterdir()} == names.keys()
 

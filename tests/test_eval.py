@@ -310,7 +310,7 @@ def test_tables_of_rows(toy_checkpoint, tmp_path, capsys):
             if new is not ...:
                 inner[last] = new
             refused(tmp_path / "changed.json", json.dumps(changed), both)
-    for text in ("[]", "{}", "", "{", "null", '{"name": "x", "t2i": {}}', "\udcff"):
+    for text in ("[]", "{}", "", "{", "null", "[" * 100_000, '{"name": "x", "t2i": {}}', "\udcff"):
         refused(tmp_path / "other.json", text, both)
     capsys.readouterr()
 
