@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from support.attention import attend
 from support.files import config_from_json, load_weights, save_config, save_weights, within
@@ -105,7 +106,8 @@ class Condition:
         return Condition(self.states.to(device, dtype), self.mask.to(device), sources, self.slots)
 
 
-Segment = tuple[int, int, Tensor | None]  # query rows, how many keys they see, bias (B or 1, 1, rows or 1, keys)
+# Query rows, how many keys they see, and the mask among these: None; a causal_lower_right; or (B, 1, 1, keys) of 0 and -inf.
+Segment = tuple[int, int, Tensor | CausalBias | None]
 
 
 @lru_cache(maxsize=64)
@@ -132,20 +134,28 @@ def rotations(layout: tuple, axes: tuple[int, int, int], device: torch.device) -
         return torch.polar(torch.ones_like(angles), angles).to(device)
 
 
-@lru_cache(maxsize=64)
-def prefix_segments(layout: tuple, dtype: torch.dtype, device: torch.device) -> list[Segment]:
-    """The block-causal structure of text and sources, `layout` as above; kept likewise.
+# Who sees whom, for a prompt with one source. Every row of a picture sees the same keys, so only text needs a rule.
+#
+#             keys    text    source   text    target
+#     queries
+#     text            \\                                  causal: itself and what stands before
+#     source          ####    ######                     everything up to its own end
+#     text            ####    ######   \\                 causal
+#     target          ####    ######   ####    ######    everything
 
-    Only text needs a mask, its triangle: a source's queries all see every key up to the source's own end. Padding needs
-    none: it stands last, where only padding looks back at it, and no such query is ever without a key.
+
+@lru_cache(maxsize=64)
+def prefix_segments(layout: tuple) -> list[Segment]:
+    """The block-causal structure of text and sources, `layout` as above; kept likewise. No mask is written out for it.
+
+    Padding needs no mask here: it stands last, where only padding looks back at it, and no such query is without a key.
     """
     segments, end = [], 0
     with torch.inference_mode(False):
         for piece in layout:
             n = piece if isinstance(piece, int) else piece[0] * piece[1]
             end += n
-            later = torch.full((n, end), -torch.inf, dtype=dtype, device=device).triu(end - n + 1)  # (n, m)
-            segments.append((n, end, later[None, None] if isinstance(piece, int) else None))
+            segments.append((n, end, causal_lower_right(n, end) if isinstance(piece, int) else None))
     return segments
 
 
@@ -202,7 +212,7 @@ class Attention(nn.Module):
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, S, d)
         # Block-causal: each segment's queries meet the keys up to their own segment's end.
         rows = q.split([rows for rows, _, _ in part.segments], 2)  # each (B, H, rows, d)
-        out = [attend(q, k[:, :, :m], v[:, :, :m], bias) for q, (_, m, bias) in zip(rows, part.segments, strict=True)]
+        out = [attend(q, k[:, :, :m], v[:, :, :m], mask) for q, (_, m, mask) in zip(rows, part.segments, strict=True)]
         out = torch.cat(out, 2).transpose(1, 2).flatten(2)  # (B, n, D)
         return self.to_out[0](out), (k, v)  # (B, n, D), 2 x (B, H, P or S, d)
 
@@ -364,7 +374,7 @@ class MMDiT(nn.Module):
         if padding.shape[-1] > 0:  # the target sees the whole prefix but that
             bias = weight.new_zeros(len(padding), 1, 1, len(turns))  # (B, 1, 1, S)
             bias[..., length - padding.shape[-1] : length].masked_fill_(padding, -torch.inf)
-        return turns, [*prefix_segments(layout, weight.dtype, weight.device), (tokens, len(turns), bias)]
+        return turns, [*prefix_segments(layout), (tokens, len(turns), bias)]
 
     @classmethod
     def from_pretrained(

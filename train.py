@@ -56,6 +56,7 @@ class Args:
     micro_batch: int = option(6, "samples that run at once, over all processes", "[1, 1e6]")
     seed: int = option(0, "every random number follows from it", "[-9e18, 9e18]")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
+    redraw: tuple[int, ...] = option((), "steps that get other random numbers, after one that was not finite")
     save_every: int = option(50, "steps between two checkpoints", "[1, 1e9]")
     panel_every: int = option(50, "steps between two panels", "[1, 1e9]")
     device: str | None = option(None, "cpu, mps, cuda or cuda:NUMBER; default: cuda if there is one")
@@ -130,6 +131,7 @@ from tqdm import tqdm
 import dmd
 import flow
 from support import plan, watch
+from support.attention import kernels
 from support.batches import Batch, batches
 from support.conditions import Pool, cached_pool
 from support.export import export_run
@@ -243,6 +245,7 @@ def start(args: Args, pool: Pool, state: Path | None) -> Job:
     network = learner(args, "student", base)
     trainee = Trainee("teacher" if flows else "student", network, args, args.muon_lr, args.lr, args.ema)
     job = Job(args, pool, recipe, flow.student_sigmas(args.student_steps), teachers, trainee, None)
+    say(kernels(network.model.config.attention_head_dim, getattr(torch, args.dtype), args.device))
     if not flows:
         network = learner(args, "fake", base)
         job.fake = Trainee("fake score", network, args, args.fake_muon_lr, args.fake_lr, ema=0)

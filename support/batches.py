@@ -55,14 +55,19 @@ def batches(args, pool: Pool, recipe, purpose: str, update: int) -> Iterator[Bat
     run the same networks equally often. The student's updates and the fake score's (`purpose`) are counted separately.
     With one count for both, a ratio of 1:1 and five fake updates for each of the student, the student would have the
     same task in every update.
+
+    A step in args.redraw gets other random numbers, for the same prompts. So a run goes on past a step that gave a value
+    which is not finite.
     """
+    step = update // (args.fake_updates if purpose == "fake" else 1) + 1  # as the progress line and errors count
+    draws = f"{purpose}, again" if step in args.redraw else purpose
     for micro, size in enumerate(args.sizes):
         task, category, n = recipe.turn(update * len(args.sizes) + micro)
-        rngs = [generator(args.seed, update, micro * args.micro_batch + i, purpose) for i in range(size)]
+        rngs = [generator(args.seed, update, micro * args.micro_batch + i, draws) for i in range(size)]
         entries = chosen(args, pool, purpose, task, category, n)[:size]
         mine = slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
         length, k, wordless = max(len(e.states) for e in entries), None, False  # padded as the whole is, on every rank
-        rng = generator(args.seed, update, micro, purpose + " micro-batch")
+        rng = generator(args.seed, update, micro, draws + " micro-batch")
         if args.objective == "flow":
             wordless = torch.rand((), generator=rng).item() < args.text_dropout  # all at once: one layout
         else:

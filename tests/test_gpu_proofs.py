@@ -1,0 +1,96 @@
+"""What can be proven about a GPU run without a GPU: no masks, one time for all, memory, exchanges and graphs.
+
+Tensors on the meta device have shapes and no values. So the network of 7.1B parameters passes through here in seconds.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias, causal_lower_right
+
+import recipe
+import train
+from model import Condition, MMDiT, MMDiTConfig
+from support import attention
+from support.batches import batches
+from support.conditions import Entry, Pool
+
+TINY = MMDiTConfig(
+    num_layers=2, num_attention_heads=2, attention_head_dim=16, context_in_dim=24, axes_dims_rope=(4, 6, 6)
+)
+
+
+def random_network(config: MMDiTConfig = TINY, dtype: torch.dtype = torch.float32) -> MMDiT:
+    torch.manual_seed(0)
+    model = MMDiT(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=parameter.shape[1] ** -0.5)
+    return model.to(dtype)
+
+
+def condition(real: list[int], dtype: torch.dtype = torch.float32) -> Condition:
+    """Text, a source of 4 x 4, text; the samples have so many real states."""
+    mask = torch.arange(max(real)) < torch.tensor(real)[:, None]
+    states, sources = torch.randn(len(real), max(real), 24), [torch.randn(len(real), 64, 4, 4)]
+    return Condition(states, mask, sources, [(2, 6)]).to("cpu", dtype)
+
+
+def small_pool(lengths: tuple[int, ...] = (5, 5, 5, 5, 5, 5, 5, 5)) -> Pool:
+    """Prompts and edits of these numbers of text states."""
+    entries = []
+    for n in lengths:
+        entries.append(Entry("t2i", "text", torch.randn(n, 24), torch.randn(2, 24), [], [], None, (4, 4)))
+        states, source = torch.randn(n + 4, 24), torch.randn(64, 4, 4)
+        entries.append(Entry("edit", "scene", states, torch.randn(6, 24), [(1, 5)], [source], None, (4, 4)))
+    return Pool(entries)
+
+
+def small_args(**numbers) -> train.Args:
+    given = dict(dtype="float32", device="cpu", batch=4, micro_batch=2, guidance=1.0, fake_updates=2)
+    return train.Args(**given | numbers)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_no_mask_reaches_attention_in_an_unpadded_batch(monkeypatch, padded):
+    """A mask is what makes cuDNN's backward pass give NaN (pytorch issue 196678), and what rules flash attention out."""
+    masks = []
+
+    def sdpa(q, k, v, attn_mask=None, **others):
+        masks.append(attn_mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **others)
+
+    monkeypatch.setattr(attention, "F", SimpleNamespace(scaled_dot_product_attention=sdpa))
+    model, z, t = random_network(), torch.randn(2, 64, 4, 4), torch.tensor([0.9, 0.3])
+    model(z, t, condition([9, 7] if padded else [9, 9])).sum().backward()
+    written = [mask for mask in masks if mask is not None and not isinstance(mask, CausalBias)]
+    assert len(masks) == 4 * TINY.num_layers  # text, source, text, target
+    assert len(written) == padded * TINY.num_layers  # the target's, which hides the padding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_causal_lower_right_is_the_triangle(dtype):
+    """Later texts see all before them. Values and gradients, in both forms that a CPU has."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, n, 16, dtype=dtype, requires_grad=True) for n in (5, 12, 12)]
+    triangle = torch.full((5, 12), -torch.inf, dtype=dtype).triu(8)
+    found, expected = (attention.attend(*inputs, mask) for mask in (causal_lower_right(5, 12), triangle))
+    assert (found - expected).abs().max() < 1e-6
+    weight = torch.randn_like(found)
+    for a, b in zip(*(torch.autograd.grad(out, inputs, weight) for out in (found, expected)), strict=True):
+        assert (a - b).abs().max() < 1e-6
+
+
+def test_redraw_changes_the_random_numbers_of_that_step_alone():
+    pool, found = small_pool(), recipe.find("flash").resolve({"t2i": ["text"], "edit": ["scene"]}, ())
+    for purpose, updates in (("student", [2]), ("fake", [4, 5])):  # of step 3
+        for update in range(8):
+            once, again = (list(batches(small_args(redraw=r), pool, found, purpose, update)) for r in ((), (3,)))
+            same = [torch.equal(a.noise, b.noise) and torch.equal(a.t, b.t) for a, b in zip(once, again, strict=True)]
+            assert same == [update not in updates] * len(same)
+            assert [b.task for b in once] == [b.task for b in again]
