@@ -207,8 +207,8 @@ class Pipeline:
         prefix = self.mmdit.prefix(condition) if self.mmdit.config.causal_condition else None
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
-            # The reference rounds so: in bf16, t keeps 8 bits. The state itself stays in fp32 between the steps.
-            t = (1000 * t).to(self.dtype) / 1000  # (B,)
+            # The state itself stays in fp32 between the steps.
+            t = flow.network_time(t, self.dtype)  # (B,)
             return self.mmdit(z.to(self.dtype), t, condition, prefix)  # (B, 64, h, w)
 
         return velocity

@@ -129,6 +129,7 @@ def make_batch(
     u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
     shift = args.time_shift
     t = flow.logit_normal(u, math.log(shift)) if args.objective == "flow" else flow.shifted_uniform(u, shift)  # (B,)
+    t = flow.network_time(t, dtype)  # (B,): the path is built at the time that the network is told
     sources = [torch.stack(column).to(device, dtype) for column in zip(*(e.sources for e in entries), strict=True)]
 
     def condition(states: list[Tensor]) -> Condition:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flow import Velocity
+from flow import Velocity, network_time
 from model import Condition, MMDiT
 from support.batches import Batch, generator
 from support.files import open_weights
@@ -45,6 +45,7 @@ class Network(NamedTuple):
 
         def call(z: Tensor, t: Tensor) -> Tensor:
             nonlocal prefix
+            t = network_time(t, condition.states.dtype)  # (B,)
             with playing(model, self.role):
                 if torch.is_grad_enabled() or not model.config.causal_condition:
                     return model(z, t, condition)  # (B, 64, h, w)

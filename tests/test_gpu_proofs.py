@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
+import dmd
+import flow
 import recipe
 import train
 from model import Condition, MMDiT, MMDiTConfig
+from sample import Pipeline
 from support import attention
 from support.batches import batches
 from support.conditions import Entry, Pool
@@ -94,3 +97,43 @@ def test_redraw_changes_the_random_numbers_of_that_step_alone():
             same = [torch.equal(a.noise, b.noise) and torch.equal(a.t, b.t) for a, b in zip(once, again, strict=True)]
             assert same == [update not in updates] * len(same)
             assert [b.task for b in once] == [b.task for b in again]
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("steps", range(2, 9))
+def test_a_student_is_drawn_at_the_times_it_was_trained_at(monkeypatch, steps, dtype):
+    """In training, in panels (Network.velocity) and in sample.py (Pipeline.velocity). The reference rounds 1000 t."""
+    model, told = random_network(dtype=dtype), []
+    modulate = MMDiT.modulate
+    monkeypatch.setattr(MMDiT, "modulate", lambda self, t: (told.append(t.float()), modulate(self, t))[1])
+    sigmas, noise, words = flow.student_sigmas(steps), torch.randn(1, 64, 4, 4), condition([9], dtype)
+
+    def times(work) -> list[float]:
+        told.clear()
+        work()
+        return sorted({t.item() for t in told if t.any()}, reverse=True)  # the prefix is told 0
+
+    trained = []
+    for k in range(steps):  # the step with gradient is the last
+        trained += times(lambda k=k: dmd.rollout(train.Network(model).velocity(words), noise, sigmas, k))[-1:]
+    panel = times(lambda: flow.euler(train.Network(model).velocity(words), noise, sigmas))
+    drawn = times(
+        lambda: flow.euler(Pipeline.velocity(SimpleNamespace(mmdit=model, dtype=dtype), words), noise, sigmas)
+    )
+    sigmas = torch.tensor(sigmas[:-1])
+    reference = (1000 * sigmas).to(dtype) / 1000 if dtype == torch.bfloat16 else sigmas
+    assert trained == panel == drawn == reference.tolist()
+
+
+def test_the_path_is_built_at_the_time_that_is_told():
+    found = recipe.find("flash").resolve({"t2i": ["text"], "edit": ["scene"]}, ())
+    for update in range(4):
+        for batch in batches(small_args(dtype="bfloat16"), small_pool(), found, "student", update):
+            assert torch.equal(batch.t, flow.network_time(batch.t, torch.bfloat16))
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    every = every[(every >= 0) & (every <= 1)]
+    once = flow.network_time(every, torch.bfloat16)
+    assert torch.equal(once, flow.network_time(once, torch.bfloat16))
