@@ -21,6 +21,7 @@ Exit status: 0 finished; 2 bad input; 1 a value is not finite; 130 and 143 after
 Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and dmd.py.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,12 +110,20 @@ LARGE_FLOW |= dict(warmup=20, decay=0.0, time_shift=3.0, panel_every=100)  # our
 LARGE_FLOW_LORA = LARGE_FLOW | dict(micro_batch=2, lr=1e-4)  # ours: one GPU's memory; LightX2V's rate of a LoRA
 
 
-def defaults(objective: str, parameters: int, lora_rank: int) -> dict:
-    """The values that replace those of Args for this objective and a network of so many parameters."""
-    large = parameters > 1e9
+def defaults(objective: str, parameters: int, lora_rank: int, processes: int = 1) -> dict:
+    """The values that replace those of Args for this objective and a network of so many parameters.
+
+    Each process has an equal part of a micro-batch. So micro-batch and batch are rounded up until they can be divided.
+    """
+    values = dict(batch=Args.batch, micro_batch=Args.micro_batch)  # the laptop's
     if objective == "flow":
-        return (LARGE_FLOW_LORA if lora_rank else LARGE_FLOW) if large else FLOW
-    return (LARGE_LORA if lora_rank else LARGE) if large else {}
+        values = FLOW
+    if parameters > 1e9:
+        large, lora = (LARGE_FLOW, LARGE_FLOW_LORA) if objective == "flow" else (LARGE, LARGE_LORA)
+        values = lora if lora_rank else large
+    micro_batch = math.ceil(values["micro_batch"] / processes) * processes
+    batch = math.ceil(values["batch"] / micro_batch) * micro_batch
+    return values | dict(micro_batch=micro_batch, batch=batch)
 
 
 def parse(argv: list[str] | None = None) -> Args:

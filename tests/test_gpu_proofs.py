@@ -3,6 +3,10 @@
 Tensors on the meta device have shapes and no values. So the network of 7.1B parameters passes through here in seconds.
 """
 
+import os
+import socket
+import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -137,3 +141,45 @@ def test_the_path_is_built_at_the_time_that_is_told():
     every = every[(every >= 0) & (every <= 1)]
     once = flow.network_time(every, torch.bfloat16)
     assert torch.equal(once, flow.network_time(once, torch.bfloat16))
+
+
+# ---- many processes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora_rank", [0, 32])
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 16])
+def test_the_defaults_can_be_shared_by_any_number_of_processes(processes, lora_rank):
+    args = train.Args(**train.defaults("dmd", 7_100_000_000, lora_rank, processes))
+    assert args.batch >= 32 and all(size % processes == 0 for size in args.sizes)
+    assert len(set(args.sizes)) == 1 and args.micro_batch < (8 if not lora_rank else 2) + processes
+
+
+def test_torchs_own_error_on_one_rank_ends_all(tmp_path):
+    """Running out of memory, say. The others are in an exchange by then, and would wait there for two hours."""
+
+    def work():
+        torch.distributed.all_reduce(torch.ones(2))
+        with train.together():
+            if train.rank() == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        os._exit(0)  # not reached
+
+    began = time.monotonic()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    pids = []
+    for rank in range(2):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        sys.stderr = open(tmp_path / f"{rank}.log", "w")
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        try:
+            with train.joined():
+                work()
+        finally:
+            os._exit(0)  # not reached either
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [1, 1]
+    assert time.monotonic() - began < 60
+    assert "rank 1: OutOfMemoryError: CUDA out of memory" in (tmp_path / "1.log").read_text()
