@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from support.attention import attend
+from support.attention import attend, rotate
 from support.files import config_from_json, load_weights, save_config, save_weights, within
 
 KeysValues = tuple[Tensor, Tensor]  # 2 x (B, H, n, d)
@@ -112,7 +112,7 @@ Segment = tuple[int, int, Tensor | CausalBias | None]
 
 @lru_cache(maxsize=64)
 def rotations(layout: tuple, axes: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Unit complex numbers (S, 1, d/2) that turn a token's channel pairs; kept for the next call with this layout.
+    """Cosines and sines (S, 1, d/2, 2) that turn a token's channel pairs; kept for the next call with this layout.
 
     layout: in order, n for a run of n text tokens, (h, w) for a picture. Text advances one counter, its position on all
     three axes; padded text does too. A picture stands at the counter on the frame axis, its rows and columns on a grid
@@ -131,7 +131,7 @@ def rotations(layout: tuple, axes: tuple[int, int, int], device: torch.device) -
         positions = torch.cat(positions)  # (S, 3)
         frequencies = [1.0 / 10000.0 ** (torch.arange(0, n, 2, dtype=torch.float32) / n) for n in axes]  # 3 x (n/2,)
         angles = torch.cat([positions[:, i : i + 1] * f for i, f in enumerate(frequencies)], 1)[:, None]  # (S, 1, d/2)
-        return torch.polar(torch.ones_like(angles), angles).to(device)
+        return torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).to(device)
 
 
 # Who sees whom, for a prompt with one source. Every row of a picture sees the same keys, so only text needs a rule.
@@ -169,7 +169,7 @@ class Part:
     gate1: Tensor  # the same; the tanh is in it
     scale2: Tensor
     gate2: Tensor
-    rotations: Tensor  # (n, 1, d/2) complex
+    rotations: Tensor  # (n, 1, d/2, 2)
     segments: list[Segment]
 
 
@@ -188,8 +188,7 @@ class HeadNorm(nn.Module):
     def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
         h = x.float()  # (B, n, H, d)
         h = h * (torch.rsqrt(h.square().mean(-1, True) + self.eps) * self.weight.float())  # (B, n, H, d)
-        h = torch.view_as_complex(h.unflatten(-1, (-1, 2))) * rotations  # (B, n, H, d/2)
-        return torch.view_as_real(h).flatten(-2).to(x.dtype)  # (B, n, H, d)
+        return rotate(h, rotations).to(x.dtype)  # (B, n, H, d)
 
 
 class Attention(nn.Module):
@@ -213,7 +212,8 @@ class Attention(nn.Module):
         # Block-causal: each segment's queries meet the keys up to their own segment's end.
         rows = q.split([rows for rows, _, _ in part.segments], 2)  # each (B, H, rows, d)
         out = [attend(q, k[:, :, :m], v[:, :, :m], mask) for q, (_, m, mask) in zip(rows, part.segments, strict=True)]
-        out = torch.cat(out, 2).transpose(1, 2).flatten(2)  # (B, n, D)
+        out = [o.transpose(1, 2).flatten(2) for o in out]  # each (B, rows, D)
+        out = torch.cat(out, 1) if len(out) > 1 else out[0]  # (B, n, D)
         return self.to_out[0](out), (k, v)  # (B, n, D), 2 x (B, H, P or S, d)
 
 
@@ -314,7 +314,7 @@ class MMDiT(nn.Module):
         `prefix`, from `self.prefix(condition)`, spares computing text and sources again."""
         h, w = z.shape[-2:]
         *modulation, scale_out = self.modulate(t)  # 4 x (B, 1, D), (B, 1, D)
-        turns, segments = self.places(condition, (h, w))  # (S, 1, d/2)
+        turns, segments = self.places(condition, (h, w))  # (S, 1, d/2, 2)
         x = self.embed(z)  # (B, N, D)
         if prefix is None:
             tokens = self.tokens(condition)  # (B, P, D)
@@ -324,7 +324,7 @@ class MMDiT(nn.Module):
                 modulation = [torch.cat([a.expand_as(tokens), b.expand_as(x)], 1) for a, b in pairs]  # 4 x (B, S, D)
             x = torch.cat([tokens, x], 1)  # (B, S, D)
         else:
-            turns, segments = turns[-h * w :], segments[-1:]  # (N, 1, d/2)
+            turns, segments = turns[-h * w :], segments[-1:]  # (N, 1, d/2, 2)
         part = Part(*modulation, turns, segments)
         for i, block in enumerate(self.transformer_blocks):
             x, _ = block(x, part, None if prefix is None else prefix[i])  # (B, S or N, D)
@@ -339,7 +339,7 @@ class MMDiT(nn.Module):
             raise ValueError("without causal_condition a prefix holds for one time only, and cannot be kept")
         x, prefix = self.tokens(condition), []  # (B, P, D)
         still = self.modulate(torch.zeros(1, device=x.device))[:4]  # 4 x (1, 1, D)
-        turns, segments = self.places(condition, (0, 0))  # (P, 1, d/2)
+        turns, segments = self.places(condition, (0, 0))  # (P, 1, d/2, 2)
         part = Part(*still, turns, segments[:-1])
         for block in self.transformer_blocks:
             x, keys_values = block(x, part, None)  # (B, P, D), 2 x (B, H, P, d)
@@ -365,10 +365,10 @@ class MMDiT(nn.Module):
         return self.img_in(rearrange(grid, "b c h w -> b (h w) c").to(self.img_in.weight.dtype))  # (B, h w, D)
 
     def places(self, condition: Condition, grid: tuple[int, int]) -> tuple[Tensor, list[Segment]]:
-        """Rotations (S, 1, d/2) and segments of the prefix and, last, of a target of `grid` (h, w) tokens."""
+        """Rotations (S, 1, d/2, 2) and segments of the prefix and, last, of a target of `grid` (h, w) tokens."""
         weight, tokens = self.img_in.weight, grid[0] * grid[1]
         layout = tuple(size or stop - start for start, stop, size in condition.pieces)
-        turns = rotations((*layout, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2)
+        turns = rotations((*layout, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2, 2)
         length, bias = len(turns) - tokens, None
         padding = ~condition.mask[:, None, None, condition.real :]  # (B, 1, 1, L - real)
         if padding.shape[-1] > 0:  # the target sees the whole prefix but that

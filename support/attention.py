@@ -11,6 +11,19 @@ from torch.nn.attention.bias import CausalBias
 SAFE_WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """x (B, n, H, d) in fp32 with its adjacent channel pairs turned by cosines and sines (n, 1, d/2, 2).
+
+    Eager mode multiplies complex numbers: one pass, 2 to 3 times as fast as real pairs on a CPU. torch.compile cannot
+    generate code for complex numbers, so it gets real pairs. They agree within 1e-6.
+    """
+    pairs = x.unflatten(-1, (-1, 2))  # (B, n, H, d/2, 2)
+    if not torch.compiler.is_compiling():
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)  # (B, n, H, d)
+    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)  # 2 x (B, n, H, d/2), 2 x (n, 1, d/2)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)  # (B, n, H, d)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CausalBias | None) -> Tensor:
     """Softmax attention of q (B, H, n, d) over k and v (B, H, m, d).
 
