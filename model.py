@@ -16,6 +16,7 @@ row-major order inside. Parameter names are those of the published files.
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -102,8 +103,10 @@ class Condition:
         self.pieces += [(cursor, length, None)] * (length > cursor)
 
     def to(self, device: str | torch.device, dtype: torch.dtype) -> "Condition":
-        sources = [source.to(device, dtype) for source in self.sources]
-        return Condition(self.states.to(device, dtype), self.mask.to(device), sources, self.slots)
+        moved = copy(self)  # not checked again: the checks read values, and so would wait for the device
+        moved.states, moved.mask = self.states.to(device, dtype), self.mask.to(device)
+        moved.sources = [source.to(device, dtype) for source in self.sources]
+        return moved
 
 
 # Query rows, how many keys they see, and the mask among these: None; a causal_lower_right; or (B, 1, 1, keys) of 0 and -inf.

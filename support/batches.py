@@ -34,6 +34,7 @@ class Batch:
     noise: Tensor  # (B, 64, h, w): where a path or a rollout starts
     xi: Tensor  # (B, 64, h, w): noise for x_theta
     t: Tensor  # (B,) in [0, 1]
+    times: list[float]  # the same numbers, for messages: reading them from a GPU would wait for it
     k: int | None = None  # the student's step (dmd)
     fraction: float = 1.0  # of the update's samples that the micro-batch has, on all ranks together
 
@@ -149,6 +150,7 @@ def make_batch(
         noise,
         xi,
         t.to(device),
+        t.tolist(),
         k,
         fraction,
     )

@@ -150,21 +150,22 @@ class Trainee:
         micro-batches the gradient is kept in fp32."""
         with together():
             if not losses.isfinite().all():
-                bad = batch.t[~losses.isfinite()] if losses.ndim else batch.t
-                raise FloatingPointError(f"{batch.where()}: the {self.name}'s loss is not finite at t = {bad.tolist()}")
+                finite = losses.isfinite().expand(len(batch.times)).tolist()
+                bad = [t for t, ok in zip(batch.times, finite, strict=True) if not ok]
+                raise FloatingPointError(f"{batch.where()}: the {self.name}'s loss is not finite at t = {bad}")
         (batch.fraction * losses.mean()).backward()
         for master, weight in zip(self.masters, self.weights, strict=True):
             if master is not weight:
                 master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
                 weight.grad = None
-        self.contents.append(f"{batch.where()}, t = {batch.t.tolist()}")
+        self.contents.append(f"{batch.where()}, t = {batch.times}")
 
     def update(self, rate: float) -> float:
         """Clip the gradient, take a step at `rate` times the learning rates, update the average. Returns the gradient's
         norm before clipping."""
         if not self.sharded:  # sharded ones are averaged in the backward pass
             average_over_ranks([m.grad for m in self.masters])
-        norm = whole(nn.utils.clip_grad_norm_(self.masters, self.clip)).item()
+        norm = whole(nn.utils.clip_grad_norm_(self.masters, self.clip, foreach=True)).item()
         if not math.isfinite(norm):  # on all ranks, for it is the norm of the mean over them
             contents = "; ".join(sum(everyone(self.contents), []))
             raise FloatingPointError(f"the {self.name}'s gradient has norm {norm} after {contents}")
