@@ -79,6 +79,7 @@ class Condition:
     mask: Tensor  # (B, L) bool, True where a token is real
     sources: list[Tensor]  # each (B, 64, h_i, w_i), normalised latents in the prompt's order; [] for text to image
     slots: list[tuple[int, int]]  # [start, stop) along L of each source's run
+    skipped: int = 0  # positions between the last state and the target: padding that this rank can do without
 
     def __post_init__(self):
         length = self.states.shape[1]
@@ -314,7 +315,20 @@ class MMDiT(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition, prefix: Prefix | None = None) -> Tensor:
         """v (B, out_channels, h, w), in the weights' dtype, of latents z (B, in_channels, h, w) at times t (B,) in [0, 1].
-        `prefix`, from `self.prefix(condition)`, spares computing text and sources again."""
+        `prefix`, from `with_prefix` under the same condition, spares computing text and sources again."""
+        return self._run(z, t, condition, prefix, keep=False)[0]
+
+    def with_prefix(self, z: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Prefix]:
+        """The same v, and what the next calls under this condition may reuse: keys and values of text and sources in every
+        block. With causal_condition they depend neither on time nor on the target, so one prefix serves all steps exactly.
+        Without it this is a ValueError."""
+        if not self.config.causal_condition:
+            raise ValueError("without causal_condition a prefix holds for one time only, and cannot be kept")
+        return self._run(z, t, condition, None, keep=True)
+
+    def _run(
+        self, z: Tensor, t: Tensor, condition: Condition, prefix: Prefix | None, keep: bool
+    ) -> tuple[Tensor, Prefix]:
         h, w = z.shape[-2:]
         *modulation, scale_out = self.modulate(t)  # 4 x (B, 1, D), (B, 1, D)
         turns, segments = self.places(condition, (h, w))  # (S, 1, d/2, 2)
@@ -328,26 +342,14 @@ class MMDiT(nn.Module):
             x = torch.cat([tokens, x], 1)  # (B, S, D)
         else:
             turns, segments = turns[-h * w :], segments[-1:]  # (N, 1, d/2, 2)
-        part = Part(*modulation, turns, segments)
+        part, kept = Part(*modulation, turns, segments), []
         for i, block in enumerate(self.transformer_blocks):
-            x, _ = block(x, part, None if prefix is None else prefix[i])  # (B, S or N, D)
+            x, keys_values = block(x, part, None if prefix is None else prefix[i])  # (B, S or N, D)
+            if keep:  # copies, or the target's would stay in memory, too
+                kept.append(tuple(both[:, :, : -h * w].clone() for both in keys_values))  # 2 x (B, H, P, d)
         x = x[:, -h * w :]  # (B, N, D)
         x = F.layer_norm(x, x.shape[-1:], eps=self.config.eps) * scale_out  # (B, N, D)
-        return rearrange(self.proj_out(x), "b (h w) c -> b c h w", h=h, w=w)  # (B, out_channels, h, w)
-
-    def prefix(self, condition: Condition) -> Prefix:
-        """Keys and values of text and sources in every block. With causal_condition they depend neither on time nor on
-        the target, so one prefix serves all steps exactly; without it this is a ValueError."""
-        if not self.config.causal_condition:
-            raise ValueError("without causal_condition a prefix holds for one time only, and cannot be kept")
-        x, prefix = self.tokens(condition), []  # (B, P, D)
-        still = self.modulate(torch.zeros(1, device=x.device))[:4]  # 4 x (1, 1, D)
-        turns, segments = self.places(condition, (0, 0))  # (P, 1, d/2, 2)
-        part = Part(*still, turns, segments[:-1])
-        for block in self.transformer_blocks:
-            x, keys_values = block(x, part, None)  # (B, P, D), 2 x (B, H, P, d)
-            prefix.append(keys_values)
-        return prefix
+        return rearrange(self.proj_out(x), "b (h w) c -> b c h w", h=h, w=w), kept  # (B, out_channels, h, w)
 
     def modulate(self, t: Tensor) -> tuple[Tensor, ...]:
         """scale1, gate1, scale2, gate2 of all blocks and the scale of the output, each (B, 1, D)."""
@@ -371,7 +373,8 @@ class MMDiT(nn.Module):
         """Rotations (S, 1, d/2, 2) and segments of the prefix and, last, of a target of `grid` (h, w) tokens."""
         weight, tokens = self.img_in.weight, grid[0] * grid[1]
         layout = tuple(size or stop - start for start, stop, size in condition.pieces)
-        turns = rotations((*layout, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2, 2)
+        skipped = (0, condition.skipped)  # a picture without tokens: only the counter passes it
+        turns = rotations((*layout, skipped, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2, 2)
         length, bias = len(turns) - tokens, None
         padding = ~condition.mask[:, None, None, condition.real :]  # (B, 1, 1, L - real)
         if padding.shape[-1] > 0:  # the target sees the whole prefix but that

@@ -11,7 +11,7 @@ them, the noisy target's, are the condition:
                slots, four to a slot, before the words that speak about them
 
 Nothing in it depends on the step. With `causal_condition` its keys and values do not either, so a picture pays for its
-condition once (`MMDiT.prefix`) and then for the target's tokens alone at every step. A negative prompt is a second
+condition once (`MMDiT.with_prefix`) and then for the target's tokens alone at every step. A negative prompt is a second
 condition with other words and the same sources.
 
 Symbols: B prompts; H, W the picture's sides in pixels; h, w = H/16, W/16 the latent grid; t = 1 is noise, t = 0 the
@@ -204,12 +204,16 @@ class Pipeline:
 
     def velocity(self, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
         """The MMDiT under one condition, v(z, t), as flow.py takes it. z (B, 64, h, w); t (B,)."""
-        prefix = self.mmdit.prefix(condition) if self.mmdit.config.causal_condition else None
+        prefix = None
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
+            nonlocal prefix
             # The state itself stays in fp32 between the steps.
-            t = flow.network_time(t, self.dtype)  # (B,)
-            return self.mmdit(z.to(self.dtype), t, condition, prefix)  # (B, 64, h, w)
+            z, t = z.to(self.dtype), flow.network_time(t, self.dtype)  # (B, 64, h, w), (B,)
+            if prefix is None and self.mmdit.config.causal_condition:
+                v, prefix = self.mmdit.with_prefix(z, t, condition)  # (B, 64, h, w)
+                return v
+            return self.mmdit(z, t, condition, prefix)  # (B, 64, h, w)
 
         return velocity
 

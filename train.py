@@ -172,10 +172,11 @@ def update_fake(job: Job, update: int, rate: float) -> watch.Record:
     """One update of the fake score: flow matching on what the student draws now. The student does not learn."""
     record = watch.Record("fake_loss", "fake_grad_norm")
     for batch in batches(job.args, job.pool, job.recipe, "fake", update):
-        student = job.trainee.network.velocity(batch.condition)
         fake = job.fake.network.velocity(batch.condition)
-        with torch.no_grad():
+        with torch.no_grad():  # what the student keeps between its steps is gone before the fake score computes
+            student = job.trainee.network.velocity(batch.condition, keep=True)
             x_theta = dmd.rollout(student, batch.noise, job.sigmas, batch.k)  # (B, 64, h, w)
+            del student
         losses = dmd.fake_score_loss(fake, x_theta, batch.xi, batch.t)  # (B,)
         job.fake.backward(losses, batch)
         record.add(batch, losses)
@@ -187,15 +188,14 @@ def update_student(job: Job, update: int, rate: float) -> watch.Record:
     """One update of the student, along -g. Teachers and fake score are evaluated without gradient."""
     record = watch.Record("loss", "grad_norm")
     for batch in batches(job.args, job.pool, job.recipe, "student", update):
-        student = job.trainee.network.velocity(batch.condition)
-        fake = job.fake.network.velocity(batch.condition)
-        real = real_velocity(job, batch)
+        student = job.trainee.network.velocity(batch.condition, keep=True)
+        fake, real = job.fake.network.velocity(batch.condition), real_velocity(job, batch)
         x_theta = dmd.rollout(student, batch.noise, job.sigmas, batch.k)  # (B, 64, h, w), gradient through step k alone
         with together(), located(batch.where):  # a value that is not finite on one rank stops all of them
             g, x0_real, x0_fake = dmd.dmd_gradient(real, fake, x_theta, batch.xi, batch.t)  # (B, 64, h, w) each
         loss = dmd.surrogate_loss(x_theta, g)  # ()
         if job.recipe.first_step_weight:
-            loss = loss + job.recipe.first_step_weight * first_step(job, student, real, batch)
+            loss = loss + job.recipe.first_step_weight * first_step(job, student, batch)
         job.trainee.backward(loss, batch)
         record.add(batch, 0.5 * g.square().flatten(1).mean(1))  # the surrogate's value for each sample
         record.panel = {"x_theta": x_theta.detach(), "x0_real": x0_real, "x0_fake": x0_fake}
@@ -203,22 +203,24 @@ def update_student(job: Job, update: int, rate: float) -> watch.Record:
     return record
 
 
-def real_velocity(job: Job, batch: Batch) -> flow.Velocity:
-    """The real score for the batch's student step k: each teacher guided, then mixed by the recipe's lambdas (Eq. 5)."""
+def real_velocity(job: Job, batch: Batch, keep: bool = False) -> flow.Velocity:
+    """The real score for the batch's student step k: each teacher guided, then mixed by the recipe's lambdas (Eq. 5).
+    keep: for several steps, see Network.velocity."""
     weights = job.recipe.weights(batch.k, job.args.student_steps, batch.task, batch.category)
-    guided = {}
+    guided, w = {}, job.args.guidance
     for name in weights:
-        conditional, w = job.teachers[name].velocity(batch.condition), job.args.guidance
-        # The unconditional side of guidance has the same sources, but no words.
-        guided[name] = conditional if w == 1 else flow.guided(conditional, job.teachers[name].velocity(batch.empty), w)
+        guided[name] = job.teachers[name].velocity(batch.condition, keep)
+        if w != 1:  # the unconditional side of guidance has the same sources, but no words
+            guided[name] = flow.guided(guided[name], job.teachers[name].velocity(batch.empty, keep), w)
     return dmd.mixture(weights, guided)
 
 
-def first_step(job: Job, student: flow.Velocity, teacher: flow.Velocity, batch: Batch) -> Tensor:
+def first_step(job: Job, student: flow.Velocity, batch: Batch) -> Tensor:
     """The first-step loss (section 6.1), (). The teacher walks to the end of the student's first step in 5 steps (ours)."""
     start, end = job.sigmas[:2]
     walk = [start + (end - start) * i / 5 for i in range(6)]
-    return dmd.first_step_loss(student, batch.noise, flow.euler(teacher, batch.noise, walk), walk[-1]).mean()
+    z_teacher = flow.euler(real_velocity(job, batch, keep=True), batch.noise, walk)  # (B, 64, h, w)
+    return dmd.first_step_loss(student, batch.noise, z_teacher, walk[-1]).mean()
 
 
 def update_flow(job: Job, update: int, rate: float) -> watch.Record:

@@ -19,7 +19,9 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """
     pairs = x.unflatten(-1, (-1, 2))  # (B, n, H, d/2, 2)
     if not torch.compiler.is_compiling():
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)  # (B, n, H, d)
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(
+            -2
+        )  # (B, n, H, d)
     (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)  # 2 x (B, n, H, d/2), 2 x (n, 1, d/2)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)  # (B, n, H, d)
 

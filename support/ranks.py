@@ -93,7 +93,7 @@ def shard(model: nn.Module, args) -> None:
     for block in model.transformer_blocks:
         fully_shard(block, **how)
     fully_shard(model, **how)
-    register_fsdp_forward_method(model, "prefix")
+    register_fsdp_forward_method(model, "with_prefix")
 
 
 def own(tensor: Tensor) -> Tensor:

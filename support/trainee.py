@@ -35,21 +35,24 @@ class Network(NamedTuple):
         lora = role_lora(self.model, self.role)
         return {f"{layer}.{x}": p for layer, (a, b, _) in lora.items() for x, p in (("A", a), ("B", b))}
 
-    def velocity(self, condition: Condition) -> Velocity:
+    def velocity(self, condition: Condition, keep: bool = False) -> Velocity:
         """The network under one condition, v(z, t), for flow.py and dmd.py. Valid until the weights change.
 
-        In calls without gradient, keys and values of text and sources are computed once and used again: in the first
-        steps of a rollout, and for x_t under the fake score. In calls with gradient they are part of the graph.
+        keep: for several steps. The first call without gradient also gives keys and values of text and sources, and the
+        next ones reuse them. A call with gradient drops them: they are part of its graph, and the graph needs the memory.
         """
         model, prefix = self.model, None
+        keep = keep and model.config.causal_condition
 
         def call(z: Tensor, t: Tensor) -> Tensor:
             nonlocal prefix
             t = network_time(t, condition.states.dtype)  # (B,)
             with playing(model, self.role):
-                if torch.is_grad_enabled() or not model.config.causal_condition:
-                    return model(z, t, condition)  # (B, 64, h, w)
-                prefix = prefix or model.prefix(condition)
+                if torch.is_grad_enabled():
+                    prefix = None
+                if keep and prefix is None and not torch.is_grad_enabled():
+                    v, prefix = model.with_prefix(z, t, condition)  # (B, 64, h, w)
+                    return v
                 return model(z, t, condition, prefix)  # (B, 64, h, w)
 
         return call
