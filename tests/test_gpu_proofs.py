@@ -7,22 +7,27 @@ import os
 import socket
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_plan import Held
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 import dmd
 import flow
+import model as network
 import recipe
 import train
 from model import Condition, MMDiT, MMDiTConfig
 from sample import Pipeline
-from support import attention
-from support.batches import batches
+from support import attention, plan
+from support.batches import Batch, batches
 from support.conditions import Entry, Pool
+from support.lora import add_role, new_lora
+from support.trainee import recompute
 
 TINY = MMDiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=16, context_in_dim=24, axes_dims_rope=(4, 6, 6)
@@ -183,3 +188,58 @@ def test_torchs_own_error_on_one_rank_ends_all(tmp_path):
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [1, 1]
     assert time.monotonic() - began < 60
     assert "rank 1: OutOfMemoryError: CUDA out of memory" in (tmp_path / "1.log").read_text()
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Flash(torch.autograd.Function):
+    """What flash attention keeps for its backward pass: its inputs, its output and a number for each query."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def meta_batch(size: int, k: int) -> Batch:
+    """An edit at 1024 x 1024 with one source of that size and 200 tokens of text."""
+    slots, grid = [(8, 1032)], torch.empty(size, 64, 64, 64)
+    with torch.device("cpu"):
+        mask = torch.ones(size, 1224, dtype=torch.bool)  # its values are read
+    told = Condition(torch.empty(size, 1224, 4096), mask, [grid], slots).to("meta", torch.bfloat16)
+    times = [0.5] * size
+    return Batch("edit", "scene", told, told, None, grid, grid.clone(), torch.empty(size), times, (4296, 4096), k)
+
+
+def test_peak_of_a_lora_update_of_the_7b_is_the_plans(monkeypatch):
+    """All tensors that are alive at once, at the full size, on the meta device."""
+    monkeypatch.setattr(network, "attend", lambda q, k, v, mask: Flash.apply(q, k, v))
+    adam, clip = torch.optim.AdamW, torch.nn.utils.clip_grad_norm_  # no fused and foreach forms on meta
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *a, fused, **b: adam(*a, **b, foreach=False))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda tensors, most, foreach: clip(tensors, most))
+    network.prefix_segments((8, (64, 64), 192))
+    args = train.Args(**train.LARGE_LORA | dict(batch=2, guidance=1.0, lora_rank=32, device="meta"))
+    with torch.device("meta"):
+        model = MMDiT(MMDiTConfig()).to(torch.bfloat16).requires_grad_(False)
+        recompute(model)
+        trainees = []
+        for role, ema in (("student", args.ema), ("fake", 0.0)):
+            add_role(model, role, new_lora(model, args.lora_rank))
+            trainees.append(train.Trainee(role, train.Network(model, role), args, 0.0, args.lr, ema))
+        found = replace(recipe.find("mix-0-10"), specialists=())
+        job = train.Job(args, None, found, flow.student_sigmas(4), {"base": train.Network(model)}, *trainees)
+        monkeypatch.setattr(train, "batches", lambda *arguments: iter([meta_batch(args.micro_batch, k=1)]))
+        with Held() as held:
+            for tensor in [*model.parameters(), *trainees[0].average]:
+                held.hold(tensor)
+            train.update_fake(job, 0, 1.0)
+            train.update_student(job, 0, 1.0)
+    planned = plan.make_plan(args, MMDiTConfig(), found, gpus=1, frozen=1, layouts={"edit": (4296, 4096)})
+    assert abs(planned.peak / held.most - 1) < 0.1, (planned.peak, held.most)
+    assert 20e9 < held.most < 27e9
