@@ -7,6 +7,8 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_plan import Held
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed import device_mesh
 from torch.nn.attention.bias import CausalBias, causal_lower_right
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dmd
 import flow
@@ -23,7 +30,8 @@ import recipe
 import train
 from model import Condition, MMDiT, MMDiTConfig
 from sample import Pipeline
-from support import attention, plan
+from support import attention, plan, ranks
+from support import trainee as trainee_file
 from support.batches import Batch, batches
 from support.conditions import Entry, Pool
 from support.lora import add_role, new_lora
@@ -32,6 +40,9 @@ from support.trainee import recompute
 TINY = MMDiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=16, context_in_dim=24, axes_dims_rope=(4, 6, 6)
 )
+
+
+GRAPHS = 6  # over all forms of a call; the blocks share them, however many there are
 
 
 def random_network(config: MMDiTConfig = TINY, dtype: torch.dtype = torch.float32) -> MMDiT:
@@ -207,12 +218,14 @@ class Flash(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-def meta_batch(size: int, k: int) -> Batch:
+def large_edit(size: int, k: int, device: str) -> Batch:
     """An edit at 1024 x 1024 with one source of that size and 200 tokens of text."""
-    slots, grid = [(8, 1032)], torch.empty(size, 64, 64, 64)
-    with torch.device("cpu"):
-        mask = torch.ones(size, 1224, dtype=torch.bool)  # its values are read
-    told = Condition(torch.empty(size, 1224, 4096), mask, [grid], slots).to("meta", torch.bfloat16)
+    with unset_fake_temporarily(), torch.device("cpu"):  # a condition reads its mask
+        mask, grid = torch.ones(size, 1224, dtype=torch.bool), torch.empty(size, 64, 64, 64)
+        told = Condition(torch.empty(size, 1224, 1), mask, [grid], [(8, 1032)])
+    grid = torch.empty(size, 64, 64, 64, device=device)
+    told.states = torch.empty(size, 1224, 4096, dtype=torch.bfloat16, device=device)
+    told.mask, told.sources = torch.empty(size, 1224, dtype=torch.bool, device=device), [grid.bfloat16()]
     times = [0.5] * size
     return Batch("edit", "scene", told, told, None, grid, grid.clone(), torch.empty(size), times, (4296, 4096), k)
 
@@ -234,7 +247,7 @@ def test_peak_of_a_lora_update_of_the_7b_is_the_plans(monkeypatch):
             trainees.append(train.Trainee(role, train.Network(model, role), args, 0.0, args.lr, ema))
         found = replace(recipe.find("mix-0-10"), specialists=())
         job = train.Job(args, None, found, flow.student_sigmas(4), {"base": train.Network(model)}, *trainees)
-        monkeypatch.setattr(train, "batches", lambda *arguments: iter([meta_batch(args.micro_batch, k=1)]))
+        monkeypatch.setattr(train, "batches", lambda *arguments: iter([large_edit(args.micro_batch, 1, "meta")]))
         with Held() as held:
             for tensor in [*model.parameters(), *trainees[0].average]:
                 held.hold(tensor)
@@ -243,3 +256,100 @@ def test_peak_of_a_lora_update_of_the_7b_is_the_plans(monkeypatch):
     planned = plan.make_plan(args, MMDiTConfig(), found, gpus=1, frozen=1, layouts={"edit": (4296, 4096)})
     assert abs(planned.peak / held.most - 1) < 0.1, (planned.peak, held.most)
     assert 20e9 < held.most < 27e9
+
+
+# ---- exchanges of eight processes ------------------------------------------------------------------------------------
+
+
+class Exchanges(TorchDispatchMode):
+    """Counts what this rank exchanges with the others, and the bytes of the results."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.bytes = Counter(), Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.namespace == "c10d":
+            name = function.name().split("::")[1].split(".")[0]
+            self.number[name] += 1
+            self.bytes[name] += sum(t.nbytes for t in tree_leaves(arguments[0]) if isinstance(t, torch.Tensor))
+        if function is torch.ops.aten._local_scalar_dense.default and isinstance(arguments[0], FakeTensor):
+            return True  # a check of values, which are not there
+        return function(*arguments, **keywords or {})
+
+
+def test_exchanges_of_one_of_eight_processes(monkeypatch):
+    """At the full width, with 8 blocks. Every forward gathers each block and the rest once, every backward gathers and reduces each once. Nothing else."""
+    k, config = 1, MMDiTConfig(num_layers=8)
+    for file in (train, trainee_file):
+        monkeypatch.setattr(file, "together", nullcontext)  # its notes are Python objects
+    monkeypatch.setattr(network, "attend", lambda q, k, v, mask: Flash.apply(q, k, v))
+    monkeypatch.setattr(train.Trainee, "update", lambda self, rate: 0.0)
+    monkeypatch.setattr(train, "batches", lambda *arguments: iter([large_edit(1, k, "cpu")]))
+    network.prefix_segments((8, (64, 64), 192))
+    args = train.Args(**train.LARGE | dict(guidance=1.0, device="cpu"))
+    found = replace(recipe.find("mix-0-10"), specialists=())
+    mesh = device_mesh.init_device_mesh  # reads values of the ranks' numbers, which are not to be fake
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *a: unset_fake_temporarily()(mesh)(*a))
+    torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        with FakeTensorMode():
+            trainees, models = [], [MMDiT(config) for _ in range(2)]
+            torch.set_default_dtype(torch.bfloat16)
+            models.append(MMDiT(config).requires_grad_(False))
+            torch.set_default_dtype(torch.float32)
+            for model in models:
+                recompute(model)
+            ranks.shard(models[2], args)
+            for model, name in zip(models, ("student", "fake")):
+                trainees.append(train.Trainee(name, train.Network(model), args, 0.0, args.lr, 0.0))
+            job = train.Job(args, None, found, flow.student_sigmas(4), {"base": train.Network(models[2])}, *trainees)
+            for update, gathers in ((train.update_fake, (k + 1) + 2), (train.update_student, (k + 1) + 1 + 2)):
+                with Exchanges() as seen:
+                    update(job, 0, 1.0)
+                groups, weights = config.num_layers + 1, plan.parameters(config)
+                assert seen.number == {"_allgather_base_": gathers * groups, "_reduce_scatter_base_": groups}
+                assert seen.bytes["_allgather_base_"] == pytest.approx(gathers * 2 * weights, rel=0.01)  # in bf16
+                assert seen.bytes["_reduce_scatter_base_"] == pytest.approx(4 * weights / 8, rel=0.01)  # fp32 rows
+    finally:
+        network.rotations.cache_clear()  # it keeps fake tensors now
+        torch.set_default_dtype(torch.float32)
+        torch.distributed.destroy_process_group()
+
+
+# ---- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_block_compiles_whole_into_a_known_number_of_graphs(monkeypatch):
+    """Over all forms of a call: with and without gradient, with a prefix, padded or not, two sizes of each. `fullgraph`
+    makes a break an error. In the graphs there is no complex number, for which inductor has no code."""
+    graphs = []
+
+    def backend(graph, inputs):
+        nodes = [node.meta.get("example_value") for node in graph.graph.nodes]
+        graphs.append([value.dtype for value in nodes if isinstance(value, torch.Tensor)])
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    model = random_network(replace(TINY, num_layers=3))
+    eager = {}
+    for compiled in (False, True):
+        if compiled:  # as trainee.load does
+            for block in model.transformer_blocks:
+                block.forward = torch.compile(block.forward, dynamic=True, fullgraph=True, backend=backend)
+        for side in (4, 6):
+            for real in ([9, 9], [9, 7], [12, 12]):
+                torch.manual_seed(side)
+                z, t, told = torch.randn(2, 64, side, side), torch.tensor([0.9, 0.3]), condition(real)
+                with torch.no_grad():
+                    v, prefix = model.with_prefix(z, t, told)
+                    found = [v, model(z, t, told, prefix)]
+                model.zero_grad()
+                found.append(model(z, t, told))
+                found[-1].sum().backward()
+                found.append(model.img_in.weight.grad.clone())
+                for a, b in zip(found, eager.setdefault((side, *real), found), strict=True):
+                    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    assert len(graphs) == GRAPHS
+    assert not any(dtype.is_complex for dtypes in graphs for dtype in dtypes)
