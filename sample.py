@@ -78,6 +78,7 @@ class Pipeline:
     offload: bool  # the networks rest on the CPU and take turns on the device
     keep_encoder: bool
     loras: list[tuple[str | Path, LoRA, float]]  # merged into the MMDiT: its file, itself, its scale
+    compile: bool = False  # compile the MMDiT's blocks: minutes at first, for many pictures of a size
     progress: bool = True  # a bar over the steps
     fit: str = "stretch"  # how sources are brought to their size: stretch, crop or pad (pictures.fit)
 
@@ -147,6 +148,8 @@ class Pipeline:
         mmdit = MMDiT.from_pretrained(self.directory / "transformer", self.dtype, self.home)
         for path, lora, scale in self.loras:
             merge(mmdit, lora, scale, str(path))
+        for block in mmdit.transformer_blocks if self.compile else ():
+            block.compile(dynamic=True)
         return mmdit
 
     def free_encoder(self) -> None:
@@ -356,6 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipeline = Pipeline.from_pretrained(
         args.checkpoint, getattr(torch, dtype), device, args.offload, loras=args.lora_files, sigmas=args.sigmas
     )
+    pipeline.compile = args.compile
     if args.export is not None:
         export_student(pipeline, args)
         return
