@@ -142,7 +142,7 @@ class Trainee:
         muon, rest = [], []
         for n, m in zip(self.names, self.masters, strict=True):
             (muon if matrices and m.ndim == 2 and n.startswith("transformer_blocks.") else rest).append(m)
-        self.optimizers = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, fused=True)]
+        self.optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(args.beta1, 0.999), weight_decay=0.0, fused=True)]
         if muon:
             self.optimizers.append(Muon(muon, lr=muon_lr))
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
@@ -244,8 +244,11 @@ class Trainee:
     @torch.no_grad()
     def restore(self, files: list[Path], updates: int) -> None:
         """Take over the files that any number of ranks wrote from `state` after so many updates: joined, their rows are
-        the whole, of which this rank takes its own. ValueError unless names, shapes, types and the number of updates are
-        exactly those of `state` here, and all values are finite."""
+        the whole, of which this rank takes its own. Of as many files as ranks it reads its own alone, which holds just
+        these. ValueError unless names, shapes, types and the number of updates are exactly those of `state` here, and all
+        values are finite."""
+        alone = self.sharded and len(files) == ranks()
+        files = files[rank() : rank() + 1] if alone else files
         for optimizer in self.optimizers:  # as its first step would begin
             for master in optimizer.param_groups[0]["params"]:
                 moments = dict.fromkeys(MOMENTS[type(optimizer)], master)
@@ -263,7 +266,7 @@ class Trainee:
             for name, target in expected.items():
                 parts = [file.get_tensor(name) for file in opened]
                 rows = sum(len(part) for part in parts if part.ndim)
-                fits = rows == (len(target) if target.ndim else 0)
+                fits = rows == (len(own(target) if alone else target) if target.ndim else 0)
                 fits &= all(
                     (p.ndim, p.shape[1:], p.dtype) == (target.ndim, target.shape[1:], target.dtype) for p in parts
                 )
@@ -272,7 +275,7 @@ class Trainee:
                 tensor = torch.cat(parts) if target.ndim else parts[0]
                 if name == "updates" and tensor != target:
                     raise ValueError(f"{files[0]}: after {tensor} updates; {updates} are expected")
-                if own(target) is not target:  # as FSDP2 divides: the last ranks may have fewer rows, or none
+                if own(target) is not target and not alone:  # as FSDP2 divides: the last ranks may have fewer rows, or none
                     tensor = [*tensor.chunk(ranks()), *[tensor[:0]] * ranks()][rank()]
                 own(target).copy_(tensor)
         self.refresh()

@@ -222,6 +222,8 @@ def runs(checkpoint, pool, tmp_path_factory) -> Path:
     in_processes(2, both)
     shutil.copytree(folder / "two", folder / "one-from-two")
     in_processes(None, lambda: run(checkpoint, pool, folder / "one-from-two", steps=3, resume=True))
+    shutil.copytree(folder / "two", folder / "two-from-two")
+    in_processes(2, lambda: run(checkpoint, pool, folder / "two-from-two", steps=3, resume=True))
     return folder
 
 
@@ -250,6 +252,7 @@ def test_two_processes_follow_the_trajectory_of_one(runs):
 def test_resumed_on_another_number_of_processes(runs):
     assert_same_trajectory(runs / "one", runs / "two-from-one", 3)
     assert_same_trajectory(runs / "one", runs / "one-from-two", 3)
+    assert_same_trajectory(runs / "one", runs / "two-from-two", 3)  # each rank reads its own file
 
 
 def test_ranks_do_the_same(runs):
