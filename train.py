@@ -74,6 +74,7 @@ class Args:
     lr: float = option(2e-4, "AdamW, for all other tensors", "[0, 1]")
     fake_muon_lr: float = option(0.005, "of the fake score, higher because it has to keep up", "[0, 1]")
     fake_lr: float = option(5e-4, "of the fake score", "[0, 1]")
+    beta1: float = option(0.9, "AdamW's momentum, of student and fake score", "[0, 1)")
     fake_updates: int = option(2, "updates of the fake score before each of the student; DMD2: 5", "[1, 1000]")
     warmup: int = option(10, "steps over which the learning rates rise from 0", "[0, 1e9]")
     decay: float = option(0.4, "last part of the run, in which they fall to 0", "[0, 1]")
@@ -95,12 +96,15 @@ class Args:
 # What other uses change. The toy's teacher (ours):
 FLOW = dict(objective="flow", steps=2000, batch=96, micro_batch=16, save_every=500, panel_every=500, warmup=100)
 FLOW |= dict(muon_lr=0.02, lr=2e-3, decay=0.5, ema=0.999, time_shift=1.0)
-# A student of the 7B's size. The papers give no values. These are inside what others' DMD of Qwen-Image used: AdamW, rates
-# of 2e-6 to 1e-5, batches of 32 to 128, 5 fake updates, an EMA of .98 to .99, 1,000 to 3,000 steps. Not run by us.
-LARGE = dict(steps=1000, batch=32, micro_batch=8, panel_every=20, dtype="bfloat16", recompute=True, fake_updates=5)
-LARGE |= dict(muon_lr=0.0, lr=1e-5, fake_muon_lr=0.0, fake_lr=1e-5, warmup=20, decay=0.0, ema=0.98, time_shift=3.0)
-# The same with LoRAs: LightX2V's rates, which distilled Qwen-Image at rank 32.
-LARGE_LORA = LARGE | dict(micro_batch=2, lr=1e-4, fake_lr=2e-5, fake_updates=2)
+# A student of the 7B's size. The papers give no values, and we have not run these. They come from others' DMD:
+# ModelOpt's of Qwen-Image (both rates, 1,000 steps), Self-Forcing-Plus's of a 14B network (5 fake updates, an EMA of 0.99)
+# and DP-DMD's of SD3.5-M (a batch of 32, no weight decay). Checkpoints are 199 GB: 4 in a run.
+LARGE = dict(steps=1000, batch=32, micro_batch=8, save_every=250, panel_every=20, dtype="bfloat16", recompute=True)
+LARGE |= dict(muon_lr=0.0, lr=2e-6, fake_muon_lr=0.0, fake_lr=2e-6, fake_updates=5, warmup=20, decay=0.0)
+LARGE |= dict(ema=0.99, time_shift=3.0)
+# The same with LoRAs: both rates, fake updates, batch and EMA are those of configs/qwen_image_dmd.yaml of the fork
+# Chevolier/Self-Forcing-Plus, which distils Qwen-Image-Edit at rank 32. LightX2V has the same rates.
+LARGE_LORA = LARGE | dict(micro_batch=2, save_every=50, lr=1e-4, fake_lr=2e-5)
 # A specialised teacher of the 7B's size. No source has numbers for its fine-tuning. Not run by us.
 LARGE_FLOW = dict(objective="flow", muon_lr=0.0)  # AdamW, as in the paper's section 3
 LARGE_FLOW |= dict(lr=1e-5, batch=32)  # ours: as DP-DMD, which moves all weights of SD3.5-M
