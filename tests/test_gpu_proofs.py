@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import benchmark
 import pytest
 import torch
 import torch.nn.functional as F
@@ -353,3 +354,16 @@ def test_a_block_compiles_whole_into_a_known_number_of_graphs(monkeypatch):
                     assert (a - b).abs().max() <= 1e-5 * b.abs().max()
     assert len(graphs) == GRAPHS
     assert not any(dtype.is_complex for dtypes in graphs for dtype in dtypes)
+
+
+# ---- the first hour's script -----------------------------------------------------------------------------------------
+
+
+def test_the_gpu_benchmark_walks_through_all_of_its_parts(tmp_path):
+    benchmark.gpu(benchmark.PARTS, dry=True, out=tmp_path / "table.md")
+    table = (tmp_path / "table.md").read_text()
+    assert "ours finite" in table and all(line.count("|") == 6 for line in table.splitlines()[2:])
+    for what in ("kernel", "t2i, 4 NFE, prefix True, compiled", "edit, 4 NFE, diffusers' class"):
+        assert what in table.replace("attention:", "kernel")
+    for what in ("edit, LoRA update", "training step 2", "the plan's peak"):
+        assert what in table
