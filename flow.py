@@ -36,6 +36,15 @@ def per_sample(t: Tensor, z: Tensor) -> Tensor:
     return t.float().reshape(-1, *[1] * (z.ndim - 1))
 
 
+def network_time(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The times that a network of this dtype is told: t (B,) in fp32, rounded as the published pipeline rounds it.
+
+    In bf16 a time of 0.75 is told as 0.75390625. Training, sampling and panels all use this function. Otherwise a student
+    would be trained at one time and drawn at another. Rounding twice is rounding once. In fp32 nothing changes.
+    """
+    return t if dtype == torch.float32 else ((1000 * t).to(dtype) / 1000).to(t.dtype)
+
+
 def add_noise(x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """The state at time t on the straight line from data x to noise eps (Eq. 1)."""
     t = per_sample(t, x)

@@ -16,6 +16,7 @@ row-major order inside. Parameter names are those of the published files.
 """
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from support.attention import attend
+from support.attention import attend, rotate
 from support.files import config_from_json, load_weights, save_config, save_weights, within
 
 KeysValues = tuple[Tensor, Tensor]  # 2 x (B, H, n, d)
@@ -77,6 +79,7 @@ class Condition:
     mask: Tensor  # (B, L) bool, True where a token is real
     sources: list[Tensor]  # each (B, 64, h_i, w_i), normalised latents in the prompt's order; [] for text to image
     slots: list[tuple[int, int]]  # [start, stop) along L of each source's run
+    skipped: int = 0  # positions between the last state and the target: padding that this rank can do without
 
     def __post_init__(self):
         length = self.states.shape[1]
@@ -101,16 +104,19 @@ class Condition:
         self.pieces += [(cursor, length, None)] * (length > cursor)
 
     def to(self, device: str | torch.device, dtype: torch.dtype) -> "Condition":
-        sources = [source.to(device, dtype) for source in self.sources]
-        return Condition(self.states.to(device, dtype), self.mask.to(device), sources, self.slots)
+        moved = copy(self)  # not checked again: the checks read values, and so would wait for the device
+        moved.states, moved.mask = self.states.to(device, dtype), self.mask.to(device)
+        moved.sources = [source.to(device, dtype) for source in self.sources]
+        return moved
 
 
-Segment = tuple[int, int, Tensor | None]  # query rows, how many keys they see, bias (B or 1, 1, rows or 1, keys)
+# Query rows, how many keys they see, and the mask among these: None; a causal_lower_right; or (B, 1, 1, keys) of 0 and -inf.
+Segment = tuple[int, int, Tensor | CausalBias | None]
 
 
 @lru_cache(maxsize=64)
 def rotations(layout: tuple, axes: tuple[int, int, int], device: torch.device) -> Tensor:
-    """Unit complex numbers (S, 1, d/2) that turn a token's channel pairs; kept for the next call with this layout.
+    """Cosines and sines (S, 1, d/2, 2) that turn a token's channel pairs; kept for the next call with this layout.
 
     layout: in order, n for a run of n text tokens, (h, w) for a picture. Text advances one counter, its position on all
     three axes; padded text does too. A picture stands at the counter on the frame axis, its rows and columns on a grid
@@ -129,23 +135,31 @@ def rotations(layout: tuple, axes: tuple[int, int, int], device: torch.device) -
         positions = torch.cat(positions)  # (S, 3)
         frequencies = [1.0 / 10000.0 ** (torch.arange(0, n, 2, dtype=torch.float32) / n) for n in axes]  # 3 x (n/2,)
         angles = torch.cat([positions[:, i : i + 1] * f for i, f in enumerate(frequencies)], 1)[:, None]  # (S, 1, d/2)
-        return torch.polar(torch.ones_like(angles), angles).to(device)
+        return torch.view_as_real(torch.polar(torch.ones_like(angles), angles)).to(device)
+
+
+# Who sees whom, for a prompt with one source. Every row of a picture sees the same keys, so only text needs a rule.
+#
+#             keys    text    source   text    target
+#     queries
+#     text            \\                                  causal: itself and what stands before
+#     source          ####    ######                     everything up to its own end
+#     text            ####    ######   \\                 causal
+#     target          ####    ######   ####    ######    everything
 
 
 @lru_cache(maxsize=64)
-def prefix_segments(layout: tuple, dtype: torch.dtype, device: torch.device) -> list[Segment]:
-    """The block-causal structure of text and sources, `layout` as above; kept likewise.
+def prefix_segments(layout: tuple) -> list[Segment]:
+    """The block-causal structure of text and sources, `layout` as above; kept likewise. No mask is written out for it.
 
-    Only text needs a mask, its triangle: a source's queries all see every key up to the source's own end. Padding needs
-    none: it stands last, where only padding looks back at it, and no such query is ever without a key.
+    Padding needs no mask here: it stands last, where only padding looks back at it, and no such query is without a key.
     """
     segments, end = [], 0
     with torch.inference_mode(False):
         for piece in layout:
             n = piece if isinstance(piece, int) else piece[0] * piece[1]
             end += n
-            later = torch.full((n, end), -torch.inf, dtype=dtype, device=device).triu(end - n + 1)  # (n, m)
-            segments.append((n, end, later[None, None] if isinstance(piece, int) else None))
+            segments.append((n, end, causal_lower_right(n, end) if isinstance(piece, int) else None))
     return segments
 
 
@@ -159,7 +173,7 @@ class Part:
     gate1: Tensor  # the same; the tanh is in it
     scale2: Tensor
     gate2: Tensor
-    rotations: Tensor  # (n, 1, d/2) complex
+    rotations: Tensor  # (n, 1, d/2, 2)
     segments: list[Segment]
 
 
@@ -178,8 +192,7 @@ class HeadNorm(nn.Module):
     def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
         h = x.float()  # (B, n, H, d)
         h = h * (torch.rsqrt(h.square().mean(-1, True) + self.eps) * self.weight.float())  # (B, n, H, d)
-        h = torch.view_as_complex(h.unflatten(-1, (-1, 2))) * rotations  # (B, n, H, d/2)
-        return torch.view_as_real(h).flatten(-2).to(x.dtype)  # (B, n, H, d)
+        return rotate(h, rotations).to(x.dtype)  # (B, n, H, d)
 
 
 class Attention(nn.Module):
@@ -202,8 +215,9 @@ class Attention(nn.Module):
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, S, d)
         # Block-causal: each segment's queries meet the keys up to their own segment's end.
         rows = q.split([rows for rows, _, _ in part.segments], 2)  # each (B, H, rows, d)
-        out = [attend(q, k[:, :, :m], v[:, :, :m], bias) for q, (_, m, bias) in zip(rows, part.segments, strict=True)]
-        out = torch.cat(out, 2).transpose(1, 2).flatten(2)  # (B, n, D)
+        out = [attend(q, k[:, :, :m], v[:, :, :m], mask) for q, (_, m, mask) in zip(rows, part.segments, strict=True)]
+        out = [o.transpose(1, 2).flatten(2) for o in out]  # each (B, rows, D)
+        out = torch.cat(out, 1) if len(out) > 1 else out[0]  # (B, n, D)
         return self.to_out[0](out), (k, v)  # (B, n, D), 2 x (B, H, P or S, d)
 
 
@@ -301,10 +315,23 @@ class MMDiT(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor, condition: Condition, prefix: Prefix | None = None) -> Tensor:
         """v (B, out_channels, h, w), in the weights' dtype, of latents z (B, in_channels, h, w) at times t (B,) in [0, 1].
-        `prefix`, from `self.prefix(condition)`, spares computing text and sources again."""
+        `prefix`, from `with_prefix` under the same condition, spares computing text and sources again."""
+        return self._run(z, t, condition, prefix, keep=False)[0]
+
+    def with_prefix(self, z: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Prefix]:
+        """The same v, and what the next calls under this condition may reuse: keys and values of text and sources in every
+        block. With causal_condition they depend neither on time nor on the target, so one prefix serves all steps exactly.
+        Without it this is a ValueError."""
+        if not self.config.causal_condition:
+            raise ValueError("without causal_condition a prefix holds for one time only, and cannot be kept")
+        return self._run(z, t, condition, None, keep=True)
+
+    def _run(
+        self, z: Tensor, t: Tensor, condition: Condition, prefix: Prefix | None, keep: bool
+    ) -> tuple[Tensor, Prefix]:
         h, w = z.shape[-2:]
         *modulation, scale_out = self.modulate(t)  # 4 x (B, 1, D), (B, 1, D)
-        turns, segments = self.places(condition, (h, w))  # (S, 1, d/2)
+        turns, segments = self.places(condition, (h, w))  # (S, 1, d/2, 2)
         x = self.embed(z)  # (B, N, D)
         if prefix is None:
             tokens = self.tokens(condition)  # (B, P, D)
@@ -314,27 +341,15 @@ class MMDiT(nn.Module):
                 modulation = [torch.cat([a.expand_as(tokens), b.expand_as(x)], 1) for a, b in pairs]  # 4 x (B, S, D)
             x = torch.cat([tokens, x], 1)  # (B, S, D)
         else:
-            turns, segments = turns[-h * w :], segments[-1:]  # (N, 1, d/2)
-        part = Part(*modulation, turns, segments)
+            turns, segments = turns[-h * w :], segments[-1:]  # (N, 1, d/2, 2)
+        part, kept = Part(*modulation, turns, segments), []
         for i, block in enumerate(self.transformer_blocks):
-            x, _ = block(x, part, None if prefix is None else prefix[i])  # (B, S or N, D)
+            x, keys_values = block(x, part, None if prefix is None else prefix[i])  # (B, S or N, D)
+            if keep:  # copies, or the target's would stay in memory, too
+                kept.append(tuple(both[:, :, : -h * w].clone() for both in keys_values))  # 2 x (B, H, P, d)
         x = x[:, -h * w :]  # (B, N, D)
         x = F.layer_norm(x, x.shape[-1:], eps=self.config.eps) * scale_out  # (B, N, D)
-        return rearrange(self.proj_out(x), "b (h w) c -> b c h w", h=h, w=w)  # (B, out_channels, h, w)
-
-    def prefix(self, condition: Condition) -> Prefix:
-        """Keys and values of text and sources in every block. With causal_condition they depend neither on time nor on
-        the target, so one prefix serves all steps exactly; without it this is a ValueError."""
-        if not self.config.causal_condition:
-            raise ValueError("without causal_condition a prefix holds for one time only, and cannot be kept")
-        x, prefix = self.tokens(condition), []  # (B, P, D)
-        still = self.modulate(torch.zeros(1, device=x.device))[:4]  # 4 x (1, 1, D)
-        turns, segments = self.places(condition, (0, 0))  # (P, 1, d/2)
-        part = Part(*still, turns, segments[:-1])
-        for block in self.transformer_blocks:
-            x, keys_values = block(x, part, None)  # (B, P, D), 2 x (B, H, P, d)
-            prefix.append(keys_values)
-        return prefix
+        return rearrange(self.proj_out(x), "b (h w) c -> b c h w", h=h, w=w), kept  # (B, out_channels, h, w)
 
     def modulate(self, t: Tensor) -> tuple[Tensor, ...]:
         """scale1, gate1, scale2, gate2 of all blocks and the scale of the output, each (B, 1, D)."""
@@ -355,16 +370,17 @@ class MMDiT(nn.Module):
         return self.img_in(rearrange(grid, "b c h w -> b (h w) c").to(self.img_in.weight.dtype))  # (B, h w, D)
 
     def places(self, condition: Condition, grid: tuple[int, int]) -> tuple[Tensor, list[Segment]]:
-        """Rotations (S, 1, d/2) and segments of the prefix and, last, of a target of `grid` (h, w) tokens."""
+        """Rotations (S, 1, d/2, 2) and segments of the prefix and, last, of a target of `grid` (h, w) tokens."""
         weight, tokens = self.img_in.weight, grid[0] * grid[1]
         layout = tuple(size or stop - start for start, stop, size in condition.pieces)
-        turns = rotations((*layout, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2)
+        skipped = (0, condition.skipped)  # a picture without tokens: only the counter passes it
+        turns = rotations((*layout, skipped, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2, 2)
         length, bias = len(turns) - tokens, None
         padding = ~condition.mask[:, None, None, condition.real :]  # (B, 1, 1, L - real)
         if padding.shape[-1] > 0:  # the target sees the whole prefix but that
             bias = weight.new_zeros(len(padding), 1, 1, len(turns))  # (B, 1, 1, S)
             bias[..., length - padding.shape[-1] : length].masked_fill_(padding, -torch.inf)
-        return turns, [*prefix_segments(layout, weight.dtype, weight.device), (tokens, len(turns), bias)]
+        return turns, [*prefix_segments(layout), (tokens, len(turns), bias)]
 
     @classmethod
     def from_pretrained(

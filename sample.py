@@ -11,7 +11,7 @@ them, the noisy target's, are the condition:
                slots, four to a slot, before the words that speak about them
 
 Nothing in it depends on the step. With `causal_condition` its keys and values do not either, so a picture pays for its
-condition once (`MMDiT.prefix`) and then for the target's tokens alone at every step. A negative prompt is a second
+condition once (`MMDiT.with_prefix`) and then for the target's tokens alone at every step. A negative prompt is a second
 condition with other words and the same sources.
 
 Symbols: B prompts; H, W the picture's sides in pixels; h, w = H/16, W/16 the latent grid; t = 1 is noise, t = 0 the
@@ -78,6 +78,7 @@ class Pipeline:
     offload: bool  # the networks rest on the CPU and take turns on the device
     keep_encoder: bool
     loras: list[tuple[str | Path, LoRA, float]]  # merged into the MMDiT: its file, itself, its scale
+    compile: bool = False  # compile the MMDiT's blocks: minutes at first, for many pictures of a size
     progress: bool = True  # a bar over the steps
     fit: str = "stretch"  # how sources are brought to their size: stretch, crop or pad (pictures.fit)
 
@@ -147,6 +148,8 @@ class Pipeline:
         mmdit = MMDiT.from_pretrained(self.directory / "transformer", self.dtype, self.home)
         for path, lora, scale in self.loras:
             merge(mmdit, lora, scale, str(path))
+        for block in mmdit.transformer_blocks if self.compile else ():
+            block.compile(dynamic=True)
         return mmdit
 
     def free_encoder(self) -> None:
@@ -204,12 +207,16 @@ class Pipeline:
 
     def velocity(self, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
         """The MMDiT under one condition, v(z, t), as flow.py takes it. z (B, 64, h, w); t (B,)."""
-        prefix = self.mmdit.prefix(condition) if self.mmdit.config.causal_condition else None
+        prefix = None
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
-            # The reference rounds so: in bf16, t keeps 8 bits. The state itself stays in fp32 between the steps.
-            t = (1000 * t).to(self.dtype) / 1000  # (B,)
-            return self.mmdit(z.to(self.dtype), t, condition, prefix)  # (B, 64, h, w)
+            nonlocal prefix
+            # The state itself stays in fp32 between the steps.
+            z, t = z.to(self.dtype), flow.network_time(t, self.dtype)  # (B, 64, h, w), (B,)
+            if prefix is None and self.mmdit.config.causal_condition:
+                v, prefix = self.mmdit.with_prefix(z, t, condition)  # (B, 64, h, w)
+                return v
+            return self.mmdit(z, t, condition, prefix)  # (B, 64, h, w)
 
         return velocity
 
@@ -352,6 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipeline = Pipeline.from_pretrained(
         args.checkpoint, getattr(torch, dtype), device, args.offload, loras=args.lora_files, sigmas=args.sigmas
     )
+    pipeline.compile = args.compile
     if args.export is not None:
         export_student(pipeline, args)
         return

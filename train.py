@@ -21,6 +21,7 @@ Exit status: 0 finished; 2 bad input; 1 a value is not finite; 130 and 143 after
 Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and dmd.py.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ class Args:
     micro_batch: int = option(6, "samples that run at once, over all processes", "[1, 1e6]")
     seed: int = option(0, "every random number follows from it", "[-9e18, 9e18]")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
+    redraw: tuple[int, ...] = option((), "steps that get other random numbers, after one that was not finite")
     save_every: int = option(50, "steps between two checkpoints", "[1, 1e9]")
     panel_every: int = option(50, "steps between two panels", "[1, 1e9]")
     device: str | None = option(None, "cpu, mps, cuda or cuda:NUMBER; default: cuda if there is one")
@@ -72,6 +74,7 @@ class Args:
     lr: float = option(2e-4, "AdamW, for all other tensors", "[0, 1]")
     fake_muon_lr: float = option(0.005, "of the fake score, higher because it has to keep up", "[0, 1]")
     fake_lr: float = option(5e-4, "of the fake score", "[0, 1]")
+    beta1: float = option(0.9, "AdamW's momentum, of student and fake score", "[0, 1)")
     fake_updates: int = option(2, "updates of the fake score before each of the student; DMD2: 5", "[1, 1000]")
     warmup: int = option(10, "steps over which the learning rates rise from 0", "[0, 1e9]")
     decay: float = option(0.4, "last part of the run, in which they fall to 0", "[0, 1]")
@@ -93,12 +96,15 @@ class Args:
 # What other uses change. The toy's teacher (ours):
 FLOW = dict(objective="flow", steps=2000, batch=96, micro_batch=16, save_every=500, panel_every=500, warmup=100)
 FLOW |= dict(muon_lr=0.02, lr=2e-3, decay=0.5, ema=0.999, time_shift=1.0)
-# A student of the 7B's size. The papers give no values. These are inside what others' DMD of Qwen-Image used: AdamW, rates
-# of 2e-6 to 1e-5, batches of 32 to 128, 5 fake updates, an EMA of .98 to .99, 1,000 to 3,000 steps. Not run by us.
-LARGE = dict(steps=1000, batch=32, micro_batch=8, panel_every=20, dtype="bfloat16", recompute=True, fake_updates=5)
-LARGE |= dict(muon_lr=0.0, lr=1e-5, fake_muon_lr=0.0, fake_lr=1e-5, warmup=20, decay=0.0, ema=0.98, time_shift=3.0)
-# The same with LoRAs: LightX2V's rates, which distilled Qwen-Image at rank 32.
-LARGE_LORA = LARGE | dict(micro_batch=2, lr=1e-4, fake_lr=2e-5, fake_updates=2)
+# A student of the 7B's size. The papers give no values, and we have not run these. They come from others' DMD:
+# ModelOpt's of Qwen-Image (both rates, 1,000 steps), Self-Forcing-Plus's of a 14B network (5 fake updates, an EMA of 0.99)
+# and DP-DMD's of SD3.5-M (a batch of 32, no weight decay). Checkpoints are 199 GB: 4 in a run.
+LARGE = dict(steps=1000, batch=32, micro_batch=8, save_every=250, panel_every=20, dtype="bfloat16", recompute=True)
+LARGE |= dict(muon_lr=0.0, lr=2e-6, fake_muon_lr=0.0, fake_lr=2e-6, fake_updates=5, warmup=20, decay=0.0)
+LARGE |= dict(ema=0.99, time_shift=3.0)
+# The same with LoRAs: both rates, fake updates, batch and EMA are those of configs/qwen_image_dmd.yaml of the fork
+# Chevolier/Self-Forcing-Plus, which distils Qwen-Image-Edit at rank 32. LightX2V has the same rates.
+LARGE_LORA = LARGE | dict(micro_batch=2, save_every=50, lr=1e-4, fake_lr=2e-5)
 # A specialised teacher of the 7B's size. No source has numbers for its fine-tuning. Not run by us.
 LARGE_FLOW = dict(objective="flow", muon_lr=0.0)  # AdamW, as in the paper's section 3
 LARGE_FLOW |= dict(lr=1e-5, batch=32)  # ours: as DP-DMD, which moves all weights of SD3.5-M
@@ -108,12 +114,20 @@ LARGE_FLOW |= dict(warmup=20, decay=0.0, time_shift=3.0, panel_every=100)  # our
 LARGE_FLOW_LORA = LARGE_FLOW | dict(micro_batch=2, lr=1e-4)  # ours: one GPU's memory; LightX2V's rate of a LoRA
 
 
-def defaults(objective: str, parameters: int, lora_rank: int) -> dict:
-    """The values that replace those of Args for this objective and a network of so many parameters."""
-    large = parameters > 1e9
+def defaults(objective: str, parameters: int, lora_rank: int, processes: int = 1) -> dict:
+    """The values that replace those of Args for this objective and a network of so many parameters.
+
+    Each process has an equal part of a micro-batch. So micro-batch and batch are rounded up until they can be divided.
+    """
+    values = dict(batch=Args.batch, micro_batch=Args.micro_batch)  # the laptop's
     if objective == "flow":
-        return (LARGE_FLOW_LORA if lora_rank else LARGE_FLOW) if large else FLOW
-    return (LARGE_LORA if lora_rank else LARGE) if large else {}
+        values = FLOW
+    if parameters > 1e9:
+        large, lora = (LARGE_FLOW, LARGE_FLOW_LORA) if objective == "flow" else (LARGE, LARGE_LORA)
+        values = lora if lora_rank else large
+    micro_batch = math.ceil(values["micro_batch"] / processes) * processes
+    batch = math.ceil(values["batch"] / micro_batch) * micro_batch
+    return values | dict(micro_batch=micro_batch, batch=batch)
 
 
 def parse(argv: list[str] | None = None) -> Args:
@@ -130,6 +144,7 @@ from tqdm import tqdm
 import dmd
 import flow
 from support import plan, watch
+from support.attention import kernels
 from support.batches import Batch, batches
 from support.conditions import Pool, cached_pool
 from support.export import export_run
@@ -161,10 +176,11 @@ def update_fake(job: Job, update: int, rate: float) -> watch.Record:
     """One update of the fake score: flow matching on what the student draws now. The student does not learn."""
     record = watch.Record("fake_loss", "fake_grad_norm")
     for batch in batches(job.args, job.pool, job.recipe, "fake", update):
-        student = job.trainee.network.velocity(batch.condition)
         fake = job.fake.network.velocity(batch.condition)
-        with torch.no_grad():
+        with torch.no_grad():  # what the student keeps between its steps is gone before the fake score computes
+            student = job.trainee.network.velocity(batch.condition, keep=True)
             x_theta = dmd.rollout(student, batch.noise, job.sigmas, batch.k)  # (B, 64, h, w)
+            del student
         losses = dmd.fake_score_loss(fake, x_theta, batch.xi, batch.t)  # (B,)
         job.fake.backward(losses, batch)
         record.add(batch, losses)
@@ -176,15 +192,14 @@ def update_student(job: Job, update: int, rate: float) -> watch.Record:
     """One update of the student, along -g. Teachers and fake score are evaluated without gradient."""
     record = watch.Record("loss", "grad_norm")
     for batch in batches(job.args, job.pool, job.recipe, "student", update):
-        student = job.trainee.network.velocity(batch.condition)
-        fake = job.fake.network.velocity(batch.condition)
-        real = real_velocity(job, batch)
+        student = job.trainee.network.velocity(batch.condition, keep=True)
+        fake, real = job.fake.network.velocity(batch.condition), real_velocity(job, batch)
         x_theta = dmd.rollout(student, batch.noise, job.sigmas, batch.k)  # (B, 64, h, w), gradient through step k alone
         with together(), located(batch.where):  # a value that is not finite on one rank stops all of them
             g, x0_real, x0_fake = dmd.dmd_gradient(real, fake, x_theta, batch.xi, batch.t)  # (B, 64, h, w) each
         loss = dmd.surrogate_loss(x_theta, g)  # ()
         if job.recipe.first_step_weight:
-            loss = loss + job.recipe.first_step_weight * first_step(job, student, real, batch)
+            loss = loss + job.recipe.first_step_weight * first_step(job, student, batch)
         job.trainee.backward(loss, batch)
         record.add(batch, 0.5 * g.square().flatten(1).mean(1))  # the surrogate's value for each sample
         record.panel = {"x_theta": x_theta.detach(), "x0_real": x0_real, "x0_fake": x0_fake}
@@ -192,22 +207,24 @@ def update_student(job: Job, update: int, rate: float) -> watch.Record:
     return record
 
 
-def real_velocity(job: Job, batch: Batch) -> flow.Velocity:
-    """The real score for the batch's student step k: each teacher guided, then mixed by the recipe's lambdas (Eq. 5)."""
+def real_velocity(job: Job, batch: Batch, keep: bool = False) -> flow.Velocity:
+    """The real score for the batch's student step k: each teacher guided, then mixed by the recipe's lambdas (Eq. 5).
+    keep: for several steps, see Network.velocity."""
     weights = job.recipe.weights(batch.k, job.args.student_steps, batch.task, batch.category)
-    guided = {}
+    guided, w = {}, job.args.guidance
     for name in weights:
-        conditional, w = job.teachers[name].velocity(batch.condition), job.args.guidance
-        # The unconditional side of guidance has the same sources, but no words.
-        guided[name] = conditional if w == 1 else flow.guided(conditional, job.teachers[name].velocity(batch.empty), w)
+        guided[name] = job.teachers[name].velocity(batch.condition, keep)
+        if w != 1:  # the unconditional side of guidance has the same sources, but no words
+            guided[name] = flow.guided(guided[name], job.teachers[name].velocity(batch.empty, keep), w)
     return dmd.mixture(weights, guided)
 
 
-def first_step(job: Job, student: flow.Velocity, teacher: flow.Velocity, batch: Batch) -> Tensor:
+def first_step(job: Job, student: flow.Velocity, batch: Batch) -> Tensor:
     """The first-step loss (section 6.1), (). The teacher walks to the end of the student's first step in 5 steps (ours)."""
     start, end = job.sigmas[:2]
     walk = [start + (end - start) * i / 5 for i in range(6)]
-    return dmd.first_step_loss(student, batch.noise, flow.euler(teacher, batch.noise, walk), walk[-1]).mean()
+    z_teacher = flow.euler(real_velocity(job, batch, keep=True), batch.noise, walk)  # (B, 64, h, w)
+    return dmd.first_step_loss(student, batch.noise, z_teacher, walk[-1]).mean()
 
 
 def update_flow(job: Job, update: int, rate: float) -> watch.Record:
@@ -243,6 +260,7 @@ def start(args: Args, pool: Pool, state: Path | None) -> Job:
     network = learner(args, "student", base)
     trainee = Trainee("teacher" if flows else "student", network, args, args.muon_lr, args.lr, args.ema)
     job = Job(args, pool, recipe, flow.student_sigmas(args.student_steps), teachers, trainee, None)
+    say(kernels(network.model.config.attention_head_dim, getattr(torch, args.dtype), args.device))
     if not flows:
         network = learner(args, "fake", base)
         job.fake = Trainee("fake score", network, args, args.fake_muon_lr, args.fake_lr, ema=0)

@@ -34,18 +34,14 @@ class Batch:
     noise: Tensor  # (B, 64, h, w): where a path or a rollout starts
     xi: Tensor  # (B, 64, h, w): noise for x_theta
     t: Tensor  # (B,) in [0, 1]
+    times: list[float]  # the same numbers, for messages: reading them from a GPU would wait for it
+    tokens: tuple[int, int]  # of one sample, in the prefix and in the target
     k: int | None = None  # the student's step (dmd)
     fraction: float = 1.0  # of the update's samples that the micro-batch has, on all ranks together
 
     def where(self) -> str:
         """For errors."""
         return f"task {self.task}, k = {self.k}"
-
-    @property
-    def tokens(self) -> tuple[int, int]:
-        """Of one sample, in the prefix and in the target."""
-        more = sum(3 * (stop - start) for start, stop in self.condition.slots)  # a slot stands for four
-        return self.condition.states.shape[1] + more, self.noise[0, 0].numel()
 
 
 def batches(args, pool: Pool, recipe, purpose: str, update: int) -> Iterator[Batch]:
@@ -55,14 +51,19 @@ def batches(args, pool: Pool, recipe, purpose: str, update: int) -> Iterator[Bat
     run the same networks equally often. The student's updates and the fake score's (`purpose`) are counted separately.
     With one count for both, a ratio of 1:1 and five fake updates for each of the student, the student would have the
     same task in every update.
+
+    A step in args.redraw gets other random numbers, for the same prompts. So a run goes on past a step that gave a value
+    which is not finite.
     """
+    step = update // (args.fake_updates if purpose == "fake" else 1) + 1  # as the progress line and errors count
+    draws = f"{purpose}, again" if step in args.redraw else purpose
     for micro, size in enumerate(args.sizes):
         task, category, n = recipe.turn(update * len(args.sizes) + micro)
-        rngs = [generator(args.seed, update, micro * args.micro_batch + i, purpose) for i in range(size)]
+        rngs = [generator(args.seed, update, micro * args.micro_batch + i, draws) for i in range(size)]
         entries = chosen(args, pool, purpose, task, category, n)[:size]
         mine = slice(rank() * size // ranks(), (rank() + 1) * size // ranks())
-        length, k, wordless = max(len(e.states) for e in entries), None, False  # padded as the whole is, on every rank
-        rng = generator(args.seed, update, micro, purpose + " micro-batch")
+        length, k, wordless = max(len(e.states) for e in entries), None, False
+        rng = generator(args.seed, update, micro, draws + " micro-batch")
         if args.objective == "flow":
             wordless = torch.rand((), generator=rng).item() < args.text_dropout  # all at once: one layout
         else:
@@ -117,32 +118,39 @@ def make_batch(
     fraction: float = 1.0,
 ) -> Batch:
     """One micro-batch of entries of one bucket. rngs: for each entry a generator, of noise, xi and time in this order.
-    Texts are padded to the longest, or to `length`."""
+    Texts are padded to the longest; `length`, that of the longest on all ranks, gives the target's position."""
     device, dtype, shape = args.device, getattr(torch, args.dtype), (64, *entries[0].size)
     noise = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
     xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
     u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
     shift = args.time_shift
     t = flow.logit_normal(u, math.log(shift)) if args.objective == "flow" else flow.shifted_uniform(u, shift)  # (B,)
+    t = flow.network_time(t, dtype)  # (B,): the path is built at the time that the network is told
     sources = [torch.stack(column).to(device, dtype) for column in zip(*(e.sources for e in entries), strict=True)]
 
     def condition(states: list[Tensor]) -> Condition:
         lengths = torch.tensor([len(s) for s in states])  # (B,)
-        longest = max(length if states is words else 0, *lengths.tolist())
+        longest = int(lengths.max())
         padded = torch.stack([F.pad(s, (0, 0, 0, longest - len(s))) for s in states])  # (B, L, C)
         real = torch.arange(longest) < lengths[:, None]  # (B, L)
-        return Condition(padded, real, sources, entries[0].slots).to(device, dtype)
+        # The micro-batch's longest text may be another rank's. Then the target still stands behind that one.
+        skipped = max(0, length - longest) if states is words else 0
+        return Condition(padded, real, sources, entries[0].slots, skipped).to(device, dtype)
 
     words, empty = [e.states for e in entries], [e.empty for e in entries]
+    told = condition(empty if wordless else words)
+    prefix = told.states.shape[1] + sum(3 * (stop - start) for start, stop in told.slots)  # a slot stands for four
     return Batch(
         entries[0].task,
         entries[0].category,
-        condition(empty if wordless else words),
+        told,
         condition(empty) if empty[0] is not None else None,
         torch.stack([e.target for e in entries]).to(device).float() if entries[0].target is not None else None,
         noise,
         xi,
         t.to(device),
+        t.tolist(),
+        (prefix, noise[0, 0].numel()),
         k,
         fraction,
     )

@@ -32,16 +32,17 @@ class Stage:
 
 
 class Adapter(nn.Module):
-    """What one role adds to one layer: alpha / r B A x."""
+    """What one role adds to one layer's output y (B, n, out): alpha / r B A x."""
 
     def __init__(self, a: Tensor, b: Tensor, alpha: float):
         super().__init__()
         self.A, self.B, self.alpha = nn.Parameter(a), nn.Parameter(b), alpha
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
         # Factors in fp32 may sit on weights in bf16. They are what learns, and so need no second copy as masters.
-        x = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))  # (B, n, out)
-        return self.alpha / len(self.A) * x  # (B, n, out)
+        x = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)  # (B n, r)
+        changed = torch.addmm(y.flatten(0, -2), x, self.B.to(x.dtype).mT, alpha=self.alpha / len(self.A))  # (B n, out)
+        return changed.view_as(y)  # (B, n, out)
 
 
 class RoleLinear(nn.Module):
@@ -54,7 +55,7 @@ class RoleLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight)  # (B, n, out)
         role = self.stage.role
-        return y + self.adapters[role](x) if role in self.adapters else y  # (B, n, out)
+        return self.adapters[role](x, y) if role in self.adapters else y  # (B, n, out)
 
 
 def new_lora(

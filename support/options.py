@@ -4,6 +4,7 @@ Nothing here imports torch, which takes seconds: --help answers at once.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import field, fields
@@ -38,12 +39,12 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the options")
 
 
-def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int], dict], about: str):
+def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int, int], dict], about: str):
     """The command line as a `kind`, a dataclass of options. ValueError names the flag.
 
-    defaults(objective, parameters, lora_rank) gives the values that differ from the dataclass's own. They are known only
-    after a first look at the flags that decide them. about: a docstring; --help shows its first paragraph, and the one
-    with commands.
+    defaults(objective, parameters, lora_rank, processes) gives the values that differ from the dataclass's own. They are
+    known only after a first look at the flags that decide them. about: a docstring; --help shows its first paragraph, and
+    the one with commands.
     """
     argv = sys.argv[1:] if argv is None else argv
     if wrong := [word for word in argv if word.endswith("=--")]:  # argparse takes it for an empty list
@@ -53,8 +54,10 @@ def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int]
     first.add_argument("--objective", default=own["objective"])
     first.add_argument("--checkpoint", type=Path, default=own["checkpoint"])
     first.add_argument("--lora-rank", type=int, default=own["lora_rank"])
+    first.add_argument("--gpus", type=int)
     given = first.parse_known_args(argv)[0]
-    own |= defaults(given.objective, count(given.checkpoint, own["checkpoint"]), given.lora_rank)
+    processes = max(1, given.gpus or int(os.environ.get("WORLD_SIZE", 1)))  # torchrun sets it
+    own |= defaults(given.objective, count(given.checkpoint, own["checkpoint"]), given.lora_rank, processes)
 
     title, *paragraphs = about.split("\n\n")
     examples = "\n\n".join(part for part in paragraphs if "python " in part or part.startswith("Exit status"))

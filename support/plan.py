@@ -27,11 +27,14 @@ def peak_flops(args) -> float | None:
     return tflops and 1e12 * tflops
 
 
-def sample_flops(config: MMDiTConfig, purpose: str, prefix: int, target: int, k: int | None, scorers: int) -> float:
+def sample_flops(
+    config: MMDiTConfig, purpose: str, prefix: int, target: int, k: int | None, scorers: int, lora: bool = False
+) -> float:
     """One sample's part of one update: "flow", "fake" or "student"; `scorers`: forwards that make the real score.
 
     A multiplication and an addition for each weight and token, and twice for each pair of tokens and channel that
-    attention compares. A backward pass is two forwards; what `recompute` computes again is work, but no progress.
+    attention compares. A backward pass is two forwards; with LoRA the matrices' is one, for frozen weights have no
+    gradient. What `recompute` computes again is work, but no progress.
     """
     width = config.num_attention_heads * config.attention_head_dim
     weights = 2 * config.num_layers * (4 + 3 * config.mlp_ratio) * width**2  # a token's
@@ -40,7 +43,8 @@ def sample_flops(config: MMDiTConfig, purpose: str, prefix: int, target: int, k:
     step = target * (weights + pair * (prefix + target))
     steps = 0 if purpose == "flow" else k + (purpose == "fake")  # of the rollout, without gradient
     looks = scorers + 1 if purpose == "student" else 0  # of teachers and fake score, at x_t
-    return bool(steps) * text + steps * step + (3 + looks) * (text + step)
+    frozen = lora * (prefix + target) * weights
+    return bool(steps) * text + steps * step + (3 + looks) * (text + step) - frozen
 
 
 def utilisation(args, config: MMDiTConfig, recipe, records: list, seconds: float) -> float | None:
@@ -53,7 +57,7 @@ def utilisation(args, config: MMDiTConfig, recipe, records: list, seconds: float
         if purpose == "student":
             teachers = recipe.weights(batch.k, args.student_steps, batch.task, batch.category)
             scorers = len(teachers) * (1 if args.guidance == 1 else 2)
-        work += len(values) * sample_flops(config, purpose, *batch.tokens, batch.k, scorers)
+        work += len(values) * sample_flops(config, purpose, *batch.tokens, batch.k, scorers, args.lora_rank > 0)
     return round(work / seconds / peak, 4) if peak else None  # of each rank, and they are alike
 
 
@@ -69,9 +73,10 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """The gradients grow while the activations go: one of the two is at its largest."""
-        computing = self.bytes["activations"] + self.bytes["prefix cache"]
-        rest = sum(self.bytes.values()) - computing - self.bytes["gradients"]
+        """The largest of three times: a rollout, the moment before a backward pass, and the moment after it. Through the
+        pass the gradients grow while the activations go."""
+        computing = max(self.bytes["activations"], self.bytes["rollout"])
+        rest = sum(self.bytes.values()) - self.bytes["activations"] - self.bytes["rollout"] - self.bytes["gradients"]
         return rest + max(self.waiting + computing, self.bytes["gradients"])
 
 
@@ -93,19 +98,22 @@ def make_plan(args, config: MMDiTConfig, recipe, gpus: int, frozen: int, layouts
     # held against measurements by tests/test_plan.py. A frozen weight does not need its input, so a LoRA saves less.
     inner = (17 if args.lora_rank else 25) * e + 4 * 4
     guided = 1 if args.guidance == 1 else 2
-    activations, caches, flops = 0.0, 0.0, 0.0
+    activations, rollout, flops = 0.0, 0.0, 0.0
     for task, (prefix, target) in layouts.items():
         block = (prefix + target) * inner * width
         kept = (prefix + target) * e * width  # by a block that is computed again
         saved = config.num_layers * kept + block if args.recompute else config.num_layers * block
         saved += (8 * (prefix + target) + 10 * target) * e * width  # ends, tokens' modulation; gradients on their way
-        cache = 0 if flows else 2 * config.num_layers * prefix * e * width * (2 + frozen * guided)
-        if saved + cache > activations + caches:
-            activations, caches = saved, cache
+        # A rollout keeps the student's keys and values of text and sources, and computes a block without gradient.
+        kept = 0 if flows else (2 * config.num_layers * prefix + 20 * (prefix + target)) * e * width
+        activations, rollout = max(activations, saved), max(rollout, kept)
         for k in range(args.student_steps):
             scorers = guided * len(recipe.weights(k, args.student_steps, task, None))
             kinds = {"flow": 1} if flows else {"fake": args.fake_updates, "student": 1}
-            work = sum(n * sample_flops(config, kind, prefix, target, k, scorers) for kind, n in kinds.items())
+            work = sum(
+                n * sample_flops(config, kind, prefix, target, k, scorers, args.lora_rank > 0)
+                for kind, n in kinds.items()
+            )
             share = dict(zip(TASKS, recipe.ratio, strict=True))[task] / sum(recipe.ratio)
             flops += args.batch * share * work / args.student_steps
     parts = {
@@ -117,7 +125,7 @@ def make_plan(args, config: MMDiTConfig, recipe, gpus: int, frozen: int, layouts
         "gradients": 4 * trained / rows + (copies > 0 and waiting > 0) * total * e,
         "gathered": gathered,
         "activations": args.sizes[0] / gpus * activations,
-        "prefix cache": args.sizes[0] / gpus * caches,
+        "rollout": args.sizes[0] / gpus * rollout,
     }
     return Plan(total, trained, parts, waiting, flops)
 

@@ -1,6 +1,8 @@
 """One process or many: the ranks, and weights that are divided among them (FSDP2)."""
 
 import os
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +11,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+SHARED = (FloatingPointError, ValueError, OSError)  # the errors that a run expects, and that all ranks raise together
 
 
 def rank() -> int:
@@ -30,6 +34,14 @@ def joined() -> Iterator[None]:
         dist.init_process_group(backend, timeout=timedelta(hours=2))
     try:
         yield
+    except Exception as error:
+        if outermost and not isinstance(error, SHARED):
+            # The others wait in an exchange that this rank will not reach. Leaving without a goodbye ends them too:
+            # their next exchange fails, and torchrun stops who still waits for a GPU.
+            traceback.print_exc()
+            print(f"rank {rank()}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+        raise
     finally:
         if outermost:
             dist.destroy_process_group()
@@ -45,12 +57,12 @@ def everyone(mine) -> list:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """All ranks leave this at the same time, and an error of one is an error of all: else the others would wait in their
-    next exchange, for ever, or take an update without it."""
+    """All ranks leave this at the same time, and an error of one (of the kinds in SHARED) is an error of all: else the
+    others would wait in their next exchange, for ever, or take an update without it."""
     error = None
     try:
         yield
-    except (FloatingPointError, ValueError, OSError) as caught:
+    except SHARED as caught:
         error = caught
     if errors := list(filter(None, everyone(error))):
         raise error or errors[0]
@@ -81,7 +93,7 @@ def shard(model: nn.Module, args) -> None:
     for block in model.transformer_blocks:
         fully_shard(block, **how)
     fully_shard(model, **how)
-    register_fsdp_forward_method(model, "prefix")
+    register_fsdp_forward_method(model, "with_prefix")
 
 
 def own(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from support.ranks import by_first, rank, ranks, say, together
 from support.trainee import Trainee
 
 # What may differ in a resumed run: it changes no number, or only how far the run goes.
-FREE = {"resume", "out", "steps", "save_every", "panel_every", "device", "compile", "recompute", "cache"}
+FREE = {"resume", "redraw", "out", "steps", "save_every", "panel_every", "device", "compile", "recompute", "cache"}
 FREE |= {"plan", "gpus", "peak_tflops", "utilisation"}
 
 

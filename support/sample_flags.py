@@ -40,6 +40,7 @@ EXPORTING = {
     "--link": (dict(action="store_true", help="of a folder: link what did not change instead of copying it"), None),
     "--base": (dict(metavar="DIR", help="of a LoRA: the checkpoint that it will be loaded onto"), None),
     "--rank": (dict(type=int, default=64, metavar="R", help="of a LoRA [64]"), "[1, 65536]"),
+    "--compile": (dict(action="store_true", help="torch.compile the MMDiT: minutes at first, then faster"), None),
 }
 BOTH = {
     "--checkpoint": (dict(default=str(TOY), metavar="DIR", help="folder in the published layout [toy/checkpoint]"), None),

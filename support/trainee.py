@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from flow import Velocity
+from flow import Velocity, network_time
 from model import Condition, MMDiT
 from support.batches import Batch, generator
 from support.files import open_weights
@@ -35,20 +35,24 @@ class Network(NamedTuple):
         lora = role_lora(self.model, self.role)
         return {f"{layer}.{x}": p for layer, (a, b, _) in lora.items() for x, p in (("A", a), ("B", b))}
 
-    def velocity(self, condition: Condition) -> Velocity:
+    def velocity(self, condition: Condition, keep: bool = False) -> Velocity:
         """The network under one condition, v(z, t), for flow.py and dmd.py. Valid until the weights change.
 
-        In calls without gradient, keys and values of text and sources are computed once and used again: in the first
-        steps of a rollout, and for x_t under the fake score. In calls with gradient they are part of the graph.
+        keep: for several steps. The first call without gradient also gives keys and values of text and sources, and the
+        next ones reuse them. A call with gradient drops them: they are part of its graph, and the graph needs the memory.
         """
         model, prefix = self.model, None
+        keep = keep and model.config.causal_condition
 
         def call(z: Tensor, t: Tensor) -> Tensor:
             nonlocal prefix
+            t = network_time(t, condition.states.dtype)  # (B,)
             with playing(model, self.role):
-                if torch.is_grad_enabled() or not model.config.causal_condition:
-                    return model(z, t, condition)  # (B, 64, h, w)
-                prefix = prefix or model.prefix(condition)
+                if torch.is_grad_enabled():
+                    prefix = None
+                if keep and prefix is None and not torch.is_grad_enabled():
+                    v, prefix = model.with_prefix(z, t, condition)  # (B, 64, h, w)
+                    return v
                 return model(z, t, condition, prefix)  # (B, 64, h, w)
 
         return call
@@ -138,7 +142,7 @@ class Trainee:
         muon, rest = [], []
         for n, m in zip(self.names, self.masters, strict=True):
             (muon if matrices and m.ndim == 2 and n.startswith("transformer_blocks.") else rest).append(m)
-        self.optimizers = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.0, fused=True)]
+        self.optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(args.beta1, 0.999), weight_decay=0.0, fused=True)]
         if muon:
             self.optimizers.append(Muon(muon, lr=muon_lr))
         self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
@@ -149,21 +153,22 @@ class Trainee:
         micro-batches the gradient is kept in fp32."""
         with together():
             if not losses.isfinite().all():
-                bad = batch.t[~losses.isfinite()] if losses.ndim else batch.t
-                raise FloatingPointError(f"{batch.where()}: the {self.name}'s loss is not finite at t = {bad.tolist()}")
+                finite = losses.isfinite().expand(len(batch.times)).tolist()
+                bad = [t for t, ok in zip(batch.times, finite, strict=True) if not ok]
+                raise FloatingPointError(f"{batch.where()}: the {self.name}'s loss is not finite at t = {bad}")
         (batch.fraction * losses.mean()).backward()
         for master, weight in zip(self.masters, self.weights, strict=True):
             if master is not weight:
                 master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
                 weight.grad = None
-        self.contents.append(f"{batch.where()}, t = {batch.t.tolist()}")
+        self.contents.append(f"{batch.where()}, t = {batch.times}")
 
     def update(self, rate: float) -> float:
         """Clip the gradient, take a step at `rate` times the learning rates, update the average. Returns the gradient's
         norm before clipping."""
         if not self.sharded:  # sharded ones are averaged in the backward pass
             average_over_ranks([m.grad for m in self.masters])
-        norm = whole(nn.utils.clip_grad_norm_(self.masters, self.clip)).item()
+        norm = whole(nn.utils.clip_grad_norm_(self.masters, self.clip, foreach=True)).item()
         if not math.isfinite(norm):  # on all ranks, for it is the norm of the mean over them
             contents = "; ".join(sum(everyone(self.contents), []))
             raise FloatingPointError(f"the {self.name}'s gradient has norm {norm} after {contents}")
@@ -239,8 +244,11 @@ class Trainee:
     @torch.no_grad()
     def restore(self, files: list[Path], updates: int) -> None:
         """Take over the files that any number of ranks wrote from `state` after so many updates: joined, their rows are
-        the whole, of which this rank takes its own. ValueError unless names, shapes, types and the number of updates are
-        exactly those of `state` here, and all values are finite."""
+        the whole, of which this rank takes its own. Of as many files as ranks it reads its own alone, which holds just
+        these. ValueError unless names, shapes, types and the number of updates are exactly those of `state` here, and all
+        values are finite."""
+        alone = self.sharded and len(files) == ranks()
+        files = files[rank() : rank() + 1] if alone else files
         for optimizer in self.optimizers:  # as its first step would begin
             for master in optimizer.param_groups[0]["params"]:
                 moments = dict.fromkeys(MOMENTS[type(optimizer)], master)
@@ -258,7 +266,7 @@ class Trainee:
             for name, target in expected.items():
                 parts = [file.get_tensor(name) for file in opened]
                 rows = sum(len(part) for part in parts if part.ndim)
-                fits = rows == (len(target) if target.ndim else 0)
+                fits = rows == (len(own(target) if alone else target) if target.ndim else 0)
                 fits &= all(
                     (p.ndim, p.shape[1:], p.dtype) == (target.ndim, target.shape[1:], target.dtype) for p in parts
                 )
@@ -267,7 +275,7 @@ class Trainee:
                 tensor = torch.cat(parts) if target.ndim else parts[0]
                 if name == "updates" and tensor != target:
                     raise ValueError(f"{files[0]}: after {tensor} updates; {updates} are expected")
-                if own(target) is not target:  # as FSDP2 divides: the last ranks may have fewer rows, or none
+                if own(target) is not target and not alone:  # as FSDP2 divides: the last ranks may have fewer rows, or none
                     tensor = [*tensor.chunk(ranks()), *[tensor[:0]] * ranks()][rank()]
                 own(target).copy_(tensor)
         self.refresh()

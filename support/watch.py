@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
@@ -38,7 +39,9 @@ class Record:
     panel: dict[str, Tensor] = field(default_factory=dict)  # of the last micro-batch, (B, 64, h, w) each
 
     def add(self, batch: Batch, losses: Tensor) -> None:
-        self.losses.append((batch, losses.detach()))
+        note = copy(batch)  # without its tensors: those of all micro-batches of a step are gigabytes
+        note.condition = note.empty = note.target = note.noise = note.xi = note.t = None
+        self.losses.append((note, losses.detach()))
 
     @property
     def batch(self) -> Batch:
@@ -55,9 +58,10 @@ def metrics_line(records: list[Record], everyone: Callable[[list], list], **numb
     everyone: gives the lists of all processes. Losses are means over samples, by t and by task. A gradient's norm is that
     of the last update.
     """
-    mine = [(r.loss_name, b.task, losses.tolist(), b.t.tolist()) for r in records for b, losses in r.losses]
+    mine = [(r.loss_name, b.task, losses.tolist(), b.times) for r in records for b, losses in r.losses]
+    shared = everyone(mine)  # the one exchange of a step's log
     found: dict[str, list[tuple[str, float, int]]] = {}  # name -> (task, loss, bin of t) of each sample
-    for name, task, losses, times in (part for parts in everyone(mine) for part in parts):
+    for name, task, losses, times in (part for parts in shared for part in parts):
         bins = [min(int(t * BINS), BINS - 1) for t in times]
         found.setdefault(name, []).extend(zip([task] * len(losses), losses, bins, strict=True))
 
@@ -73,7 +77,7 @@ def metrics_line(records: list[Record], everyone: Callable[[list], list], **numb
     norms = {r.norm_name: r.grad_norm for r in records}
     batches, counts = [batch for r in records for batch, _ in r.losses], Counter()
     for b in batches:
-        counts[f"{b.task} {b.category}"] += len(b.t) * len(everyone([]))
+        counts[f"{b.task} {b.category}"] += len(b.times) * len(shared)
     each = {"tasks": [b.task for b in batches], "k": [b.k for b in batches], "categories": counts}
     return numbers | total | norms | each | parts
 
@@ -182,13 +186,13 @@ def draw_pictures(args, pool: Pool, network, record: Record, step: int) -> None:
     chosen = [entry for place in pool.places.values() for entry in place[:2]]
     for number, entry in enumerate(chosen):
         one = make_batch(args, [entry], [generator(args.seed, 0, number, "grid")])
-        velocity = network.velocity(one.condition)
+        velocity = network.velocity(one.condition, keep=True)
         if flows and args.guidance != 1:
-            velocity = flow.guided(velocity, network.velocity(one.empty), args.guidance)
+            velocity = flow.guided(velocity, network.velocity(one.empty, keep=True), args.guidance)
         grid["source"] += [source[0] for source in one.condition.sources[-1:]]  # (64, h, w)
         grid[entry.task].append(flow.euler(velocity, one.noise, sigmas)[0])  # (64, h, w)
     k = "" if flows else f"k {record.batch.k}, "  # the student's step
-    heads = [f"{k}t {t:.2f}" for t in record.batch.t.tolist()[:8]]
+    heads = [f"{k}t {t:.2f}" for t in record.batch.times[:8]]
     rows = {name: z[:8] for name, z in record.panel.items()}
     pictures = {args.out / "panels" / f"{step:06d}.png": (rows, heads), args.out / "grid.png": (grid, [])}
     vae = args.checkpoint / "vae"

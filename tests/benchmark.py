@@ -1,32 +1,44 @@
 """Speed and memory, side by side with diffusers' class. Not a test: pytest does not collect it.
 
-    python tests/benchmark.py gpu            the 7B config with random weights on one GPU: a picture, an edit, a LoRA update
-    python tests/benchmark.py cpu            ratios at the toy's config and at about 100M parameters, anywhere
-    python tests/benchmark.py cpu --quick    the same with the toy's config alone
+    python tests/benchmark.py gpu                the first hour on a GPU: all parts below, within ten minutes and 75 GB
+    python tests/benchmark.py gpu checks         which attention kernels run; the NaN of pytorch issue 196678; first calls
+    python tests/benchmark.py gpu draw           4 NFE at 1024 x 1024, by kernel, prefix and compile, beside diffusers'
+    python tests/benchmark.py gpu update         a LoRA update of one sample, and its memory
+    python tests/benchmark.py gpu train          two steps of training with LoRA roles, as train.py takes them
+    python tests/benchmark.py gpu --dry          walks through all of it with a tiny network on the CPU
+    python tests/benchmark.py cpu                ratios at the toy's config and at about 100M parameters, anywhere
+    python tests/benchmark.py cpu --quick        the same with the toy's config alone
 
-Every comparison takes the two in turns within one process and reports the median of the pairs' ratios, ours / diffusers':
-below 1 is faster. On a shared machine single times mean little; such ratios do (with one thread: OMP_NUM_THREADS=1).
-Prints Markdown.
+On a GPU the network has the published 7.1B config and random weights. The table is printed, and with --out written.
+
+On a CPU every comparison takes the two in turns within one process and reports the median of the pairs' ratios, ours /
+diffusers': below 1 is faster. On a shared machine single times mean little; such ratios do (with one thread:
+OMP_NUM_THREADS=1). Prints Markdown.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dmd  # noqa: E402
 import flow  # noqa: E402
+import recipe  # noqa: E402
+import train  # noqa: E402
 from model import Condition, MMDiT, MMDiTConfig  # noqa: E402
-from support import plan  # noqa: E402
-from support.lora import add_role, new_lora, role_lora  # noqa: E402
+from support import attention, plan, watch  # noqa: E402
+from support.conditions import Entry  # noqa: E402
+from support.lora import add_role, new_lora  # noqa: E402
 from support.trainee import Network, recompute  # noqa: E402
 
 TOY = MMDiTConfig(
@@ -127,14 +139,6 @@ def row(*cells: object) -> None:
     print("| " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells) + " |", flush=True)
 
 
-def draw(network: Callable, prefix: list | None, noise: Tensor, condition: Condition) -> Tensor:
-    def velocity(z: Tensor, t: Tensor) -> Tensor:
-        z = z.to(condition.states.dtype)
-        return network(z, t, condition) if prefix is None else network(z, t, condition, prefix)
-
-    return flow.euler(velocity, noise, SIGMAS)
-
-
 def update(student, fake, teacher, optimizers, condition: Condition, noise: Tensor, xi: Tensor, t: Tensor) -> None:
     """A whole DMD update at k = 3, one of the fake score and one of the student; three callables (z, t) under a condition."""
     with torch.no_grad():
@@ -155,7 +159,7 @@ def plain(network, condition: Condition) -> Callable:
 def cached(network: MMDiT, condition: Condition, role: str | None = None) -> Callable:
     """The same as Network.velocity, which is what a training run calls."""
 
-    return lambda: Network(network, role).velocity(condition)
+    return lambda: Network(network, role).velocity(condition, keep=True)
 
 
 @torch.no_grad()
@@ -170,12 +174,12 @@ def learn(network, z: Tensor, t: Tensor, condition: Condition) -> None:
 
 @torch.no_grad()
 def look4(network, z: Tensor, condition: Condition) -> None:
-    draw(network, None, z, condition)
+    flow.euler(lambda z, t: network(z.to(condition.states.dtype), t, condition), z, SIGMAS)
 
 
 @torch.no_grad()
 def picture(network, prefix: bool, z: Tensor, condition: Condition) -> None:
-    draw(network, network.prefix(condition) if prefix else None, z, condition)
+    flow.euler(Network(network).velocity(condition, keep=prefix), z, SIGMAS)
 
 
 def cpu(quick: bool) -> None:
@@ -213,73 +217,206 @@ def compare(name: str, config: MMDiTConfig, side: int, batch: int, times: int) -
     row(f"{name} edit, a DMD update (fake score and student once)", *in_turns(*both, "cpu", 3))
 
 
-def gpu(config: MMDiTConfig, side: int) -> None:
-    device, dtype = "cuda", torch.bfloat16
-    name, words = torch.cuda.get_device_name(), 200
-    print(f"{name}, bf16, torch {torch.__version__}, {plan.parameters(config) / 1e9:.2f} billion random parameters\n")
-    model = random_network(config, device, dtype).requires_grad_(False)
-    noise = torch.randn(1, 64, side, side, device=device)
-    row("what", "seconds", "floor, s", "peak memory, GB")
-    row("---", "---", "---", "---")
+# ---- a GPU's first hour ----------------------------------------------------------------------------------------------
 
-    def timed(what: str, work: Callable, floor: float | str) -> None:
-        work(), work()  # the second, too: compiled code and chosen kernels
-        torch.cuda.reset_peak_memory_stats()
-        took = statistics.median(seconds(work, device) for _ in range(5))
-        row(what, took, floor, torch.cuda.max_memory_allocated() / 1e9)
 
-    conditions = {
-        "t2i": random_condition(config, 1, words, side, 0, noise.to(dtype)),
-        "edit": random_condition(config, 1, words, side, 1, noise.to(dtype)),
-    }
-    eager = [block.forward for block in model.transformer_blocks]
-    for compiled in (False, True):
-        for block, forward in zip(model.transformer_blocks, eager, strict=True):
-            block.forward = torch.compile(forward) if compiled else forward
-        for task, condition in conditions.items():
-            for prefix in (True, False):
-                floor = FLOOR[task if prefix or task == "t2i" else "edit, no prefix cache"] / PEAK
-                timed(
-                    f"{task}, 4 NFE, prefix cache {prefix}, compile {compiled}",
-                    partial(picture, model, prefix, noise, condition),
-                    floor,
-                )
-    for block, forward in zip(model.transformer_blocks, eager, strict=True):
-        block.forward = forward
+@dataclass
+class Bench:
+    """A random network with conditions of both tasks, and the table that is made."""
 
-    theirs = Theirs(model)  # on the same weights, so it fits
-    for task, condition in conditions.items():
-        timed(f"diffusers' class: {task}, 4 NFE", partial(look4, theirs, noise, condition), FLOOR[task] / PEAK)
-    del theirs
+    device: str
+    dtype: torch.dtype
+    model: MMDiT
+    words: int
+    noise: Tensor  # (1, 64, side, side)
+    conditions: dict[str, Condition]
+    times: int
+    rows: list[str]
 
-    recompute(model)
-    optimizers = []
-    for role in ("student", "fake"):
-        add_role(model, role, new_lora(model, 32))
-        factors = [p for a, b, _ in role_lora(model, role).values() for p in (a, b)]
-        optimizers.append(torch.optim.AdamW(factors, lr=1e-5, fused=True))
-    for task, condition in conditions.items():
-        parts = [cached(model, condition, role) for role in ("student", "fake", None)]
-        times = torch.full((1,), 0.5, device=device)
-        work = sum(
-            plan.sample_flops(config, kind, words + (side * side if task == "edit" else 0), side * side, 3, 1)
-            for kind in ("fake", "student")
+    def row(self, what: str, *cells: object) -> None:
+        cells = [f"{c:.3f}" if isinstance(c, float) else str(c) for c in (what, *cells)]
+        self.rows.append("| " + " | ".join([*cells, *[""] * (5 - len(cells))]) + " |")
+        print(self.rows[-1], flush=True)
+
+    def timed(self, what: str, work: Callable, floor: float | str = "") -> None:
+        """First call (which compiles and chooses kernels), the median of later ones, and the most memory of these."""
+        first = seconds(work, self.device)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        later = statistics.median(seconds(work, self.device) for _ in range(self.times))
+        self.row(what, first, later, floor, watch.memory(self.device))
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        torch._dynamo.config.recompile_limit = 64  # as in training: one block has many forms
+        blocks = self.model.transformer_blocks
+        eager = [block.forward for block in blocks]
+        for block in blocks:
+            block.forward = torch.compile(block.forward, backend="inductor" if self.device == "cuda" else "eager")
+        try:
+            yield
+        finally:
+            for block, forward in zip(blocks, eager, strict=True):
+                block.forward = forward
+
+
+def checks(bench: Bench) -> None:
+    """What only a GPU can say before anything is timed."""
+    config, z = bench.model.config, bench.noise
+    bench.row(attention.kernels(config.attention_head_dim, bench.dtype, bench.device))
+    # pytorch issue 196678: a mask, 64 queries modulo 128, a very negative logsumexp. Ours must be finite.
+    rows, heads, d = (4160 if bench.device == "cuda" else 192), config.num_attention_heads, config.attention_head_dim
+    q, k, v = (torch.randn(1, heads, rows, d, device=z.device, dtype=bench.dtype) for _ in range(3))
+    q, k = q + 5, k - 5  # all scores are about -25 sqrt(d)
+    mask = q.new_zeros(1, 1, 1, rows).masked_fill(torch.arange(rows, device=z.device) >= rows - 64, -torch.inf)
+
+    def finite(work: Callable) -> str:
+        inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+        try:
+            work(*inputs, mask).float().square().sum().backward()
+        except RuntimeError as error:
+            return f"not run: {str(error).splitlines()[0]}"
+        return "finite" if all(x.grad.isfinite().all() for x in inputs) else "NaN"
+
+    def by_cudnn(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    ours = finite(attention.attend)
+    bench.row(f"gradient with a mask, {rows} queries: ours {ours}; cuDNN, for the record: {finite(by_cudnn)}")
+    if ours != "finite":
+        raise ArithmeticError("attention with a padding mask gives a gradient that is not finite: do not train here")
+    t = torch.full((1,), 0.5, device=z.device)
+    for task, condition in bench.conditions.items():
+        bench.timed(f"{task}, one forward", partial(look, bench.model, z, t, condition))
+        with bench.compiled():
+            bench.timed(f"{task}, one forward, compiled", partial(look, bench.model, z, t, condition))
+
+
+def drawing(bench: Bench) -> None:
+    """4 NFE of a picture and of an edit with one source."""
+
+    def floor(task: str, prefix: bool) -> float:
+        return FLOOR[task if prefix or task == "t2i" else "edit, no prefix cache"] / PEAK
+
+    for task, condition in bench.conditions.items():
+        for prefix in (True, False):
+            work = partial(picture, bench.model, prefix, bench.noise, condition)
+            bench.timed(f"{task}, 4 NFE, prefix {prefix}", work, floor(task, prefix))
+            with bench.compiled():
+                bench.timed(f"{task}, 4 NFE, prefix {prefix}, compiled", work, floor(task, prefix))
+        for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            if bench.device == "cuda":
+                try:
+                    with sdpa_kernel(kernel):
+                        work = partial(picture, bench.model, True, bench.noise, condition)
+                        bench.timed(f"{task}, 4 NFE, prefix True, {kernel.name}", work, floor(task, True))
+                except RuntimeError as error:
+                    bench.row(f"{task}, 4 NFE, {kernel.name}: not run: {str(error).splitlines()[0]}")
+    theirs = Theirs(bench.model)  # on the same weights
+    for task, condition in bench.conditions.items():
+        bench.timed(
+            f"{task}, 4 NFE, diffusers' class", partial(look4, theirs, bench.noise, condition), floor(task, False)
         )
-        step = partial(update, *parts, optimizers, condition, noise, torch.randn_like(noise), times)
-        timed(f"{task}, LoRA update, rank 32, one sample, k = 3 (fake and student)", step, work / PEAK / 1e12)
+
+
+def lora_roles(bench: Bench, args: train.Args) -> list[train.Trainee]:
+    """Student and fake score on the network, fresh. The network is used up: its blocks are recomputed from now on."""
+    recompute(bench.model)
+    for role in ("student", "fake"):
+        add_role(bench.model, role, new_lora(bench.model, args.lora_rank))
+    networks = [Network(bench.model, role) for role in ("student", "fake")]
+    return [train.Trainee(n.role, n, args, 0.0, args.lr, ema) for n, ema in zip(networks, (args.ema, 0.0), strict=True)]
+
+
+def training(bench: Bench, parts: list[str]) -> None:
+    """A LoRA update of one sample at k = 3, and two steps as train.py takes them, beside the plan."""
+    side, config = bench.noise.shape[-1], bench.model.config
+    numbers = train.LARGE_LORA | dict(batch=4, lora_rank=32, guidance=1.0, device=bench.device)
+    args = train.Args(**numbers | dict(dtype=str(bench.dtype).removeprefix("torch.")))
+    trainees = lora_roles(bench, args)
+    for task, condition in bench.conditions.items() if "update" in parts else ():
+        players = [cached(bench.model, condition, role) for role in ("student", "fake", None)]
+        t, prefix = torch.full((1,), 0.5, device=bench.device), bench.words + (side * side if task == "edit" else 0)
+        work = sum(plan.sample_flops(config, kind, prefix, side * side, 3, 1, True) for kind in ("fake", "student"))
+        optimizers = [trainee.optimizers[0] for trainee in trainees]
+        step = partial(update, *players, optimizers, condition, bench.noise, torch.randn_like(bench.noise), t)
+        bench.timed(f"{task}, LoRA update, one sample, k = 3 (fake and student once)", step, work / PEAK / 1e12)
+    if "train" not in parts:
+        return
+
+    def entry(task: str) -> Entry:
+        slots = [(8, 8 + side * side // 4)] if task == "edit" else []
+        states = torch.randn(bench.words + len(slots) * side * side // 4, config.context_in_dim).bfloat16()
+        sources = [torch.randn(64, side, side).bfloat16() for _ in slots]
+        return Entry(task, "any", states, None, slots, sources, None, (side, side))
+
+    pool = train.Pool([entry(task) for task in ("t2i", "edit") for _ in range(8)])
+    found = recipe.find("flash").resolve({"t2i": ["any"], "edit": ["any"]}, ())
+    job = train.Job(args, pool, found, SIGMAS, {"base": Network(bench.model)}, *trainees)
+    layouts = {"t2i": (bench.words, side * side), "edit": (bench.words + side * side, side * side)}
+    planned = plan.make_plan(args, config, found, 1, 1, layouts)
+
+    def step(number: int) -> None:
+        for i in range(args.fake_updates):
+            train.update_fake(job, args.fake_updates * number + i, 1.0)
+        train.update_student(job, number, 1.0)
+
+    if bench.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for number in range(2):
+        took = seconds(partial(step, number), bench.device)
+        what = f"training step {number + 1}, LoRA, batch {args.batch} (fake score {args.fake_updates} times)"
+        bench.row(what, took, "", planned.update_flops / PEAK / 1e12, watch.memory(bench.device))
+    bench.row("the plan's peak for these steps, GB", "", "", "", planned.peak / 1e9)
+
+
+def gpu(parts: list[str], dry: bool, out: Path | None) -> None:
+    device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
+    config, side, words = (replace(TOY, num_layers=2), 4, 12) if dry else (MMDiTConfig(), 64, 200)
+    name = "dry, CPU" if dry else torch.cuda.get_device_name()
+    head = f"{name}, {dtype}, torch {torch.__version__}, {plan.parameters(config) / 1e9:.2f} billion random parameters"
+    noise = torch.randn(1, 64, side, side, device=device)
+    model = random_network(config, device, dtype).requires_grad_(False)
+    told = {
+        task: random_condition(config, 1, words - 8, side, number, noise.to(dtype))
+        for number, task in enumerate(("t2i", "edit"))
+    }
+    bench = Bench(device, dtype, model, words, noise, told, 1 if dry else 3, [])
+    print(head + "\n")
+    bench.row("what", "first, s", "later, s", "floor, s", "memory, GB")
+    bench.row(*["---"] * 5)
+    try:
+        if "checks" in parts:
+            checks(bench)
+        if "draw" in parts:
+            drawing(bench)
+        if "update" in parts or "train" in parts:
+            training(bench, parts)
+    finally:  # what was measured before an error is kept
+        if out:
+            out.write_text("\n".join([head, "", *bench.rows, ""]))
+
+
+PARTS = ["checks", "draw", "update", "train"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("half", choices=["cpu", "gpu"])
+    parser.add_argument("parts", nargs="*", metavar="part", help=f"gpu: of {', '.join(PARTS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="cpu: the toy's config alone")
+    parser.add_argument("--dry", action="store_true", help="gpu: a tiny network on the CPU")
+    parser.add_argument("--out", type=Path, help="gpu: file of the table")
     args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if args.half == "cpu":
         cpu(args.quick)
-    elif torch.cuda.is_available():
-        gpu(MMDiTConfig(), 64)
+    elif args.dry or torch.cuda.is_available():
+        gpu(args.parts or PARTS, args.dry, args.out)
     else:
-        sys.exit("benchmark.py: no GPU here; `cpu` runs anywhere")
+        sys.exit("benchmark.py: no GPU here; `cpu` and `gpu --dry` run anywhere")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_a_role_is_its_merged_network(model):
             assert_close(model(*inputs()), expected[name])
             with playing(model, None):
                 assert torch.equal(model(*inputs()), plain)
-            assert_close(model(*inputs(), model.prefix(inputs()[2])), expected[name])
+            assert_close(model(*inputs(), model.with_prefix(*inputs())[1]), expected[name])
         assert (expected[name] - plain).abs().max() > 0.1 * plain.abs().max()
     assert torch.equal(model(*inputs()), plain)
     # One copy of the weights: each where it was, under its name, and unchanged.

@@ -119,7 +119,9 @@ def test_a_kept_prefix_is_exact_at_every_time_and_target(tmp_path, layout):
     theirs = reference(tmp_path, **SMALL)
     ours = MMDiT.from_pretrained(tmp_path)
     z, t, condition = inputs(layout, SMALL)
-    prefix, cache, mode = ours.prefix(condition), QwenImage21KVCache(SMALL["num_layers"]), "extract"
+    v, prefix = ours.with_prefix(z, t, condition)
+    assert torch.equal(v, ours(z, t, condition))
+    cache, mode = QwenImage21KVCache(SMALL["num_layers"]), "extract"
     for z, t in ((z, t), (z.flip(0) + 1, t / 3), (-z, 0 * t + 1)):  # noqa: B020
         v = ours(z, t, condition, prefix=prefix)
         assert difference(v, ours(z, t, condition)) < 1e-6
@@ -132,14 +134,14 @@ def test_gradients_pass_through_a_kept_prefix(tmp_path):
     model = MMDiT.from_pretrained(tmp_path)
     z, t, condition = inputs("two sources", SMALL)
     expected = gradients(model, lambda z: model(z, t, condition), z)
-    found = gradients(model, lambda z: model(z, t, condition, prefix=model.prefix(condition)), z)
+    found = gradients(model, lambda z: model(z, t, condition, model.with_prefix(z, t, condition)[1]), z)
     assert max(difference(found[name], expected[name]) for name in expected) < 1e-5
 
 
 def test_no_prefix_is_kept_where_it_depends_on_time():
     model = MMDiT(MMDiTConfig(**{**SMALL, "axes_dims_rope": (4, 6, 6), "causal_condition": False}))
     with pytest.raises(ValueError, match="causal_condition"):
-        model.prefix(inputs("text", SMALL)[2])
+        model.with_prefix(*inputs("text", SMALL))
 
 
 @pytest.mark.parametrize("causal", [True, False])

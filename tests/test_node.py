@@ -118,7 +118,7 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
     """One training run of this rank, which leaves a note of what it did and how it ended."""
     done = {"calls": 0, "batches": [], "teachers": [], "updates": [], "unrounded": [], "ended": "finished"}
     real = {"batches": train.batches, "mixture": dmd.mixture, "gradient": dmd.dmd_gradient}
-    real |= {"update": train.Trainee.update, "forward": MMDiT.forward, "prefix": MMDiT.prefix}
+    real |= {"update": train.Trainee.update, "forward": MMDiT.forward, "with_prefix": MMDiT.with_prefix}
 
     def counted(name: str):
         def call(self, *arguments, **keywords):
@@ -129,7 +129,9 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
 
     def batches(args, pool, recipe, purpose, update):
         for batch in real["batches"](args, pool, recipe, purpose, update):
-            done["batches"].append([purpose, update, batch.task, batch.category, batch.k, batch.tokens, len(batch.t)])
+            done["batches"].append(
+                [purpose, update, batch.task, batch.category, batch.k, batch.tokens[1], len(batch.t)]
+            )
             yield batch
 
     def mixture(weights, teachers):
@@ -157,7 +159,7 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
         (dmd, "dmd_gradient", gradient),
         (train.Trainee, "update", update),
         (MMDiT, "forward", counted("forward")),
-        (MMDiT, "prefix", counted("prefix")),
+        (MMDiT, "with_prefix", counted("with_prefix")),
     ]:
         patch.setattr(where, name, what)
     if not numbers.pop("pictures", False):
@@ -220,6 +222,8 @@ def runs(checkpoint, pool, tmp_path_factory) -> Path:
     in_processes(2, both)
     shutil.copytree(folder / "two", folder / "one-from-two")
     in_processes(None, lambda: run(checkpoint, pool, folder / "one-from-two", steps=3, resume=True))
+    shutil.copytree(folder / "two", folder / "two-from-two")
+    in_processes(2, lambda: run(checkpoint, pool, folder / "two-from-two", steps=3, resume=True))
     return folder
 
 
@@ -248,6 +252,7 @@ def test_two_processes_follow_the_trajectory_of_one(runs):
 def test_resumed_on_another_number_of_processes(runs):
     assert_same_trajectory(runs / "one", runs / "two-from-one", 3)
     assert_same_trajectory(runs / "one", runs / "one-from-two", 3)
+    assert_same_trajectory(runs / "one", runs / "two-from-two", 3)  # each rank reads its own file
 
 
 def test_ranks_do_the_same(runs):

@@ -480,9 +480,9 @@ def test_metrics_tell_times_and_tasks_apart(monkeypatch, tmp_path):
     """Over the samples of two ranks; and TensorBoard has the numbers, where it is installed."""
     ours, other = watch.Record("loss", "grad_norm"), watch.Record("loss", "grad_norm")
     for each, task, losses in ((ours, "t2i", [1.0, 2.0]), (ours, "edit", [3.0, 3.0]), (other, "t2i", [5.0, 0.0])):
-        batch = SimpleNamespace(task=task, category="text", k=2, t=torch.tensor([0.1, 0.95]))
+        batch = SimpleNamespace(task=task, category="text", k=2, t=torch.zeros(2), times=[0.1, 0.95])
         each.add(batch, torch.tensor(losses))
-    theirs = [("loss", b.task, losses.tolist(), b.t.tolist()) for b, losses in other.losses]
+    theirs = [("loss", b.task, losses.tolist(), b.times) for b, losses in other.losses]
     ours.grad_norm = 0.5
     line = watch.metrics_line([ours], lambda mine: [mine, theirs], step=1)
     assert line["loss"] == pytest.approx(14 / 6) and line["loss_by_task"] == {"edit": 3.0, "t2i": 2.0}
