@@ -4,6 +4,7 @@ Nothing here imports torch, which takes seconds: --help answers at once.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -39,11 +40,17 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the options")
 
 
-def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int, int], dict], about: str):
+def divisible(batch: int, micro_batch: int, processes: int) -> dict[str, int]:
+    """Both rounded up, so that each process has an equal part of every micro-batch."""
+    micro_batch = math.ceil(micro_batch / processes) * processes
+    return {"batch": math.ceil(batch / micro_batch) * micro_batch, "micro_batch": micro_batch}
+
+
+def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int], dict], about: str):
     """The command line as a `kind`, a dataclass of options. ValueError names the flag.
 
-    defaults(objective, parameters, lora_rank, processes) gives the values that differ from the dataclass's own. They are
-    known only after a first look at the flags that decide them. about: a docstring; --help shows its first paragraph, and
+    defaults(objective, parameters, lora_rank) gives the values that differ from the dataclass's own. They are known only
+    after a first look at the flags that decide them. about: a docstring; --help shows its first paragraph, and
     the one with commands.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -57,7 +64,8 @@ def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int,
     first.add_argument("--gpus", type=int)
     given = first.parse_known_args(argv)[0]
     processes = max(1, given.gpus or int(os.environ.get("WORLD_SIZE", 1)))  # torchrun sets it
-    own |= defaults(given.objective, count(given.checkpoint, own["checkpoint"]), given.lora_rank, processes)
+    own |= defaults(given.objective, count(given.checkpoint, own["checkpoint"]), given.lora_rank)
+    own |= divisible(own["batch"], own["micro_batch"], processes)
 
     title, *paragraphs = about.split("\n\n")
     examples = "\n\n".join(part for part in paragraphs if "python " in part or part.startswith("Exit status"))

@@ -36,7 +36,7 @@ import flow  # noqa: E402
 import recipe  # noqa: E402
 import train  # noqa: E402
 from model import Condition, MMDiT, MMDiTConfig  # noqa: E402
-from support import attention, plan, watch  # noqa: E402
+from support import attention, plan, presets, watch  # noqa: E402
 from support.conditions import Entry  # noqa: E402
 from support.lora import add_role, new_lora  # noqa: E402
 from support.trainee import Network, recompute  # noqa: E402
@@ -332,7 +332,7 @@ def lora_roles(bench: Bench, args: train.Args) -> list[train.Trainee]:
 def training(bench: Bench, parts: list[str]) -> None:
     """A LoRA update of one sample at k = 3, and two steps as train.py takes them, beside the plan."""
     side, config = bench.noise.shape[-1], bench.model.config
-    numbers = train.LARGE_LORA | dict(batch=4, lora_rank=32, guidance=1.0, device=bench.device)
+    numbers = presets.LARGE_LORA | dict(batch=4, lora_rank=32, guidance=1.0, device=bench.device)
     args = train.Args(**numbers | dict(dtype=str(bench.dtype).removeprefix("torch.")))
     trainees = lora_roles(bench, args)
     for task, condition in bench.conditions.items() if "update" in parts else ():

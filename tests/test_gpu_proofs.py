@@ -31,11 +31,12 @@ import recipe
 import train
 from model import Condition, MMDiT, MMDiTConfig
 from sample import Pipeline
-from support import attention, plan, ranks
+from support import attention, plan, presets, ranks
 from support import trainee as trainee_file
 from support.batches import Batch, batches
 from support.conditions import Entry, Pool
 from support.lora import add_role, new_lora
+from support.options import divisible
 from support.trainee import recompute
 
 TINY = MMDiTConfig(
@@ -166,7 +167,8 @@ def test_the_path_is_built_at_the_time_that_is_told():
 @pytest.mark.parametrize("lora_rank", [0, 32])
 @pytest.mark.parametrize("processes", [1, 2, 3, 8, 16])
 def test_the_defaults_can_be_shared_by_any_number_of_processes(processes, lora_rank):
-    args = train.Args(**train.defaults("dmd", 7_100_000_000, lora_rank, processes))
+    values = presets.defaults("dmd", 7_100_000_000, lora_rank)
+    args = train.Args(**values | divisible(values["batch"], values["micro_batch"], processes))
     assert args.batch >= 32 and all(size % processes == 0 for size in args.sizes)
     assert len(set(args.sizes)) == 1 and args.micro_batch < (8 if not lora_rank else 2) + processes
 
@@ -238,7 +240,7 @@ def test_peak_of_a_lora_update_of_the_7b_is_the_plans(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, fused, **b: adam(*a, **b, foreach=False))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda tensors, most, foreach: clip(tensors, most))
     network.prefix_segments((8, (64, 64), 192))
-    args = train.Args(**train.LARGE_LORA | dict(batch=2, guidance=1.0, lora_rank=32, device="meta"))
+    args = train.Args(**presets.LARGE_LORA | dict(batch=2, guidance=1.0, lora_rank=32, device="meta"))
     with torch.device("meta"):
         model = MMDiT(MMDiTConfig()).to(torch.bfloat16).requires_grad_(False)
         recompute(model)
@@ -288,7 +290,7 @@ def test_exchanges_of_one_of_eight_processes(monkeypatch):
     monkeypatch.setattr(train.Trainee, "update", lambda self, rate: 0.0)
     monkeypatch.setattr(train, "batches", lambda *arguments: iter([large_edit(1, k, "cpu")]))
     network.prefix_segments((8, (64, 64), 192))
-    args = train.Args(**train.LARGE | dict(guidance=1.0, device="cpu"))
+    args = train.Args(**presets.LARGE | dict(guidance=1.0, device="cpu"))
     found = replace(recipe.find("mix-0-10"), specialists=())
     mesh = device_mesh.init_device_mesh  # reads values of the ranks' numbers, which are not to be fake
     monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *a: unset_fake_temporarily()(mesh)(*a))

@@ -14,7 +14,7 @@ import model as network
 import recipe
 import train
 from model import MMDiT, MMDiTConfig
-from support import plan, watch
+from support import plan, presets, watch
 from support.conditions import Entry
 
 SMALL = MMDiTConfig(
@@ -103,11 +103,11 @@ def test_numbers_of_the_published_network():
     assert abs(edit / tera / 370 - 1) < 0.02 and abs(4 * training / 3 / tera / 571 - 1) < 0.02
 
     layouts = {"t2i": (200, 4096), "edit": (4296, 4096)}
-    args = train.Args(**train.LARGE | dict(guidance=1.0, ema=0.0))
+    args = train.Args(**presets.LARGE | dict(guidance=1.0, ema=0.0))
     planned = plan.make_plan(args, config, recipe.find("flash"), gpus=8, frozen=1, layouts=layouts)
     fixed = [planned.bytes[part] for part in ("frozen weights", "masters", "optimiser", "gradients")]
     assert abs(sum(fixed) / 1e9 - (1.8 + 7.1 * (12 + 12 + 4) / 8)) < 0.5  # one network's gradients at a time
-    args = train.Args(**train.LARGE_LORA, guidance=1.0, lora_rank=32)
+    args = train.Args(**presets.LARGE_LORA, guidance=1.0, lora_rank=32)
     planned = plan.make_plan(args, config, recipe.find("flash"), gpus=1, frozen=1, layouts=layouts)
     assert planned.trained == 33_554_432
     assert 14 < (planned.peak - planned.bytes["activations"]) / 1e9 < 20

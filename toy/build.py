@@ -35,6 +35,7 @@ import recipe as recipes
 import train
 from model import MMDiT, MMDiTConfig
 from sample import Pipeline
+from support import presets
 from support.checkpoint import Scheduler
 from support.conditions import Pool, encode_pool
 from support.files import write_json
@@ -136,7 +137,7 @@ def train_teacher(name: str, folder: Path, out: Path, pool: Pool, compile: bool)
         t2i, edit = dict(zip(world.CATEGORIES, t2i, strict=True)), dict(zip(world.FAMILIES, edit, strict=True))
         recipes.RECIPES[recipe] = recipes.Recipe(recipe, ratio, t2i=t2i, edit=edit)
     args = train.Args(
-        **train.FLOW | {"batch": BATCH, "micro_batch": MICRO_BATCH, "time_shift": TIME_SHIFT, "steps": steps}
+        **presets.FLOW | {"batch": BATCH, "micro_batch": MICRO_BATCH, "time_shift": TIME_SHIFT, "steps": steps}
     )
     args = replace(args, checkpoint=folder, out=out, recipe=recipe, guidance=GUIDANCE, seed=SEED, compile=compile)
     args = replace(args, muon_lr=scale * args.muon_lr, lr=scale * args.lr, resume=(out / "args.json").exists())
