@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from toy import world
+from toy.plane import Mixture
 from toy.world import Case
 
 TILE = world.SIDE * world.ENLARGE + 4  # a picture and the space after it
@@ -127,27 +128,27 @@ def blank(columns: int, rows: int) -> Image.Image:
 
 
 class Panel:
-    """A window on the plane, `edge` to each side of the origin, at a place (column, row) of a picture."""
+    """A window on the plane, `edge` to each side of the origin, at a place (column, row) of a picture. The shade is the
+    density of truth, whose centre is (1, 2) or 0."""
 
-    def __init__(self, picture: Image.Image, place: tuple[int, int], title: str, note: str, edge: float):
-        self.picture, self.pen, self.edge = picture, ImageDraw.Draw(picture, "RGBA"), edge
+    def __init__(
+        self, picture: Image.Image, place: tuple[int, int], truth: Mixture, title: str, note: str, edge: float
+    ):
+        self.pen, self.edge = ImageDraw.Draw(picture, "RGBA"), edge
         self.left, self.top = place[0] * SIDE * FINE, place[1] * (SIDE + HEAD) * FINE
         self.write((8, 6), title, BLACK, 18)
         self.write((8, 30), note, GREY, 14)
+        line = torch.linspace(-edge, edge, 100)
+        places = torch.cartesian_prod(-line, line).flip(1)  # from the upper left, row by row
+        density = (-torch.cdist(places, truth.modes + truth.centre).square() / (2 * truth.sd**2)).exp().sum(1)
+        colours = 255 - density.clamp(max=1)[:, None] * torch.tensor([70.0, 45.0, 5.0])
+        tile = Image.fromarray(colours.byte().reshape(100, 100, 3).numpy())
+        picture.paste(tile.resize((SIDE * FINE, SIDE * FINE)), (self.left, self.top + HEAD * FINE))
 
     def write(self, place: tuple[float, float], words: str, colour: str, size: int) -> None:
         """place: pixels from the panel's upper left corner."""
         xy = (self.left + place[0] * FINE, self.top + place[1] * FINE)
         self.pen.text(xy, words, colour, ImageFont.load_default(size * FINE))
-
-    def shade(self, modes: Tensor, sd: float) -> None:
-        """The density of Gaussians around modes (M, 2)."""
-        line = torch.linspace(-self.edge, self.edge, 100)
-        places = torch.cartesian_prod(-line, line).flip(1)  # from the upper left, row by row
-        density = (-torch.cdist(places, modes).square() / (2 * sd**2)).exp().sum(1)
-        colours = 255 - density.clamp(max=1)[:, None] * torch.tensor([70.0, 45.0, 5.0])
-        tile = Image.fromarray(colours.byte().reshape(100, 100, 3).numpy())
-        self.picture.paste(tile.resize((SIDE * FINE, SIDE * FINE)), (self.left, self.top + HEAD * FINE))
 
     def pixels(self, points: Tensor) -> list[tuple[float, float]]:
         x, y = ((points / self.edge + 1) / 2 * SIDE * FINE).unbind(-1)  # y runs upwards

@@ -238,22 +238,6 @@ def sweep(knob: str, world: World, args: Training, out: Path) -> None:
 # ---- the main job --------------------------------------------------------------------------------------------------
 
 
-def window(
-    world: World,
-    picture: Image.Image,
-    place: tuple[int, int],
-    shown: tuple[str, Tensor],
-    title: str,
-    note: str,
-    edge: float = 2.4,
-) -> figures.Panel:
-    """A panel, shaded where samples are right. shown: category and source (N, 2); of the sources the first one counts."""
-    category, source = shown
-    truth, panel = world.mixture("truth", category, source[:1]), figures.Panel(picture, place, title, note, edge)
-    panel.shade(truth.modes + truth.centre, truth.sd)
-    return panel
-
-
 def frame(world: World, model: Model, step: int, noise: Tensor, source: Tensor) -> Image.Image:
     """Of the animation: what students draw after so many updates."""
     picture = figures.blank(3, 1)
@@ -263,7 +247,8 @@ def frame(world: World, model: Model, step: int, noise: Tensor, source: Tensor) 
         "object": ("edit", "black: the source; three answers are right"),
     }
     for i, (category, (task, note)) in enumerate(shown.items()):
-        panel = window(world, picture, (i, 0), (category, source), f"{category}: {step} updates", note, 2.7)
+        truth = world.mixture("truth", category, source[:1])
+        panel = figures.Panel(picture, (i, 0), truth, f"{category}: {step} updates", note, 2.7)
         panel.dots(euler(model(task, category, source), noise, SIGMAS), figures.BLUE + "c0", 3)
     panel.dots(source[:1], figures.BLACK, 6)
     return picture.reduce(5)
@@ -296,7 +281,7 @@ def show(world: World, args: Training, out: Path) -> None:
     n = args.seeds * max(1, 300 // args.seeds)  # samples to draw, of all seeds
     noise, _, source, _ = draw(world, n, torch.Generator().manual_seed(args.seed + 1))
     source = source[:1].expand_as(source)  # one edit, for which there are several right answers
-    base, portrait, shown = teacher(world), ("t2i", "portrait", source), ("portrait", source)
+    base, portrait, truth = teacher(world), ("t2i", "portrait", source), world.mixture("truth", "portrait", source)
     picture, frames, curve = figures.blank(3, 2), [], {}
     for step, network, fake in train(world, OURS[EDITS_BASE], args, {early, *frames_at, *marks}):
         model = drawn_by(world, network)
@@ -306,9 +291,9 @@ def show(world: World, args: Training, out: Path) -> None:
             curve[step] = evaluate(world, model, SIGMAS, args.seeds)
         if step == early:
             note = "put noise on it; both networks guess what it was"
-            one = window(world, picture, (0, 1), shown, "4. How one sample is corrected", note, 1.5)
+            one = figures.Panel(picture, (0, 1), truth, "4. How one sample is corrected", note, 1.5)
             note = f"the mean of -g after {early} updates: out to the modes"
-            field = window(world, picture, (1, 1), shown, "5. How all samples are corrected", note)
+            field = figures.Panel(picture, (1, 1), truth, "5. How all samples are corrected", note, 2.4)
             velocities = base(*portrait), drawn_by(world, fake)(*portrait)
             gradients(one, field, *velocities, euler(model(*portrait), noise, SIGMAS))
 
@@ -321,18 +306,18 @@ def show(world: World, args: Training, out: Path) -> None:
         stops = [noise]
         for pair in pairwise(sigmas):
             stops.append(euler(drawing(*portrait), stops[-1], pair))
-        panel = window(world, picture, (i, 0), shown, f"{i + 1}. {row}", note)
+        panel = figures.Panel(picture, (i, 0), truth, f"{i + 1}. {row}", note, 2.4)
         panel.paths(torch.stack(stops))
     found = {row: evaluate(world, drawing, sigmas, args.seeds) for row, (drawing, sigmas, _) in rows.items()}
+
+    def mean(scored: dict, key: str) -> float:
+        return torch.stack([scored[c][key] for c in CATEGORIES["t2i"]]).mean().item()
 
     lines = {}  # of panel 6
     for key, meaning in (("precision", "samples in a mode"), ("coverage", "modes that are drawn")):
         for row in rows:
             at = curve if row.startswith("Student") else {0: found[row], args.updates: found[row]}
-            values = {
-                step: torch.stack([scored[c][key] for c in CATEGORIES["t2i"]]).mean() for step, scored in at.items()
-            }
-            lines[f"{key} ({meaning}): {row.lower()}"] = [(step, [value.item()]) for step, value in values.items()]
+            lines[f"{key} ({meaning}): {row.lower()}"] = [(step, [mean(scored, key)]) for step, scored in at.items()]
     picture = picture.reduce(figures.FINE)
     title = "6. As training goes on (landscape, portrait and text)"
     last = figures.curves({title: lines}, "updates of the student", figures.SIDE, 326)
