@@ -11,6 +11,7 @@ import recipe
 from dmd import rollout
 from flow import add_noise, score_from_velocity
 from toy import plane, plane_experiments
+from toy.experiments import EXPERIMENTS
 from toy.plane import Mixture, Network, Training, World, draw, drawn_by, evaluate, from_samples, measure, ring, train
 
 
@@ -52,7 +53,7 @@ def test_modes_of_each_seed():
 
 def test_student_starts_as_the_base_teacher():
     rng, world = torch.Generator().manual_seed(0), World()
-    noise, _, source, t = draw(world, 12, 1.0, rng)
+    noise, _, source, t = draw(world, 12, rng)
     for task, category in plane.CONDITIONS:
         student = drawn_by(world, Network(3, rng))(task, category, source)
         base = world.mixture("base", category, source).velocity
@@ -64,7 +65,7 @@ def test_seeds_are_separate():
     rng, world = torch.Generator().manual_seed(0), World()
     network = Network(2, rng)
     network.weights[-1] = torch.randn(network.weights[-1].shape, generator=rng)
-    noise, _, source, t = draw(world, 8, 1.0, rng)
+    noise, _, source, t = draw(world, 8, rng)
     v = drawn_by(world, network)("edit", "object", source)
     before = v(noise, t)
     noise[4:] += 1
@@ -97,7 +98,7 @@ def test_student_reaches_mean_and_variance_of_one_mode(monkeypatch):
     row = recipe.Recipe("text", (10, 0), t2i={"text": 1}, specialists=recipe.specialists(1.0, 1.0, 1.0, 1.0))
     args, world = Training(seeds=2, updates=250, lr=2e-3), OneMode()
     ((_, student, _),) = train(world, row, args, {250})
-    noise, _, source, _ = draw(world, 4000, 1.0, torch.Generator().manual_seed(9))
+    noise, _, source, _ = draw(world, 4000, torch.Generator().manual_seed(9))
     before = plane.euler(plane.teacher(world)("t2i", "text", source), noise, plane.SIGMAS)
     after = plane.euler(drawn_by(world, student)("t2i", "text", source), noise, plane.SIGMAS)
     assert before.mean(0).abs().max() < 0.05 and before.std(0).min() > 0.59
@@ -142,7 +143,7 @@ def test_rows_are_paired(monkeypatch):
 
 def test_xi_moves_along_the_path():
     """The world's edits are of landscapes: their source has the landscape's modes."""
-    _, xi, source, t = draw(World(), 4000, 1.0, torch.Generator().manual_seed(0))
+    _, xi, source, t = draw(World(), 4000, torch.Generator().manual_seed(0))
     assert (
         measure(source, World().mixture("truth", "landscape", source), 4, torch.Generator())["precision"].min() > 0.97
     )
@@ -160,8 +161,7 @@ def test_experiment_and_sweep_with_tiny_numbers(tmp_path, capsys):
     plane_experiments.main(["--experiment", "composition", *few])
     plane_experiments.main(["--experiment", "oracle", *few])
     table = json.loads((tmp_path / "composition.json").read_text())
-    claims = {**plane_experiments.PREMISES, **plane_experiments.TABLES["composition"].claims}
-    assert list(table["claims"]) == list(claims)
+    assert list(table["claims"]) == [*plane_experiments.PREMISES, *EXPERIMENTS["composition"].claims]
     assert table["claims"]["Four plain steps lose at editing."]["precision"] == "agree"
     assert "| E3 text |" in (tmp_path / "composition.md").read_text()
     assert "- undistilled" in (tmp_path / "oracle.md").read_text()

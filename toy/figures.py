@@ -1,11 +1,15 @@
-"""Pictures of results: the contact sheet shows every model on the same cases, the curve shows scores during training."""
+"""Pictures of results: the contact sheet shows every model on the same cases, curves show scores during training or along
+a knob, and panels show samples and arrows on the plane (toy/plane.py)."""
 
 import textwrap
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from toy import world
+from toy.plane import Mixture
 from toy.world import Case
 
 TILE = world.SIDE * world.ENLARGE + 4  # a picture and the space after it
@@ -60,10 +64,18 @@ def answer(case: Case) -> Image.Image:
     return world.enlarge(world.render(case.target, case.edit and case.edit.style))
 
 
-def chart(panels: dict[str, dict[str, list[tuple[float, list[float]]]]], path: Path) -> None:
-    """Panels side by side: {title: {name of the line: [(step, one value for each seed)]}}. A line runs through the means; its
-    shadow reaches from the lowest to the highest seed."""
-    width, height, left, top, foot = 520, 340, 52, 34, 40
+def chart(panels: dict[str, dict], path: Path, along: str = "updates of the student") -> None:
+    """Writes the picture of `curves`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    curves(panels, along).save(path)
+
+
+def curves(
+    panels: dict[str, dict[str, list[tuple[float, list[float]]]]], along: str, width: int = 520, height: int = 340
+) -> Image.Image:
+    """Panels side by side: {title: {name of the line: [(x, values at x)]}}. A line runs through the means; its shadow reaches
+    from the lowest to the highest value: of all seeds, or the ends of an interval. along: what x is."""
+    left, top, foot = 52, 34, 40
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colours = dict(zip(names, COLOURS * (1 + len(names) // len(COLOURS))))
     canvas = Image.new("RGB", (len(panels) * width, height + 20 * len(names) + 10), "white")
@@ -74,7 +86,7 @@ def chart(panels: dict[str, dict[str, list[tuple[float, list[float]]]]], path: P
         low, high, last = min(values), max(values), max(steps) or 1
         margin = max(0.01, 0.08 * (high - low))
         low, high = low - margin, high + margin
-        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 14, top, height - foot
+        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 18, top, height - foot
 
         def place(x: float, y: float) -> tuple[float, float]:
             return x0 + (x1 - x0) * x / last, y1 - (y1 - y0) * (y - low) / (high - low)  # noqa: B023
@@ -84,9 +96,11 @@ def chart(panels: dict[str, dict[str, list[tuple[float, list[float]]]]], path: P
             y = low + (high - low) * i / 4
             pen.line([(x0, place(0, y)[1]), (x1, place(0, y)[1])], fill="#dddddd")
             pen.text((x0 - 6, place(0, y)[1]), f"{y:.3f}", fill="black", font=font, anchor="rm")
+        if low < 0 < high:
+            pen.line([place(0, 0), place(last, 0)], fill="black")
         for x in sorted(set(steps)):
             pen.text((place(x, low)[0], y1 + 6), f"{x:g}", fill="black", font=font, anchor="ma")
-        pen.text(((x0 + x1) / 2, height - 18), "updates of the student", fill="black", font=font, anchor="ma")
+        pen.text(((x0 + x1) / 2, height - 18), along, fill="black", font=font, anchor="ma")
         for name, line in lines.items():
             upper, lower = ([place(x, bound(some)) for x, some in line] for bound in (max, min))
             pen.polygon(upper + lower[::-1], fill=colours[name] + "22")
@@ -98,5 +112,86 @@ def chart(panels: dict[str, dict[str, list[tuple[float, list[float]]]]], path: P
         y = height + 20 * i + 8
         pen.line([(left, y), (left + 24, y)], fill=colours[name], width=3)
         pen.text((left + 32, y), name, fill="black", font=font, anchor="lm")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    return canvas
+
+
+# ---- the plane -----------------------------------------------------------------------------------------------------
+
+FINE = 3  # drawn so many times too large, and then reduced: this makes edges smooth
+SIDE, HEAD = 400, 56  # pixels of a panel, and of the title above it
+BLUE, RED, GREEN, GREY, BLACK = "#1f5fb4", "#d0312d", "#1f8a4c", "#8c8c8c", "#202020"
+
+
+def blank(columns: int, rows: int) -> Image.Image:
+    """An empty picture of so many panels, FINE times too large."""
+    return Image.new("RGB", (columns * SIDE * FINE, rows * (SIDE + HEAD) * FINE), "white")
+
+
+class Panel:
+    """A window on the plane, `edge` to each side of the origin, at a place (column, row) of a picture. The shade is the
+    density of truth, whose centre is (1, 2) or 0."""
+
+    def __init__(
+        self, picture: Image.Image, place: tuple[int, int], truth: Mixture, title: str, note: str, edge: float
+    ):
+        self.pen, self.edge = ImageDraw.Draw(picture, "RGBA"), edge
+        self.left, self.top = place[0] * SIDE * FINE, place[1] * (SIDE + HEAD) * FINE
+        self.write((8, 6), title, BLACK, 18)
+        self.write((8, 30), note, GREY, 14)
+        line = torch.linspace(-edge, edge, 100)
+        places = torch.cartesian_prod(-line, line).flip(1)  # from the upper left, row by row
+        density = (-torch.cdist(places, truth.modes + truth.centre).square() / (2 * truth.sd**2)).exp().sum(1)
+        colours = 255 - density.clamp(max=1)[:, None] * torch.tensor([70.0, 45.0, 5.0])
+        tile = Image.fromarray(colours.byte().reshape(100, 100, 3).numpy())
+        picture.paste(tile.resize((SIDE * FINE, SIDE * FINE)), (self.left, self.top + HEAD * FINE))
+
+    def write(self, place: tuple[float, float], words: str, colour: str, size: int) -> None:
+        """place: pixels from the panel's upper left corner."""
+        xy = (self.left + place[0] * FINE, self.top + place[1] * FINE)
+        self.pen.text(xy, words, colour, ImageFont.load_default(size * FINE))
+
+    def pixels(self, points: Tensor) -> list[tuple[float, float]]:
+        x, y = ((points / self.edge + 1) / 2 * SIDE * FINE).unbind(-1)  # y runs upwards
+        return [(self.left + a, self.top + (HEAD + SIDE) * FINE - b) for a, b in zip(x.tolist(), y.tolist())]
+
+    def dots(self, points: Tensor, colour: str, radius: float) -> None:
+        r = radius * FINE
+        for x, y in self.pixels(points):
+            self.pen.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+
+    def line(self, points: Tensor, colour: str) -> None:
+        self.pen.line(self.pixels(points), fill=colour, width=round(1.5 * FINE), joint="curve")
+
+    def arrow(self, start: Tensor, end: Tensor, colour: str) -> None:
+        along = (end - start) / (end - start).norm().clamp(min=1e-6) * 0.04 * self.edge
+        across = torch.stack([-along[1], along[0]]) / 2
+        self.line(torch.stack([start, end - along / 2]), colour)
+        self.pen.polygon(self.pixels(torch.stack([end, end - along + across, end - along - across])), fill=colour)
+
+    def paths(self, stops: Tensor) -> None:
+        """Where samples end (blue), and the way of some of them from noise (grey) to picture (red); (steps + 1, N, 2)."""
+        self.dots(stops[-1], BLUE + "a0", 2)
+        for way in stops.unbind(1)[:14]:  # (steps + 1, 2) each
+            self.line(way, BLACK)
+            self.dots(way[1:-1], BLACK, 1 if len(way) > 5 else 3)
+            self.dots(way[:1], GREY, 4)
+            self.dots(way[-1:], RED, 4)
+
+    def guesses(self, x: Tensor, x_t: Tensor, x0_real: Tensor, x0_fake: Tensor) -> None:
+        """The DMD gradient of one sample; (2,) each."""
+        better = x + x0_real - x0_fake
+        self.line(torch.stack([x, x_t]), GREY)
+        self.arrow(x_t, x0_real, BLUE)
+        self.arrow(x_t, x0_fake, RED)
+        self.line(torch.stack([x0_fake, x0_real]), GREEN)
+        self.arrow(x, better, GREEN)
+        legend = (
+            (x, BLACK, "x_theta: drawn by the student"),
+            (x_t, GREY, "x_t: the same, with noise"),
+            (x0_real, BLUE, "x0_real: what the teacher sees in x_t"),
+            (x0_fake, RED, "x0_fake: what the fake score sees in x_t"),
+            (better, GREEN, "-g: from red to blue; x_theta moves that way"),
+        )
+        for i, (place, colour, words) in enumerate(legend):
+            self.dots(place[None], colour, 5)
+            self.write((16, 350 + 20 * i), words, colour, 14)

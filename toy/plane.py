@@ -3,16 +3,14 @@
     python -m toy.plane                            trains students, prints a table, draws a picture and an animation
     python -m toy.plane --experiment composition   the paper's claims: composition, teachers, mixture, all; or sweeps
 
-For every condition a teacher draws from a mixture of Gaussians, so there is no error of a teacher's network in a result.
-flow.py, dmd.py and recipe.py are used as they are. The claims are in toy/plane_experiments.py, what was found is in
+flow.py, dmd.py and recipe.py are used as they are. For every condition a teacher draws from a mixture of Gaussians, so no
+result holds the error of a teacher's network. The claims are in toy/plane_experiments.py, what was found is in
 results/plane/findings.md.
 
     S        seeds: students that train side by side, each with its own weights and draws, as one batched product
-    N        samples of all seeds together, seed after seed: S times the batch; states are (N, 2)
+    N        samples of all seeds together, seed after seed; states are (N, 2)
     M        modes of a mixture
     truth    what a perfect model would draw; "base", "text" and "edit" are the teachers, each with its own errors
-
-All rows of an experiment see the same draws, so that the difference of two rows is paired, seed by seed.
 """
 
 import math
@@ -79,7 +77,7 @@ def ring(modes: int, radius: float, turn: float = 0.0) -> Tensor:
 
 @dataclass(frozen=True)
 class World:
-    """What there is to draw, and how each teacher errs. All numbers are ours, and these four are knobs."""
+    """What there is to draw, and how each teacher errs. All numbers are ours. These four are knobs."""
 
     blur: float = 2.0  # the base's standard deviation at text, in the truth's
     sharp: float = 0.5  # a specialist's standard deviation, in the truth's
@@ -96,10 +94,10 @@ class World:
             "object": (ring(3, self.open), 0.2, 1.5, source * torch.tensor([-1.0, 1.0])),  # the source, mirrored
             "style": (ring(4, self.open), 0.2, 1.5, 0.7 * source.flip(1)),
         }[category]
-        if teacher == "base":
-            return Mixture(modes, sd * blur, centre)
         if teacher == "truth":
             return Mixture(modes, sd, centre)
+        if teacher == "base":
+            return Mixture(modes, sd * blur, centre)
         return Mixture(modes + torch.tensor([self.displaced * sd, 0.0]), sd * self.sharp, centre)
 
 
@@ -109,14 +107,17 @@ class World:
 class Network:
     """S networks at once: the base teacher's velocity plus an MLP whose last layer is zero at the start."""
 
-    def __init__(self, seeds: int, rng: torch.Generator, width: int = 64):
+    def __init__(self, seeds: int, rng: torch.Generator):
         inputs = 2 + 2 + 8 + len(CONDITIONS) + 2 + 4  # z, the base's v, t, condition, source, step
-        sizes = [inputs, width, width, width, 2]
+        sizes = [inputs, 64, 64, 64, 2]
         self.seeds, self.weights, self.biases = seeds, [], []
         for i, (inside, outside) in enumerate(zip(sizes, sizes[1:])):
             scale = inside**-0.5 if i < 3 else 0.0
             self.weights.append(scale * torch.randn(seeds, inside, outside, generator=rng))  # (S, inside, outside)
             self.biases.append(torch.zeros(seeds, 1, outside))
+
+    def parameters(self) -> list[Tensor]:
+        return self.weights + self.biases
 
     def velocity(self, base: Mixture, task: str, category: str, source: Tensor, k: int | None = None) -> Velocity:
         """The velocity with its condition bound to it. source: (N, 2). k: a fake score may be told the student's step."""
@@ -132,10 +133,24 @@ class Network:
             h = torch.cat([z, v, waves.sin(), waves.cos(), condition], dim=1)
             h = h.reshape(self.seeds, -1, h.shape[1])  # (S, N / S, inputs)
             for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-                h = torch.baddbmm(bias, silu(h) if i else h, weight)  # (S, N / S, width)
+                h = torch.baddbmm(bias, silu(h) if i else h, weight)  # (S, N / S, 64), at last 2
             return v + h.reshape(z.shape)
 
         return velocity
+
+
+Model = Callable[[str, str, Tensor], Velocity]  # task, category, source -> velocity
+
+
+def teacher(world: World, specialised: bool = False) -> Model:
+    """The base teacher; or the specialised ones, each for what it was made for."""
+    who = {"text": "text", "object": "edit", "style": "edit"} if specialised else {}
+    return lambda task, category, source: world.mixture(who.get(category, "base"), category, source).velocity
+
+
+def drawn_by(world: World, student: Network) -> Model:
+    """A student, ready to draw under any condition."""
+    return lambda task, *rest: student.velocity(world.mixture("base", *rest), task, *rest)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
@@ -154,16 +169,15 @@ class Training:
     fake_lr: float = 5e-3  # higher, because the fake score has to keep up with the student
     beta1: float = 0.9  # Adam's
     ema: float = 0.97  # decay per update of the averaged weights, which are what draws
-    time_shift: float = 1.0  # of p(t) towards noise
     step_aware: bool = False  # the fake score is told k, and so learns each step's pictures and not their pool
     oracle: bool = False  # the fake score is computed from samples, not learned; T2I only
 
 
-def draw(world: World, n: int, shift: float, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """noise, xi, source (n, 2), t (n,). The same numbers in the same order for every recipe: this pairs the rows."""
+def draw(world: World, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """noise, xi, source (n, 2), t (n,). Every recipe gets the same numbers in the same order, so rows are paired."""
     noise, xi = torch.randn(2, n, 2, generator=rng)
     source = world.mixture("truth", "landscape", noise).sample(n, rng)  # an edit changes a landscape
-    return noise, xi, source, shifted_uniform(torch.rand(n, generator=rng), shift)
+    return noise, xi, source, shifted_uniform(torch.rand(n, generator=rng), 1.0)
 
 
 def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
@@ -179,24 +193,25 @@ def train(world: World, recipe: Recipe, args: Training, looks: set[int]) -> Iter
     recipe = recipe.resolve(CATEGORIES, ("text", "edit"))
     lowest = 1 if recipe.first_step_weight else 0  # step 0 then has a loss of its own
     student, fake, averaged = (Network(args.seeds, rng) for _ in range(3))
+    for mean, start in zip(averaged.parameters(), student.parameters()):
+        mean.copy_(start)
     optimisers = {}
     for network, lr in ((student, args.lr), (fake, args.fake_lr)):
-        parameters = [p.requires_grad_() for p in network.weights + network.biases]
+        parameters = [p.requires_grad_() for p in network.parameters()]
         optimisers[network] = torch.optim.Adam(parameters, lr, (args.beta1, 0.999), fused=True)
-    averaged.weights, averaged.biases = (
-        [p.detach().clone() for p in some] for some in (student.weights, student.biases)
-    )
 
     def batch(turn: int) -> tuple:
+        """The condition, k, student and fake score under it, and the draws."""
         task, category, _ = recipe.turn(turn)
-        noise, xi, source, t = draw(world, args.seeds * args.batch, args.time_shift, rng)
+        noise, xi, source, t = draw(world, args.seeds * args.batch, rng)
         k = int(torch.randint(10**6, (), generator=rng)) % (len(SIGMAS) - 1 - lowest) + lowest
+        condition = task, category, source
         base = world.mixture("base", category, source)
-        seen = fake.velocity(base, task, category, source, k if args.step_aware else None)
-        return task, category, source, k, student.velocity(base, task, category, source), seen, noise, xi, t
+        seen = fake.velocity(base, *condition, k if args.step_aware else None)
+        return condition, k, student.velocity(base, *condition), seen, noise, xi, t
 
     def update(network: Network, loss: Tensor) -> None:
-        (loss * args.seeds).backward(inputs=network.weights + network.biases)  # a sum over seeds: each has its own loss
+        (loss * args.seeds).backward(inputs=network.parameters())  # a sum over seeds: each has its own loss
         optimisers[network].step()
         optimisers[network].zero_grad()
 
@@ -207,12 +222,12 @@ def train(world: World, recipe: Recipe, args: Training, looks: set[int]) -> Iter
             return
         # 1. The fake score learns what the student draws by now. The student draws, and does not learn.
         for turn in range(step * args.fake_updates, (step + 1) * args.fake_updates):
-            *_, k, drawing, seen, noise, xi, t = batch(turn)
+            _, k, drawing, seen, noise, xi, t = batch(turn)
             with torch.no_grad():
                 x_theta = rollout(drawing, noise, SIGMAS, k)
             update(fake, fake_score_loss(seen, x_theta, xi, t).mean())
         # 2. The student learns once.
-        task, category, source, k, drawing, seen, noise, xi, t = batch(step)
+        (task, category, source), k, drawing, seen, noise, xi, t = batch(step)
         weights = recipe.weights(k, len(SIGMAS) - 1, task, category)
         real = mixture(weights, {name: world.mixture(name, category, source).velocity for name in weights})
         if args.oracle:
@@ -223,7 +238,7 @@ def train(world: World, recipe: Recipe, args: Training, looks: set[int]) -> Iter
             near = euler(real, noise, TEACHER_SIGMAS[:5])
             loss = loss + recipe.first_step_weight * first_step_loss(drawing, noise, near, TEACHER_SIGMAS[4]).mean()
         update(student, loss)
-        for mean, now in zip(averaged.weights + averaged.biases, student.weights + student.biases):
+        for mean, now in zip(averaged.parameters(), student.parameters()):
             mean.lerp_(now.detach(), 1 - args.ema)
 
 
@@ -257,28 +272,14 @@ def measure(points: Tensor, truth: Mixture, seeds: int, rng: torch.Generator) ->
     }
 
 
-Model = Callable[[str, str, Tensor], Velocity]  # task, category, source -> velocity
-
-
-def evaluate(world: World, model: Model, sigmas: list[float], seeds: int, n: int = 400) -> dict[str, dict[str, Tensor]]:
-    """category -> measures, of n samples a seed: the same noise, sources and exact samples for every model."""
+def evaluate(world: World, model: Model, sigmas: list[float], seeds: int) -> dict[str, dict[str, Tensor]]:
+    """category -> measures, of 400 samples a seed: the same noise, sources and exact samples for every model."""
     rng, scores = torch.Generator().manual_seed(10**6), {}
     for task, category in CONDITIONS:
-        noise, _, source, _ = draw(world, seeds * n, 1.0, rng)
+        noise, _, source, _ = draw(world, seeds * 400, rng)
         points = euler(model(task, category, source), noise, sigmas)
         scores[category] = measure(points, world.mixture("truth", category, source), seeds, rng)
     return scores
-
-
-def teacher(world: World, specialised: bool = False) -> Model:
-    """The base teacher; or the specialised ones, each for what it was made for."""
-    who = {"text": "text", "object": "edit", "style": "edit"} if specialised else {}
-    return lambda task, category, source: world.mixture(who.get(category, "base"), category, source).velocity
-
-
-def drawn_by(world: World, student: Network) -> Model:
-    """A student, ready to draw under any condition."""
-    return lambda task, *rest: student.velocity(world.mixture("base", *rest), task, *rest)
 
 
 if __name__ == "__main__":
