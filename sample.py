@@ -49,9 +49,9 @@ from encoders.qwen3vl import Qwen3VL
 from encoders.vae import VAE
 from model import Condition, MMDiT
 from recipe import read_prompts
-from support.checkpoint import Scheduler, check_parts, check_sigmas, open_device, read_index
+from support.checkpoint import Scheduler, check_parts, check_sigmas, check_stage, open_device, read_index
 from support.export import export_student
-from support.files import config_from_json, finite, may_write
+from support.files import config_from_json, may_write
 from support.lora import LoRA, merge
 from support.lora_files import read_lora
 from support.pictures import MOST_SOURCES, MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
@@ -209,7 +209,7 @@ class Pipeline:
         """The MMDiT under one condition, v(z, t), as flow.py takes it. z (B, 64, h, w); t (B,)."""
         prefix = None
 
-        def velocity(z: Tensor, t: Tensor) -> Tensor:
+        def call(z: Tensor, t: Tensor) -> Tensor:
             nonlocal prefix
             # The state itself stays in fp32 between the steps.
             z, t = z.to(self.dtype), flow.network_time(t, self.dtype)  # (B, 64, h, w), (B,)
@@ -218,7 +218,7 @@ class Pipeline:
                 return v
             return self.mmdit(z, t, condition, prefix)  # (B, 64, h, w)
 
-        return velocity
+        return call
 
     def sigmas(self, steps: int | None, tokens: int) -> list[float]:
         """The schedule of a picture of `tokens` tokens, its final 0 included. steps None: the checkpoint's, else 40."""
@@ -339,14 +339,6 @@ class Pipeline:
                 check_stage("the decoded pixels", image, image.dtype)
                 pictures += to_pictures(image)
         return pictures
-
-
-def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> None:
-    """ValueError, with the dtype that may help, where a network's output is not finite."""
-    if not finite(values):
-        wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
-        advice = f"--dtype {wider} may help" if wider else "the checkpoint or a LoRA is damaged, or its scale too large"
-        raise ValueError(f"{stage} are not finite in {str(dtype).removeprefix('torch.')}; {advice}")
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------

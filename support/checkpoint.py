@@ -8,9 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import flow
-from support.files import read_json, within
+from support.files import finite, read_json, within
 from support.pictures import MULTIPLE
 from support.program import inside, short
 
@@ -140,3 +141,11 @@ def ends(path: Path) -> bytes:
             file.seek(start)
             parts.append(file.read(2**20))
     return b"".join(parts)
+
+
+def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> None:
+    """ValueError, with the dtype that may help, where a network's output is not finite."""
+    if not finite(values):
+        wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
+        advice = f"--dtype {wider} may help" if wider else "the checkpoint or a LoRA is damaged, or its scale too large"
+        raise ValueError(f"{stage} are not finite in {str(dtype).removeprefix('torch.')}; {advice}")
