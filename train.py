@@ -58,7 +58,7 @@ class Args:
     micro_batch: int = option(6, "samples that run at once, over all processes", "[1, 1e6]")
     seed: int = option(0, "every random number follows from it", "[-9e18, 9e18]")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
-    redraw: tuple[int, ...] = option((), "steps that get other random numbers, after one that was not finite")
+    redraw: int | None = option(None, "a step that gets other random numbers, as it was not finite", "[1, 1e9]")
     save_every: int = option(50, "steps between two checkpoints", "[1, 1e9]")
     panel_every: int = option(50, "steps between two panels", "[1, 1e9]")
     device: str | None = option(None, "cpu, mps, cuda or cuda:NUMBER; default: cuda if there is one")

@@ -52,11 +52,11 @@ def batches(args, pool: Pool, recipe, purpose: str, update: int) -> Iterator[Bat
     With one count for both, a ratio of 1:1 and five fake updates for each of the student, the student would have the
     same task in every update.
 
-    A step in args.redraw gets other random numbers, for the same prompts. So a run goes on past a step that gave a value
-    which is not finite.
+    The step args.redraw gets other random numbers, for the same prompts. So a run goes on past a value that was not
+    finite.
     """
     step = update // (args.fake_updates if purpose == "fake" else 1) + 1  # as the progress line and errors count
-    draws = f"{purpose}, again" if step in args.redraw else purpose
+    draws = f"{purpose}, again" if step == args.redraw else purpose
     for micro, size in enumerate(args.sizes):
         task, category, n = recipe.turn(update * len(args.sizes) + micro)
         rngs = [generator(args.seed, update, micro * args.micro_batch + i, draws) for i in range(size)]

@@ -63,7 +63,8 @@ def parse(argv: list[str] | None, kind: type, defaults: Callable[[str, int, int]
     first.add_argument("--lora-rank", type=int, default=own["lora_rank"])
     first.add_argument("--gpus", type=int)
     given = first.parse_known_args(argv)[0]
-    processes = max(1, given.gpus or int(os.environ.get("WORLD_SIZE", 1)))  # torchrun sets it
+    processes = given.gpus or int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
+    processes = processes if 1 <= processes <= 1e6 else 1  # a wrong --gpus is reported later
     own |= defaults(given.objective, count(given.checkpoint, own["checkpoint"]), given.lora_rank)
     own |= divisible(own["batch"], own["micro_batch"], processes)
 

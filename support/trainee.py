@@ -275,9 +275,8 @@ class Trainee:
                 tensor = torch.cat(parts) if target.ndim else parts[0]
                 if name == "updates" and tensor != target:
                     raise ValueError(f"{files[0]}: after {tensor} updates; {updates} are expected")
-                if (
-                    own(target) is not target and not alone
-                ):  # as FSDP2 divides: the last ranks may have fewer rows, or none
+                # As FSDP2 divides: the last ranks may have fewer rows, or none.
+                if own(target) is not target and not alone:
                     tensor = [*tensor.chunk(ranks()), *[tensor[:0]] * ranks()][rank()]
                 own(target).copy_(tensor)
         self.refresh()

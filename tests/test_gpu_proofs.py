@@ -115,7 +115,7 @@ def test_redraw_changes_the_random_numbers_of_that_step_alone():
     pool, found = small_pool(), recipe.find("flash").resolve({"t2i": ["text"], "edit": ["scene"]}, ())
     for purpose, updates in (("student", [2]), ("fake", [4, 5])):  # of step 3
         for update in range(8):
-            once, again = (list(batches(small_args(redraw=r), pool, found, purpose, update)) for r in ((), (3,)))
+            once, again = (list(batches(small_args(redraw=r), pool, found, purpose, update)) for r in (None, 3))
             same = [torch.equal(a.noise, b.noise) and torch.equal(a.t, b.t) for a, b in zip(once, again, strict=True)]
             assert same == [update not in updates] * len(same)
             assert [b.task for b in once] == [b.task for b in again]

@@ -549,7 +549,7 @@ def test_a_network_of_billions_has_numbers_of_its_own(tmp_path, objective, rank)
     words = ["--checkpoint", str(tmp_path), "--objective", objective, "--lora-rank", str(rank)]
     args = train.parse(words)
     assert args.muon_lr == args.fake_muon_lr * (objective == "dmd") == 0 and args.recompute
-    assert (args.lr, args.micro_batch) == ((1e-4, 2) if rank else (1e-5, 8))
+    assert (args.lr, args.micro_batch) == ((1e-4, 2) if rank else (2e-6 if objective == "dmd" else 1e-5, 8))
     assert args.batch == 32 and args.dtype == "bfloat16" and args.objective == objective
     for f in NUMBERS:
         if getattr(args, f.name) is not None:
@@ -628,7 +628,7 @@ def nonsense(f) -> list[str]:
 
 def test_every_number_has_a_range():
     kinds = [f for f in fields(train.Args) if "int" in str(f.type) or "float" in str(f.type)]
-    assert kinds == NUMBERS and len(kinds) == 25
+    assert kinds == NUMBERS and len(kinds) == 27
     for f in kinds:
         assert f.default is None or options.check(f.name, f.default, f.metadata["within"]) is None
 
