@@ -108,8 +108,11 @@ def test_all_samplers_start_from_the_same_noise(pipeline, monkeypatch):
 @pytest.mark.parametrize("renoise", [False, True])
 def test_network_evaluations_are_counted(pipeline, monkeypatch, guidance, renoise):
     pictures = []
-    forward = pipeline.mmdit.forward
-    monkeypatch.setattr(pipeline.mmdit, "forward", lambda z, *rest: (pictures.append(len(z)), forward(z, *rest))[1])
+    for name in ("forward", "with_prefix"):  # the first call of a rollout also gives the prefix
+        real = getattr(pipeline.mmdit, name)
+        monkeypatch.setattr(
+            pipeline.mmdit, name, lambda z, *rest, real=real: (pictures.append(len(z)), real(z, *rest))[1]
+        )
     sampler = Sampler("x", SIGMAS, guidance, renoise)
     benches.draw_cases(pipeline, sampler, world.bench("edit", "text", 4), list(range(4)))
     assert sum(pictures) == 4 * sampler.nfe == 4 * 3 * guidance
