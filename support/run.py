@@ -236,8 +236,7 @@ def restore(args, state: Path | None, trainees: dict[str, Trainee]) -> None:
     def open_folder() -> None:
         write_json(args.out / "args.json", read_json(args.out / "args.json") | start_record(args))
         if (metrics := args.out / "metrics.jsonl").is_file():
-            lines = metrics.read_text().splitlines(keepends=True)
-            metrics.write_text("".join(lines[:step]))
+            metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:step]))
 
     by_first(open_folder)
     say(f"{args.out}: goes on after step {step} of {args.steps}")
