@@ -11,18 +11,19 @@
     lambda_{k,m}(c)       weights[m]      weight of teacher m at student step k under condition c
     g                     g               the DMD gradient; x_theta moves along -g
 
-What DMD does. Two networks look at the same noised picture x_t and guess the clean one. The real score knows what the
-teacher draws, the fake score knows what the student draws. Where their guesses differ, the student draws something too
-often or too rarely. g is that difference. When the two agree everywhere, g is 0 and the student's pictures have the
-teacher's distribution.
+What DMD does. Two networks look at the same noised picture x_t and guess the clean one. Each guess leans towards what
+its own model draws often: the real score's towards the teacher's pictures, the fake score's towards the student's. g is
+the difference of the guesses, which is a difference of scores (flow.score_from_velocity). A step along -g leads away from
+what the student draws too often, towards what it draws too rarely. Where the two agree for every x_t and t, g is 0 and
+the student's pictures have the teacher's distribution.
 
 All networks are callables velocity(z, t) -> v with the condition bound to them (flow.py: noise is at t = 1, guidance
 w = 1 is off). So this file knows nothing of prompts, optimisers, devices or ranks.
 
 One round of training is several updates of the fake score on fresh rollouts, then one update of the student. Several,
 because g is a difference of two scores: if the fake score lags behind, g describes an earlier student. One fake score
-serves all student steps, as in DMD2. It learns the pictures of all steps together, so their mixture is what is matched
-to the teacher.
+serves all student steps, as in DMD2. It is not told k. So the pictures of all steps taken together are matched to the
+teacher, and not those of each step alone.
 
 References: Yin et al. (DMD2), arXiv 2405.14867; Qwen-Image-Flash, arXiv 2606.03746, sections 2.2 and 4 (Eq. 3 to 7);
 DP-DMD, arXiv 2602.03139 (the first-step loss).
@@ -39,9 +40,9 @@ from flow import Velocity, add_noise, euler, flow_matching_loss, time_like, x0_f
 def rollout(student: Velocity, noise: Tensor, sigmas: list[float], k: int) -> Tensor:
     """x_theta, (B, ...): the student's clean prediction at its step k, in training as in drawing.
 
-    This is backward simulation (DMD2). Steps 0 to k - 1 run from pure noise on the student's own states. So the student
+    This is what DMD2 calls backward simulation. Steps 0 to k - 1 run from pure noise on the student's own states. So the student
     is trained on the states that it meets when it draws, and not on noised data. These steps carry no gradient: a
-    gradient through all steps would cost k times the memory. Only step k carries gradient.
+    gradient through all of them would cost k + 1 times the memory. Only step k carries gradient (flow.euler has none).
 
     noise (B, ...); sigmas: flow.student_sigmas, K + 1 numbers; k in 0 .. K - 1. The caller draws k, and must draw the
     same k on all ranks: under sharding, ranks at different steps would wait for each other for ever.
@@ -57,7 +58,7 @@ def mixture(weights: dict[str, float], teachers: dict[str, Velocity]) -> Velocit
     """The real score's velocity at one student step: sum over m of lambda_m v_m (Eq. 5).
 
     weights: teacher's name -> lambda >= 0, with a sum of 1 (Eq. 6). They belong to the student step k whose output is
-    scored, and to the batch's condition; the time t of the renoising plays no part. teachers: name -> velocity, already
+    scored, and to the batch's condition; the time t of x_t plays no part. teachers: name -> velocity, already
     guided. A teacher with weight 0 is not evaluated. The weights are the same on all ranks, and so are the teachers
     that run.
 
@@ -90,7 +91,7 @@ def fake_score_loss(fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> T
 class Gradient(NamedTuple):
     """What one evaluation of the DMD gradient gives; all (B, ...), all without gradient of their own."""
 
-    g: Tensor  # normalised: of size 1 where fake and real differ as much as x_theta and real do
+    g: Tensor  # normalised: 1 means that x0_fake is as far from x0_real as x_theta is
     x0_real: Tensor  # the teachers' clean prediction from x_t, for the panels
     x0_fake: Tensor  # the fake score's clean prediction from x_t
 
@@ -99,11 +100,10 @@ class Gradient(NamedTuple):
 def dmd_gradient(real: Velocity, fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> Gradient:
     """g at x_theta (B, ...), which is noised to x_t by xi (B, ...) at times t (B,).
 
-    Eq. 4 (Eq. 7 with mixed teachers) has s_stu - s_real. This is (1 - t) / t^2 (x0_fake - x0_real).
-    The factor in front runs from 0.02 to 2450 over p(t), so it is replaced (DMD, DMD2): each sample's difference is
-    divided by mean |x_theta - x0_real|, its distance from the teacher's prediction. The direction stays. The length no
-    longer depends on t, nor on how far the student still is from the teacher. For the same reason the value of the loss
-    stays flat while the student learns.
+    Eq. 4 (Eq. 7 with mixed teachers) has s_stu - s_real, which equals (1 - t) / t^2 (x0_fake - x0_real). The factor in
+    front runs from 0.02 to 2450 over p(t), so it is replaced (DMD, DMD2): each sample's difference is divided by
+    mean |x_theta - x0_real|, its distance from the teacher's prediction. The direction stays, and all times count alike.
+    The value of the loss is no measure of progress: it also depends on how well the fake score keeps up.
 
     FloatingPointError: g is not finite. It is never replaced by zeros, which would hide the fault and train on.
     """
@@ -125,8 +125,8 @@ def surrogate_loss(x_theta: Tensor, g: Tensor) -> Tensor:
 
     We know the gradient of the KL divergence (Eq. 3), but not its value, and an optimiser in torch needs a value. So we
     take the squared distance to a fixed target, target = x_theta - g. The target is detached, so the derivative of
-    1/2 (x_theta - target)^2 is x_theta - target = g. Autograd carries it on into theta: this is the factor
-    d x_theta / d theta of Eq. 4.
+    1/2 (x_theta - target)^2 is x_theta - target = g; the mean divides it by numel. Autograd carries it on into theta:
+    this is the factor d x_theta / d theta of Eq. 4.
     """
     target = (x_theta - g).detach()
     return 0.5 * (x_theta - target).square().mean()

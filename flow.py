@@ -40,7 +40,8 @@ def network_time(t: Tensor, dtype: torch.dtype) -> Tensor:
     """The times that a network of this dtype is told: t (B,) in fp32, rounded as the published pipeline rounds it.
 
     In bf16 a time of 0.75 is told as 0.75390625. Training, sampling and panels all use this function. Otherwise a student
-    would be trained at one time and drawn at another. Rounding twice is rounding once. In fp32 nothing changes.
+    would be trained at one time and drawn at another. The samplers still walk to 0.75 itself. A rounded time stays as it
+    is when it is rounded again. In fp32 nothing changes.
     """
     return t if dtype == torch.float32 else ((1000 * t).to(dtype) / 1000).to(t.dtype)
 
@@ -88,7 +89,7 @@ def shift_time(s: float | Tensor, a: float) -> float | Tensor:
 
 def shifted_uniform(u: Tensor, time_shift: float, low: float = 0.02, high: float = 0.98) -> Tensor:
     """DMD's p(t): uniform, shifted, and clamped away from both ends. At t = 0 there is no noise to explain. At t = 1 the
-    score is the same for every picture. The paper does not give p(t); these are the field's usual numbers."""
+    score is -z, whatever the data. The paper does not give p(t); these are the field's usual numbers."""
     return shift_time(u.float(), time_shift).clamp(low, high)
 
 

@@ -1,8 +1,8 @@
 """The MMDiT of Qwen-Image-2.x: one network that is teacher, student and fake score.
 
 One sequence holds the prompt's states, the source pictures' latents where the prompt names them, and at the end the
-target's noisy latents. Attention is block-causal: text sees what stands before it, a picture also itself, the target
-everything. So nothing in the PREFIX (text and sources) depends on the target, nor with `causal_condition` on the time:
+target's noisy latents. Attention is block-causal: text sees itself and what stands before it, a picture also all of
+itself, the target everything. So nothing in the PREFIX (text and sources) depends on the target, nor with `causal_condition` on the time:
 its keys and values can be computed once and kept, and then only the target is carried through the blocks.
 
 Conventions: z_t = (1 - t) x + t eps, so t = 1 is noise; v = eps - x. Latents are grids (B, 64, h, w) outside, tokens in
@@ -11,7 +11,7 @@ row-major order inside. Parameter names are those of the published files.
     B  samples in the batch              D  width, H * d
     L  language-model states             H  attention heads
     P  prefix tokens (text, sources)     d  channels of one head
-    N  target tokens, h * w              n  tokens that are carried: S, or P or N alone
+    N  target tokens, h * w              n  tokens that are carried: S, or N with a kept prefix
     S  all tokens, P + N                 m  keys that a segment's queries may see
 """
 
@@ -165,8 +165,8 @@ def prefix_segments(layout: tuple) -> list[Segment]:
 
 @dataclass
 class Part:
-    """What every block needs beside its tokens: the whole sequence, or the prefix alone, or the target alone. The
-    modulation is shared by all blocks. Not a tuple, on purpose: FSDP's mixed precision casts the tensors it finds in
+    """What every block needs beside its tokens: those of the whole sequence, or the target's alone. All blocks share the
+    modulation. Not a tuple, on purpose: FSDP's mixed precision casts the tensors it finds in
     tuples, and would ruin the angles."""
 
     scale1: Tensor  # (B, n or 1, D), or (1, 1, D) at t = 0; the 1 of (1 + scale) is in it
@@ -218,7 +218,7 @@ class Attention(nn.Module):
         out = [attend(q, k[:, :, :m], v[:, :, :m], mask) for q, (_, m, mask) in zip(rows, part.segments, strict=True)]
         out = [o.transpose(1, 2).flatten(2) for o in out]  # each (B, rows, D)
         out = torch.cat(out, 1) if len(out) > 1 else out[0]  # (B, n, D)
-        return self.to_out[0](out), (k, v)  # (B, n, D), 2 x (B, H, P or S, d)
+        return self.to_out[0](out), (k, v)  # (B, n, D), 2 x (B, H, S, d)
 
 
 class MLP(nn.Module):
@@ -373,11 +373,11 @@ class MMDiT(nn.Module):
         """Rotations (S, 1, d/2, 2) and segments of the prefix and, last, of a target of `grid` (h, w) tokens."""
         weight, tokens = self.img_in.weight, grid[0] * grid[1]
         layout = tuple(size or stop - start for start, stop, size in condition.pieces)
-        skipped = (0, condition.skipped)  # a picture without tokens: only the counter passes it
+        skipped = (0, condition.skipped)  # a picture of no tokens, which moves the counter
         turns = rotations((*layout, skipped, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2, 2)
         length, bias = len(turns) - tokens, None
         padding = ~condition.mask[:, None, None, condition.real :]  # (B, 1, 1, L - real)
-        if padding.shape[-1] > 0:  # the target sees the whole prefix but that
+        if padding.shape[-1] > 0:  # the target sees the whole prefix without its padding
             bias = weight.new_zeros(len(padding), 1, 1, len(turns))  # (B, 1, 1, S)
             bias[..., length - padding.shape[-1] : length].masked_fill_(padding, -torch.inf)
         return turns, [*prefix_segments(layout), (tokens, len(turns), bias)]

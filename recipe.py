@@ -4,11 +4,11 @@
     2. teacher routing       which teacher scores which student step, under which condition         (section 4)
     3. task mixture          the ratio of T2I to editing                                            (section 5)
 
-A recipe is followed exactly, or the run does not start: a wrong ratio and missing prompts are errors. There is one
-exception. Where a checkpoint lacks a teacher, the base teacher takes its weight, and the run says so.
+A recipe is followed exactly, in micro-batches, or the run does not start: a wrong ratio and missing prompts are errors.
+There is one exception. Where a checkpoint lacks a teacher, the base teacher takes its weight, and the run says so.
 
 ONE micro-batch has ONE task and ONE category. So lambda is the same for the whole micro-batch, and all processes run the
-same teachers. Nothing here is random: the task and category of the m-th micro-batch follow from m alone.
+same teachers. Nothing here is random: the task and category of the i-th micro-batch follow from i alone.
 
 Each number names its source: (section N) of Qwen-Image-Flash, arXiv 2606.03746, or "ours".
 """
@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from support.prompts import TASKS, Prompt, read_prompts  # noqa: F401 (also for who imports them from here)
+from support.prompts import TASKS, Prompt, read_prompts  # noqa: F401 (read_prompts is imported from here)
 
 RATIO_PARTS = 10  # the paper writes every ratio in tenths: 9:1, 7:3, 5:5 (section 5)
 
@@ -35,14 +35,16 @@ def categories(prompts: Iterable[Prompt]) -> dict[str, list[str]]:
 class Specialist:
     """A rule for one specialised teacher: its weight in the real score, lambda_{k,m}(c) of Eq. 5.
 
-    A rule for a category goes before the rules for its whole task: there, only the rules for the category count. Rules
-    for the same condition add up. Without a rule a teacher has weight 0: it harms what it was not trained for.
+    If a category has rules of its own, the rules for its whole task do not apply to it. Rules for the same condition add
+    up. Without a rule a teacher has weight 0.
     """
 
-    teacher: str  # its name in the checkpoint's teachers/ folder
+    teacher: str  # its name in the checkpoint's teachers/ folder, or in --teacher NAME=...
     task: str  # the condition c: this task ...
     category: str | None  # ... and this category; None is every category of the task
-    by_quarter: tuple[float, float, float, float]  # lambda in each quarter of the student's steps; at 4 steps, at each
+    by_quarter: tuple[
+        float, float, float, float
+    ]  # lambda in each quarter of the student's steps; with 4 steps, at each
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,11 @@ class Recipe:
         first quarter.
         """
         quarter = 4 * k // steps
-        rules = [s for s in self.specialists if s.task == task and s.category in (None, category)]
+        rules = [s for s in self.specialists if s.task == task]
+        own = [s for s in rules if s.category is not None and s.category == category]
         weights = {}
-        for s in [s for s in rules if s.category is not None] or rules:
-            weights[s.teacher] = weights.get(s.teacher, 0.0) + s.by_quarter[quarter]
+        for rule in own or [s for s in rules if s.category is None]:
+            weights[rule.teacher] = weights.get(rule.teacher, 0.0) + rule.by_quarter[quarter]
         weights["base"] = 1.0 - sum(weights.values())
         if not all(weight > -1e-9 for weight in weights.values()):  # "not all >" rather than "any <": NaN fails too
             where = f"{task}, category {category or '(any other)'}, quarter {quarter}"
@@ -100,16 +103,16 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: for {where} the lambdas are not >= 0 with a sum of 1: {weights}")
         return {teacher: weight for teacher, weight in weights.items() if weight > 1e-9}
 
-    def turn(self, m: int) -> tuple[str, str, int]:
-        """(task, category, n) of the m-th micro-batch, of a resolved recipe.
+    def turn(self, i: int) -> tuple[str, str, int]:
+        """(task, category, n) of the i-th micro-batch, of a resolved recipe.
 
         n counts the earlier micro-batches of this task and category. It chooses the prompts: after each epoch of a
         category all its prompts were seen equally often, as far as a micro-batch can be (`batches.chosen` says where it
-        cannot). Any RATIO_PARTS turns in a row hold the ratio exactly, and so do the categories within a task; both are
-        spread evenly. The student's micro-batches and the fake score's are counted separately.
+        cannot). Any ten turns in a row hold the ratio of tasks exactly. Within a task, any full round of its composition
+        does. Both are spread evenly. The student's micro-batches and the fake score's are counted separately.
         """
-        task, i = nth_word(dict(zip(TASKS, self.ratio, strict=True)), m)
-        category, n = nth_word({"t2i": self.t2i, "edit": self.edit}[task], i)
+        task, of_task = nth_word(dict(zip(TASKS, self.ratio, strict=True)), i)
+        category, n = nth_word({"t2i": self.t2i, "edit": self.edit}[task], of_task)
         return task, category, n
 
     def resolve(self, available: dict[str, Iterable[str]], teachers: Iterable[str]) -> "Recipe":

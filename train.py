@@ -52,6 +52,7 @@ class Args:
     lora_rank: int = option(0, "train LoRAs of this rank on one copy of the weights; 0: all weights", "[0, 4096]")
     guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: the checkpoint's", "[1, 100]")
     resolution: int | None = option(None, "side of the pictures' area; default: the checkpoint's", "[32, 16384]")
+    fit: str = option("stretch", "where sources and targets must change their shape", "stretch | crop | pad")
     student_steps: int = option(4, "number of steps of the student, its NFE", "[1, 1000]")
     steps: int = option(500, "updates of the student", "[1, 1e9]")
     batch: int = option(12, "samples in an update, over all its micro-batches", "[1, 1e6]")
@@ -139,12 +140,12 @@ class Job:
 def update_fake(job: Job, update: int, rate: float) -> watch.Record:
     """One update of the fake score: flow matching on what the student draws now. The student does not learn."""
     record = watch.Record("fake_loss", "fake_grad_norm")
-    for batch in batches(job.args, job.pool, job.recipe, "fake", update):
+    for batch in batches(job.args, job.pool, job.recipe, "fake", update):  # its fields: support/batches.py
         fake = job.fake.network.velocity(batch.condition)
-        with torch.no_grad():  # what the student keeps between its steps is gone before the fake score computes
+        with torch.no_grad():
             student = job.trainee.network.velocity(batch.condition, keep=True)
             x_theta = dmd.rollout(student, batch.noise, job.sigmas, batch.k)  # (B, 64, h, w)
-            del student
+            del student  # and the prefix that it keeps between its steps, before the fake score computes
         losses = dmd.fake_score_loss(fake, x_theta, batch.xi, batch.t)  # (B,)
         job.fake.backward(losses, batch)
         record.add(batch, losses)
@@ -291,7 +292,7 @@ def encode(args: Args) -> Pool:
     say("prompts: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     cache, empty = args.cache or args.out / "conditions", flows or args.guidance != 1
-    return cached_pool(cache, prompts, args.checkpoint, dtype, args.device, args.resolution, empty, targets=flows)
+    return cached_pool(cache, prompts, args.checkpoint, dtype, args.device, args.resolution, empty, flows, args.fit)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -105,16 +105,21 @@ class Encoders:
 
 
 def encode_pool(
-    encoders: "Encoders", prompts: Iterable[Prompt], resolution: int, empty: bool = True, targets: bool = False
+    encoders: "Encoders",
+    prompts: Iterable[Prompt],
+    resolution: int,
+    empty: bool = True,
+    targets: bool = False,
+    how: str = "stretch",
 ) -> Pool:
     """Encode every prompt once, with `encoders.encoder` and `encoders.vae`. The pool keeps the prompts' order.
 
     empty: encode also an empty prompt with the same sources, for guidance and text dropout. targets: encode also the
-    target pictures; a missing one is a ValueError.
+    target pictures; a missing one is a ValueError. how: the way pictures get their sizes, see pictures.fit.
     """
     done, bar = {}, tqdm(prompts, desc="encode", unit="prompt", leave=False)
     for group in groups(bar, resolution, targets):
-        entries = encode(encoders, [prompt for _, prompt in group], resolution, empty, targets)
+        entries = encode(encoders, [prompt for _, prompt in group], resolution, empty, targets, how)
         done |= {number: entry for (number, _), entry in zip(group, entries, strict=True)}
     return Pool([done[number] for number in sorted(done)])
 
@@ -135,7 +140,9 @@ def groups(prompts: Iterable[Prompt], resolution: int, targets: bool) -> Iterato
 
 
 @torch.no_grad()
-def encode(encoders: "Encoders", prompts: list[Prompt], resolution: int, empty: bool, targets: bool) -> list[Entry]:
+def encode(
+    encoders: "Encoders", prompts: list[Prompt], resolution: int, empty: bool, targets: bool, how: str
+) -> list[Entry]:
     """The entries of one group of prompts, whose sources (and targets) are of equal sizes."""
 
     def states(words: list[str], images: list) -> tuple[list[Tensor], list]:
@@ -148,7 +155,7 @@ def encode(encoders: "Encoders", prompts: list[Prompt], resolution: int, empty: 
         pixels = pictures.to_tensor(list(images)).to(like.device, like.dtype)  # (B, 4, H, W)
         return [z.clone() for z in encoders.vae.encode(pixels).to("cpu", torch.bfloat16)]  # B of (64, h, w)
 
-    images = [[pictures.fit(image, resolution) for image in prompt.images] for prompt in prompts]
+    images = [[pictures.fit(image, resolution, how) for image in prompt.images] for prompt in prompts]
     read, slots = states([prompt.prompt for prompt in prompts], images)
     twins = [None] * len(prompts)
     if empty and images[0]:
@@ -158,12 +165,9 @@ def encode(encoders: "Encoders", prompts: list[Prompt], resolution: int, empty: 
     sources = [latents(column) for column in zip(*images, strict=True)]  # sources x B of (64, h_i, w_i)
     ends = [None] * len(prompts)
     if targets:
-        goals = [pictures.fit(prompt.target, resolution) for prompt in prompts]
-        for i, row in enumerate(images):  # an edit is drawn at the size of its last source
-            if row and goals[i].size != row[-1].size:
-                picture = pictures.open_picture(prompts[i].target)
-                goals[i] = picture.resize(row[-1].size, Image.Resampling.LANCZOS)
-        ends = latents(goals)
+        sizes = [row[-1].size if row else None for row in images]  # an edit is drawn at the size of its last source
+        goals = zip(prompts, sizes, strict=True)
+        ends = latents(pictures.fit(prompt.target, resolution, how, size) for prompt, size in goals)
     entries = []
     for i, prompt in enumerate(prompts):
         own = [column[i] for column in sources]
@@ -185,6 +189,7 @@ def cached_pool(
     resolution: int,
     empty: bool = True,
     targets: bool = False,
+    how: str = "stretch",
 ) -> Pool:
     """Encode the prompts that `folder` does not have yet, keep them there, and map the tensors of all from its files.
 
@@ -196,7 +201,7 @@ def cached_pool(
         shards(folder)  # its errors come before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     files = fingerprint(checkpoint)
-    keys = [content_key(prompt, files, resolution, empty, targets) for prompt in prompts]
+    keys = [content_key(prompt, files, resolution, empty, targets, how) for prompt in prompts]
     with together():
         for shard in shards(folder)[rank() :: ranks()]:
             if not read_shard(shard, check=True):
@@ -211,7 +216,7 @@ def cached_pool(
         encoders = Encoders.from_pretrained(checkpoint, dtype, device) if total else None
         with tqdm(total=total, desc="encode", unit="prompt", leave=False, disable=rank() > 0 or not total) as bar:
             for group in work:
-                entries = encode(encoders, [prompt for _, prompt in group], resolution, empty, targets)
+                entries = encode(encoders, [prompt for _, prompt in group], resolution, empty, targets, how)
                 write_shard(folder, {names[number]: entry for (number, _), entry in zip(group, entries, strict=True)})
                 bar.update(len(group))
         del encoders
@@ -226,10 +231,10 @@ def fingerprint(checkpoint: Path) -> str:
     return files_fingerprint(p for name in ("processor", "text_encoder", "vae") for p in (checkpoint / name).rglob("*"))
 
 
-def content_key(prompt: Prompt, encoders: str, resolution: int, empty: bool, targets: bool) -> str:
+def content_key(prompt: Prompt, encoders: str, resolution: int, empty: bool, targets: bool, how: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
     shown = [*prompt.images, prompt.target] if targets and prompt.target else prompt.images
-    digest.update(json.dumps([encoders, resolution, empty, targets, prompt.prompt, len(shown)]).encode())
+    digest.update(json.dumps([encoders, resolution, empty, targets, how, prompt.prompt, len(shown)]).encode())
     for picture in shown:
         if isinstance(picture, Image.Image):
             content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()

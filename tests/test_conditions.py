@@ -10,8 +10,8 @@ import reference
 import torch
 from safetensors.torch import save_file
 
-from recipe import read_prompts
-from support import conditions
+from recipe import Prompt, read_prompts
+from support import conditions, pictures
 from support.conditions import Entry, cached_pool, encode_pool
 
 SIZE = 64
@@ -142,3 +142,16 @@ def test_a_folder_with_other_files_is_refused_and_keeps_them(checkpoint, prompts
         (folder / name).unlink()
     cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
     assert encoded and shard.read_bytes() != damaged
+
+
+@pytest.mark.parametrize("how", ["stretch", "crop", "pad"])
+def test_sources_and_targets_are_fitted_as_asked(checkpoint, tmp_path, how):
+    """A target of another shape comes to the size of its edit's source, by the way that is asked for."""
+    reference.picture(64, 64, 1).save(tmp_path / "source.png")
+    reference.picture(96, 32, 2).save(tmp_path / "target.png")
+    prompt = Prompt("edit", "scene", "a hat", [tmp_path / "source.png"], tmp_path / "target.png")
+    encoders = conditions.Encoders.from_pretrained(checkpoint, torch.float32, "cpu")
+    (entry,) = encode_pool(encoders, [prompt], 64, targets=True, how=how).entries
+    fitted = pictures.fit(prompt.target, 64, how, (64, 64))
+    expected = encoders.vae.encode(pictures.to_tensor([fitted]))[0].bfloat16()  # (64, h, w)
+    assert entry.size == (4, 4) and torch.equal(entry.target, expected)

@@ -143,3 +143,10 @@ def test_readmes_third_teacher(toy_checkpoint, tmp_path, monkeypatch):
     train.main([*teacher, *tiny, "--warmup", "0"])
     train.main([*student, *tiny, "--warmup", "0", "--student-steps", "1"])
     assert (tmp_path / "runs" / "dmd-flash-style" / "comparison.png").is_file()
+
+
+def test_readme_says_how_long_the_book_is():
+    text = (ROOT / "README.md").read_text()
+    for page in ("flow", "dmd", "recipe", "train", "model", "sample", "eval"):
+        assert f"[{page}.py]({page}.py) ({len((ROOT / f'{page}.py').read_text().splitlines())}" in text
+    assert len(text.split()) <= 1500

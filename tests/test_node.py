@@ -289,7 +289,7 @@ def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):
     """Each group of prompts is encoded by one rank, in the groups that one process would make; both have all of it."""
     (tmp_path / "log").mkdir()
 
-    def encode(encoders, prompts, resolution, empty, targets):
+    def encode(encoders, prompts, resolution, empty, targets, how):
         words = [prompt.prompt for prompt in prompts]
         (tmp_path / "log" / hashlib.md5(" ".join(words).encode()).hexdigest()).write_text(str(train.rank()))
         return [

@@ -188,8 +188,8 @@ class Panel:
         legend = (
             (x, BLACK, "x_theta: drawn by the student"),
             (x_t, GREY, "x_t: the same, with noise"),
-            (x0_real, BLUE, "x0_real: what the teacher sees in x_t"),
-            (x0_fake, RED, "x0_fake: what the fake score sees in x_t"),
+            (x0_real, BLUE, "x0_real: the teacher's guess from x_t"),
+            (x0_fake, RED, "x0_fake: the fake score's guess from x_t"),
             (better, GREEN, "-g: from red to blue; x_theta moves that way"),
         )
         for i, (place, colour, words) in enumerate(legend):

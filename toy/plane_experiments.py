@@ -300,7 +300,7 @@ def show(world: World, args: Training, out: Path) -> None:
     rows = {
         "Teacher, 40 steps": (base, TEACHER_SIGMAS, "from noise (grey) to a sample (red); blue: other samples"),
         "Teacher, 4 steps": (base, SIGMAS, "too few: many samples end between the shaded modes"),
-        "Student, 4 steps": (model, SIGMAS, "after training the same 4 steps end in a mode, or near"),
+        "Student, 4 steps": (model, SIGMAS, "after training more of them end in a mode"),
     }
     for i, (row, (drawing, sigmas, note)) in enumerate(rows.items()):
         stops = [noise]
