@@ -10,9 +10,21 @@ from PIL import Image
 import recipe
 from dmd import rollout
 from flow import add_noise, score_from_velocity
-from toy import plane, plane_experiments
+from toy import plane, plane_method
 from toy.experiments import EXPERIMENTS
-from toy.plane import Mixture, Network, Training, World, draw, drawn_by, evaluate, from_samples, measure, ring, train
+from toy.plane_method import (
+    Mixture,
+    Network,
+    Training,
+    World,
+    draw,
+    drawn_by,
+    evaluate,
+    from_samples,
+    measure,
+    ring,
+    train,
+)
 
 
 @pytest.mark.parametrize("t", [0.2, 0.6, 0.95])
@@ -54,7 +66,7 @@ def test_modes_of_each_seed():
 def test_student_starts_as_the_base_teacher():
     rng, world = torch.Generator().manual_seed(0), World()
     noise, _, source, t = draw(world, 12, rng)
-    for task, category in plane.CONDITIONS:
+    for task, category in plane_method.CONDITIONS:
         student = drawn_by(world, Network(3, rng))(task, category, source)
         base = world.mixture("base", category, source).velocity
         torch.testing.assert_close(student(noise, t), base(noise, t), rtol=0.0, atol=0.0)
@@ -94,13 +106,13 @@ class OneMode(World):
 
 def test_student_reaches_mean_and_variance_of_one_mode(monkeypatch):
     """Trained at its last step alone, for a quick test: with all steps in turn it takes many times as long."""
-    monkeypatch.setattr(plane, "rollout", lambda v, noise, sigmas, k: rollout(v, noise, sigmas, 3))
+    monkeypatch.setattr(plane_method, "rollout", lambda v, noise, sigmas, k: rollout(v, noise, sigmas, 3))
     row = recipe.Recipe("text", (10, 0), t2i={"text": 1}, specialists=recipe.specialists(1.0, 1.0, 1.0, 1.0))
     args, world = Training(seeds=2, updates=250, lr=2e-3), OneMode()
     ((_, student, _),) = train(world, row, args, {250})
     noise, _, source, _ = draw(world, 4000, torch.Generator().manual_seed(9))
-    before = plane.euler(plane.teacher(world)("t2i", "text", source), noise, plane.SIGMAS)
-    after = plane.euler(drawn_by(world, student)("t2i", "text", source), noise, plane.SIGMAS)
+    before = plane_method.euler(plane_method.teacher(world)("t2i", "text", source), noise, plane_method.SIGMAS)
+    after = plane_method.euler(drawn_by(world, student)("t2i", "text", source), noise, plane_method.SIGMAS)
     assert before.mean(0).abs().max() < 0.05 and before.std(0).min() > 0.59
     torch.testing.assert_close(after.mean(0), torch.tensor([0.8, -0.4]), atol=0.06, rtol=0.0)
     torch.testing.assert_close(after.std(0), torch.tensor([0.5, 0.5]), atol=0.06, rtol=0.0)
@@ -135,7 +147,7 @@ def test_rows_are_paired(monkeypatch):
             to.append(draw(*args))
             return to[-1]
 
-        monkeypatch.setattr(plane, "draw", record)
+        monkeypatch.setattr(plane_method, "draw", record)
         list(train(World(), recipe.find(name), Training(seeds=2, updates=3), set()))
     pairs = list(zip(seen["e1-landscape"], seen["flash"], strict=True))
     assert len(pairs) == 9 and all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other))
@@ -151,17 +163,17 @@ def test_xi_moves_along_the_path():
 
 
 def test_verdicts():
-    assert plane_experiments.verdict([(0.3, 0.1), (0.2, 0.1)]) == "agree"
-    assert plane_experiments.verdict([(0.3, 0.1), (0.05, 0.1)]) == "cannot tell"
-    assert plane_experiments.verdict([(0.3, 0.1), (-0.2, 0.1)]) == "disagree"
+    assert plane.verdict([(0.3, 0.1), (0.2, 0.1)]) == "agree"
+    assert plane.verdict([(0.3, 0.1), (0.05, 0.1)]) == "cannot tell"
+    assert plane.verdict([(0.3, 0.1), (-0.2, 0.1)]) == "disagree"
 
 
 def test_experiment_and_sweep_with_tiny_numbers(tmp_path, capsys):
     few = ["--seeds", "2", "--updates", "2", "--out", str(tmp_path)]
-    plane_experiments.main(["--experiment", "composition", *few])
-    plane_experiments.main(["--experiment", "oracle", *few])
+    plane.main(["--experiment", "composition", *few])
+    plane.main(["--experiment", "oracle", *few])
     table = json.loads((tmp_path / "composition.json").read_text())
-    assert list(table["claims"]) == [*plane_experiments.PREMISES, *EXPERIMENTS["composition"].claims]
+    assert list(table["claims"]) == [*plane.PREMISES, *EXPERIMENTS["composition"].claims]
     assert table["claims"]["Four plain steps lose at editing."]["precision"] == "agree"
     assert "| E3 text |" in (tmp_path / "composition.md").read_text()
     assert "- undistilled" in (tmp_path / "oracle.md").read_text()
@@ -170,7 +182,7 @@ def test_experiment_and_sweep_with_tiny_numbers(tmp_path, capsys):
 
 
 def test_main_job_with_tiny_numbers(tmp_path):
-    plane_experiments.main(["--seeds", "1", "--updates", "2", "--out", str(tmp_path)])
+    plane.main(["--seeds", "1", "--updates", "2", "--out", str(tmp_path)])
     assert Image.open(tmp_path / "dmd.png").width == 1200
     assert Image.open(tmp_path / "dmd.gif").format == "GIF"
     assert "Student, 4 steps" in (tmp_path / "dmd.md").read_text()
@@ -188,7 +200,7 @@ def test_main_job_with_tiny_numbers(tmp_path):
 def test_bad_input(words, complaint, tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit) as stopped:
-        plane_experiments.main([word.replace("FILE", str(tmp_path / "file")) for word in words])
+        plane.main([word.replace("FILE", str(tmp_path / "file")) for word in words])
     assert stopped.value.code == 2 and complaint in capsys.readouterr().err
 
 
@@ -202,5 +214,5 @@ def test_teachers_differ_as_the_world_says():
         middle = x[(x - torch.tensor([moved, 0.0])).abs().max(1).values < 0.55]
         if name != "base":  # the base's modes run into each other
             assert middle.std(0).mean().item() == pytest.approx(0.12 * width, abs=0.01)
-    scores = evaluate(world, plane.teacher(world, specialised=True), plane.TEACHER_SIGMAS, 2)
+    scores = evaluate(world, plane_method.teacher(world, specialised=True), plane_method.TEACHER_SIGMAS, 2)
     assert scores["text"]["precision"].min() > 0.99

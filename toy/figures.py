@@ -1,5 +1,5 @@
 """Pictures of results: the contact sheet shows every model on the same cases, curves show scores during training or along
-a knob, and panels show samples and arrows on the plane (toy/plane.py)."""
+a knob, and panels show samples and arrows on the plane (toy/plane_method.py)."""
 
 import textwrap
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from toy import world
-from toy.plane import Mixture
+from toy.plane_method import Mixture
 from toy.world import Case
 
 TILE = world.SIDE * world.ENLARGE + 4  # a picture and the space after it

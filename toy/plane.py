@@ -1,288 +1,369 @@
-"""The whole method in two dimensions: a picture is a point in the plane, and a teacher's velocity is a formula.
+"""The plane: one picture of the whole method in two dimensions, and the paper's claims there, knob by knob.
 
     python -m toy.plane                            trains students, prints a table, draws a picture and an animation
     python -m toy.plane --experiment composition   the paper's claims: composition, teachers, mixture, all; or sweeps
 
-flow.py, dmd.py and recipe.py are used as they are. For every condition a teacher draws from a mixture of Gaussians, so no
-result holds the error of a teacher's network. The claims are in toy/plane_experiments.py, what was found is in
-results/plane/findings.md.
+The teachers, the students and their training are in toy/plane_method.py, what was found is in results/plane/findings.md.
+Claims and rows are those of the picture world (toy/experiments.py), word for word. A score is the precision here, fidelity
+the share within one standard deviation. Each claim is judged a second time by the energy distance, which also sees missing
+modes. Intervals are 95%, over seeds, of differences that are paired: all rows see the same draws.
 
-    S        seeds: students that train side by side, each with its own weights and draws, as one batched product
-    N        samples of all seeds together, seed after seed; states are (N, 2)
-    M        modes of a mixture
-    truth    what a perfect model would draw; "base", "text" and "edit" are the teachers, each with its own errors
+Written down before the runs. Premises, each printed with its verdict: PREMISES, and in the rows of the base teacher that
+it is worst at text. What each knob should do: the text in SWEEPS. No knob was set by looking at a verdict.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import argparse
+import json
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import one_hot, silu
 from tqdm import tqdm
 
-from dmd import dmd_gradient, fake_score_loss, first_step_loss, mixture, rollout, surrogate_loss
-from flow import Velocity, euler, per_sample, shifted_uniform, student_sigmas
-from recipe import Recipe
+from dmd import dmd_gradient
+from flow import Velocity, add_noise, euler
+from recipe import RECIPES, Recipe, specialists
+from toy import figures
+from toy.experiments import E1, E3, E4, E5, EXPERIMENTS, FIRST_STEP, HALFWAY, SPECIALISTS, START, TEACHER, Above, T
+from toy.plane_method import (
+    CATEGORIES,
+    SIGMAS,
+    TEACHER_SIGMAS,
+    Model,
+    Training,
+    World,
+    draw,
+    drawn_by,
+    evaluate,
+    teacher,
+    train,
+)
 
-SIGMAS = student_sigmas(4)  # the student's: 1, 0.9, 0.75, 0.5, 0
-TEACHER_SIGMAS = [1 - i / 40 for i in range(41)]
-CATEGORIES = {"t2i": ("landscape", "portrait", "text"), "edit": ("object", "style")}
-CONDITIONS = [(task, category) for task in CATEGORIES for category in CATEGORIES[task]]
+PARTS = {"score": "precision", "attributes": "precision", "fidelity": "fine", "coverage": "coverage"}
+PREMISES = {
+    "Four plain steps lose at drawing.": [Above(TEACHER, START)],
+    "Four plain steps lose at editing.": [Above(TEACHER, START, bench="edit")],
+    "The specialist is better at text.": [Above(SPECIALISTS, TEACHER, "text")],
+    "The specialist is better at edits.": [Above(SPECIALISTS, TEACHER, bench="edit")],
+    "It is narrower.": [Above(SPECIALISTS, TEACHER, "text", part="fidelity")],
+}
+BASE, SPECIAL, AVERAGE, STEPS, REVERSED = "base only", "specialised only", "average", "step-wise", "reversed"
+LAST, EDITS_BASE = "last step alone", "5:5, base only"
+LAMBDAS = {  # ours: of the specialist at the student's four steps
+    LAST: specialists(0, 0, 0, 1),
+    "last three": specialists(0, 0.5, 1, 1),
+    "first step alone": specialists(1, 0, 0, 0),
+    REVERSED: specialists(1, 0.5, 0, 0),
+}
+OURS = {EDITS_BASE: Recipe(EDITS_BASE, (5, 5))} | {
+    row: Recipe(row, (10, 0), specialists=LAMBDAS[row]) for row in LAMBDAS
+}
+ROWS = {row: name for table in EXPERIMENTS.values() for row, name in table.rows.items()} | {row: row for row in OURS}
+TABLES = {name: (list(table.rows), table.claims) for name, table in EXPERIMENTS.items()}  # rows, claims
+TABLES["composition"] = TABLES["composition"][0], PREMISES | TABLES["composition"][1]
+TABLES["lambdas"] = (
+    [BASE, STEPS, SPECIAL, AVERAGE, *LAMBDAS],
+    {
+        "(Ours) Late is better than early.": [Above(STEPS, REVERSED, "text")],
+        "(Ours) The last step alone is enough to be above the base.": [Above(LAST, BASE, "text")],
+        "(Ours) Late is better than always.": [Above(STEPS, SPECIAL, "text")],
+        "(Ours) A first-step loss keeps more modes.": [Above(FIRST_STEP, SPECIAL, part="coverage")],
+    },
+)
+
+RISES = [Above(BASE, START), Above(SPECIAL, START)]
+FALLS = [Above(BASE + HALFWAY, BASE), Above(SPECIAL + HALFWAY, SPECIAL)]
+ROUTING = [Above(STEPS, SPECIAL, "text"), Above(STEPS, AVERAGE, "text")]
+EDITING = [Above("5:5", "10:0", bench="edit"), Above("5:5", "10:0")]
+SWEEPS = {  # a knob of World or Training: its values, what should happen, and which differences show it
+    "blur": (
+        (1.0, 2.0, 3.0, 4.0),
+        "A student becomes its teacher. Text prompts help text while the base is good at it. Once it is very blurred, "
+        "what carries over from landscapes is as good, and text prompts are the worst choice.",
+        [Above(E1, E3, "text"), Above(E1, E3), Above(E4, E5, "text"), Above(E1, START, "text")],
+    ),
+    "sharp": ((0.25, 0.5, 1.0), "The sharper the specialist, the more step-wise wins over it alone.", ROUTING),
+    "displaced": ((0.0, 0.5, 1.0, 2.0), "The farther it is displaced, the more step-wise wins over it alone.", ROUTING),
+    "open": (
+        (0.0, 0.5, 1.0, 1.5),
+        "With one answer four plain steps suffice and edits bring nothing. The more open, the more 5:5 wins over 10:0.",
+        [Above(TEACHER, START, bench="edit"), *EDITING, Above("10:0", "9:1", bench="edit")],
+    ),
+    "fake_updates": ((1, 2, 5), "More updates: less lag, a better student, above all under specialists.", RISES),
+    "fake_lr": ((0.001, 0.005, 0.01), "Too slow lags behind the student, too fast is noise.", RISES),
+    "step_aware": (
+        (0, 1),
+        "One fake score for all steps can match one teacher. Told the step, it can match another teacher at each step. "
+        "Where the teachers agree it is worth nothing.",
+        [Above(STEPS, BASE, "text"), ROUTING[0], Above("5:5", EDITS_BASE, bench="edit"), Above("5:5", EDITS_BASE)]
+        + EDITING,
+    ),
+    "oracle": (
+        (0, 1),
+        "If a specialist's collapse goes away, lag was its cause. If it stays, the reverse KL is.",
+        RISES + FALLS,
+    ),
+    "updates": (
+        (500, 1000, 2000, 5000),
+        "Specialised teachers alone rise and then fall; base and step-wise do not.",
+        [*RISES, Above(STEPS, START), *FALLS, Above(STEPS + HALFWAY, STEPS)],
+    ),
+}
+CHOICES = {name: [name] for name in [*TABLES, *SWEEPS]}
+CHOICES |= {"all": ["composition", "teachers", "mixture"], "sweeps": ["lambdas", *SWEEPS]}
 
 
-# ---- the world and its teachers ------------------------------------------------------------------------------------
+# ---- claims --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """M Gaussians of equal weight and one standard deviation sd, around centre + modes. The velocity in closed form:
+@cache
+def student(world: World, recipe: str, args: Training) -> dict[str, dict[str, Tensor]]:
+    """Trains the students of a recipe and measures them."""
+    ((_, network, _),) = train(world, (RECIPES | OURS)[recipe], args, {args.updates})
+    return evaluate(world, drawn_by(world, network), SIGMAS, args.seeds)
 
-    Given mode j, z = (1 - t) x + t eps is Gaussian around (1 - t) mu_j, with variance var = (1 - t)^2 sd^2 + t^2. So
 
-        P(j | z)      = softmax over j of -|z - (1 - t) mu_j|^2 / (2 var)
-        E[x | z, j]   = mu_j + (1 - t) sd^2 / var (z - (1 - t) mu_j)
-        E[eps | z, j] = t / var (z - (1 - t) mu_j)
-        v = E[eps - x | z] = (t - (1 - t) sd^2) / var (z - (1 - t) mu) - mu,  with mu = sum_j P(j | z) mu_j
+@cache
+def scores(world: World, row: str, args: Training) -> dict[str, dict[str, Tensor]]:
+    """category -> measures of a row, (S,) each."""
+    if row in (TEACHER, SPECIALISTS, START):
+        sigmas = SIGMAS if row == START else TEACHER_SIGMAS
+        return evaluate(world, teacher(world, row == SPECIALISTS), sigmas, args.seeds)
+    if row.endswith(HALFWAY):
+        return scores(world, row.removesuffix(HALFWAY), replace(args, updates=args.updates // 2))
+    return student(world, ROWS[row], args)  # two rows may be one recipe
+
+
+def difference(part: Above, world: World, args: Training, by: str) -> tuple[float, float]:
+    """Mean over seeds of how much better row is than other, and the half-width of its 95% interval.
+
+    by: "precision", or what the part asks for in its place; or "distance".
     """
+    measured = "distance" if by == "distance" else PARTS[part.part]
+    some = CATEGORIES[part.bench] if part.category == "average" else [part.category]
 
-    modes: Tensor  # (M, 2), or (S, M, 2): other modes for each seed
-    sd: float
-    centre: Tensor | float = 0.0  # (N, 2) or 0: moves all modes of a sample; an edit's answers lie around its source
+    def value(row: str) -> Tensor:
+        scored = scores(world, row, args)
+        return torch.stack([scored[c][measured] for c in some]).mean(0)  # (S,)
 
-    def velocity(self, z: Tensor, t: Tensor) -> Tensor:
-        t = per_sample(t, z)  # (N, 1)
-        var = (1 - t) ** 2 * self.sd**2 + t**2  # (N, 1)
-        y = z - (1 - t) * self.centre  # as if the centre were 0
-        split = (*self.modes.shape[:-2], -1)  # (N,); (S, N / S) where each seed has its own modes
-        # The exponent without |y|^2, which is the same for all j: (1 - t) / var (y mu_j - (1 - t) |mu_j|^2 / 2)
-        logits = y.reshape(*split, 2) @ self.modes.mT  # (N, M)
-        logits = logits - (1 - t).reshape(*split, 1) * self.modes.square().sum(-1)[..., None, :] / 2  # (N, M)
-        logits = ((1 - t) / var).reshape(*split, 1) * logits  # (N, M)
-        mu = (logits.softmax(-1) @ self.modes).reshape(z.shape)  # (N, 2)
-        return (t - (1 - t) * self.sd**2) / var * (y - (1 - t) * mu) - mu - self.centre
-
-    def sample(self, n: int, rng: torch.Generator) -> Tensor:
-        """n exact samples, (n, 2); modes (M, 2)."""
-        chosen = self.modes[torch.randint(len(self.modes), (n,), generator=rng)]
-        return self.centre + chosen + self.sd * torch.randn(n, 2, generator=rng)
+    better = value(part.row) - value(part.other)
+    if measured == "distance":  # the smaller, the better
+        better = -better
+    n = len(better)
+    half = T[min(n - 1, len(T)) - 1] * better.std().item() / n**0.5 if n > 1 else float("inf")
+    return better.mean().item(), half
 
 
-def ring(modes: int, radius: float, turn: float = 0.0) -> Tensor:
-    """Modes on a circle, (modes, 2); turn in radians."""
-    angles = turn + torch.arange(modes) * (2 * math.pi / modes)
-    return radius * torch.stack([angles.cos(), angles.sin()], dim=1)
+def verdict(differences: list[tuple[float, float]]) -> str:
+    """agree: all differences are above 0 with their whole intervals; disagree: one is below; else cannot tell."""
+    if any(mean < -half for mean, half in differences):
+        return "disagree"
+    return "agree" if all(mean > half for mean, half in differences) else "cannot tell"
 
 
-@dataclass(frozen=True)
-class World:
-    """What there is to draw, and how each teacher errs. All numbers are ours. These four are knobs."""
-
-    blur: float = 2.0  # the base's standard deviation at text, in the truth's
-    sharp: float = 0.5  # a specialist's standard deviation, in the truth's
-    displaced: float = 0.5  # how far a specialist's modes are moved, in the truth's standard deviations
-    open: float = 1.0  # radius of the circle of right answers to an edit; at 0 there is one answer
-
-    def mixture(self, teacher: str, category: str, source: Tensor) -> Mixture:
-        """What a teacher, or the "truth", draws. source: (N, 2); only edits use it."""
-        line = torch.tensor([-1.2, 0.0, 1.2])
-        modes, sd, blur, centre = {
-            "landscape": (ring(4, 1.5), 0.3, 1.0, 0.0),
-            "portrait": (ring(4, 1.5, math.pi / 4), 0.3, 1.0, 0.0),
-            "text": (torch.cartesian_prod(line, line), 0.12, self.blur, 0.0),  # many narrow modes
-            "object": (ring(3, self.open), 0.2, 1.5, source * torch.tensor([-1.0, 1.0])),  # the source, mirrored
-            "style": (ring(4, self.open), 0.2, 1.5, 0.7 * source.flip(1)),
-        }[category]
-        if teacher == "truth":
-            return Mixture(modes, sd, centre)
-        if teacher == "base":
-            return Mixture(modes, sd * blur, centre)
-        return Mixture(modes + torch.tensor([self.displaced * sd, 0.0]), sd * self.sharp, centre)
+def means(scored: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+    """category -> measures, averaged over seeds."""
+    return {category: {key: some.mean().item() for key, some in scored[category].items()} for category in scored}
 
 
-# ---- student and fake score ----------------------------------------------------------------------------------------
+def write(place: Path, lines: list[str], tables: list[list[list[str]]], result: dict) -> None:
+    """PLACE.md and PLACE.json. A table is a list of rows of cells; the first row is its head."""
+    for head, *rows in tables:
+        written = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+        lines = [*lines, "", written[0], "|---" * len(head) + "|", *written[1:]]
+    place.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    place.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(lines), f"\n\nwritten to {place.with_suffix('.md')}")
 
 
-class Network:
-    """S networks at once: the base teacher's velocity plus an MLP whose last layer is zero at the start."""
-
-    def __init__(self, seeds: int, rng: torch.Generator):
-        inputs = 2 + 2 + 8 + len(CONDITIONS) + 2 + 4  # z, the base's v, t, condition, source, step
-        sizes = [inputs, 64, 64, 64, 2]
-        self.seeds, self.weights, self.biases = seeds, [], []
-        for i, (inside, outside) in enumerate(zip(sizes, sizes[1:])):
-            scale = inside**-0.5 if i < 3 else 0.0
-            self.weights.append(scale * torch.randn(seeds, inside, outside, generator=rng))  # (S, inside, outside)
-            self.biases.append(torch.zeros(seeds, 1, outside))
-
-    def parameters(self) -> list[Tensor]:
-        return self.weights + self.biases
-
-    def velocity(self, base: Mixture, task: str, category: str, source: Tensor, k: int | None = None) -> Velocity:
-        """The velocity with its condition bound to it. source: (N, 2). k: a fake score may be told the student's step."""
-        words = torch.zeros(len(source), len(CONDITIONS) + 4)
-        words[:, CONDITIONS.index((task, category))] = 1
-        if k is not None:
-            words[:, len(CONDITIONS) + k] = 1
-        condition = torch.cat([words, source * (task == "edit")], dim=1)
-        octaves = math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])
-
-        def velocity(z: Tensor, t: Tensor) -> Tensor:
-            v, waves = base.velocity(z, t), per_sample(t, z) * octaves  # (N, 2), (N, 4)
-            h = torch.cat([z, v, waves.sin(), waves.cos(), condition], dim=1)
-            h = h.reshape(self.seeds, -1, h.shape[1])  # (S, N / S, inputs)
-            for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-                h = torch.baddbmm(bias, silu(h) if i else h, weight)  # (S, N / S, 64), at last 2
-            return v + h.reshape(z.shape)
-
-        return velocity
+def experiment(name: str, world: World, args: Training, out: Path) -> None:
+    """One table of rows, one of verdicts."""
+    names, claims = TABLES[name]
+    rows = [["row", *CATEGORIES["t2i"], *CATEGORIES["edit"], "coverage"]]
+    verdicts = [["claim", "by precision", "by distance", "precision: differences"]]
+    result = {"rows": {}, "claims": {}}
+    for row in tqdm([TEACHER, SPECIALISTS, START, *names], name):
+        found = result["rows"][row] = means(scores(world, row, args))
+        cells = [f"{some['precision']:.3f} ({some['distance']:.3f})" for some in found.values()]
+        rows.append([row, *cells, f"{sum(some['coverage'] for some in found.values()) / len(found):.2f}"])
+    for claim, parts in claims.items():
+        words, evidence = {}, []
+        for by in ("precision", "distance"):
+            found = [difference(part, world, args, by) for part in parts]
+            words[by] = verdict(found)
+            evidence += [
+                f"{p.row} - {p.other}, {p.bench} {p.category}: {m:+.3f} ± {h:.3f}" for p, (m, h) in zip(parts, found)
+            ]
+        verdicts.append([claim, f"**{words['precision']}**", words["distance"], "; ".join(evidence[: len(parts)])])
+        result["claims"][claim] = words | {"evidence": evidence}
+    lines = [
+        f"# {name}",
+        "",
+        f"{args.seeds} seeds, {args.updates} updates. Precision, in brackets the energy distance.",
+    ]
+    write(out / name, lines, [rows, verdicts], result)
 
 
-Model = Callable[[str, str, Tensor], Velocity]  # task, category, source -> velocity
-
-
-def teacher(world: World, specialised: bool = False) -> Model:
-    """The base teacher; or the specialised ones, each for what it was made for."""
-    who = {"text": "text", "object": "edit", "style": "edit"} if specialised else {}
-    return lambda task, category, source: world.mixture(who.get(category, "base"), category, source).velocity
-
-
-def drawn_by(world: World, student: Network) -> Model:
-    """A student, ready to draw under any condition."""
-    return lambda task, *rest: student.velocity(world.mixture("base", *rest), task, *rest)
-
-
-# ---- training ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Training:
-    """The optimisation: one for all rows. Ours, from pilots with seed 1; the tables use seed 0."""
-
-    seeds: int = 32
-    seed: int = 0  # of all draws
-    updates: int = 1000  # of the student
-    batch: int = 64  # samples of one seed, all of one category
-    fake_updates: int = 2  # before each of the student
-    lr: float = 1e-3
-    fake_lr: float = 5e-3  # higher, because the fake score has to keep up with the student
-    beta1: float = 0.9  # Adam's
-    ema: float = 0.97  # decay per update of the averaged weights, which are what draws
-    step_aware: bool = False  # the fake score is told k, and so learns each step's pictures and not their pool
-    oracle: bool = False  # the fake score is computed from samples, not learned; T2I only
-
-
-def draw(world: World, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """noise, xi, source (n, 2), t (n,). Every recipe gets the same numbers in the same order, so rows are paired."""
-    noise, xi = torch.randn(2, n, 2, generator=rng)
-    source = world.mixture("truth", "landscape", noise).sample(n, rng)  # an edit changes a landscape
-    return noise, xi, source, shifted_uniform(torch.rand(n, generator=rng), 1.0)
-
-
-def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
-    """The oracle: a narrow Gaussian around each of the student's fresh samples, of all its steps. noises: (4, N, 2)."""
-    with torch.no_grad():
-        points = [rollout(drawing, noise, SIGMAS, k) for k, noise in enumerate(noises)]
-    return Mixture(torch.cat([x.reshape(seeds, -1, 2) for x in points], dim=1), 0.1)
-
-
-def train(world: World, recipe: Recipe, args: Training, looks: set[int]) -> Iterator[tuple[int, Network, Network]]:
-    """Trains S students; yields (updates done, students with averaged weights, fake scores) at each of the looks."""
-    rng = torch.Generator().manual_seed(args.seed)
-    recipe = recipe.resolve(CATEGORIES, ("text", "edit"))
-    lowest = 1 if recipe.first_step_weight else 0  # step 0 then has a loss of its own
-    student, fake, averaged = (Network(args.seeds, rng) for _ in range(3))
-    for mean, start in zip(averaged.parameters(), student.parameters()):
-        mean.copy_(start)
-    optimisers = {}
-    for network, lr in ((student, args.lr), (fake, args.fake_lr)):
-        parameters = [p.requires_grad_() for p in network.parameters()]
-        optimisers[network] = torch.optim.Adam(parameters, lr, (args.beta1, 0.999), fused=True)
-
-    def batch(turn: int) -> tuple:
-        """The condition, k, student and fake score under it, and the draws."""
-        task, category, _ = recipe.turn(turn)
-        noise, xi, source, t = draw(world, args.seeds * args.batch, rng)
-        k = int(torch.randint(10**6, (), generator=rng)) % (len(SIGMAS) - 1 - lowest) + lowest
-        condition = task, category, source
-        base = world.mixture("base", category, source)
-        seen = fake.velocity(base, *condition, k if args.step_aware else None)
-        return condition, k, student.velocity(base, *condition), seen, noise, xi, t
-
-    def update(network: Network, loss: Tensor) -> None:
-        (loss * args.seeds).backward(inputs=network.parameters())  # a sum over seeds: each has its own loss
-        optimisers[network].step()
-        optimisers[network].zero_grad()
-
-    for step in tqdm(range(args.updates + 1), recipe.name, leave=False):
-        if step in looks:
-            yield step, averaged, fake
-        if step == args.updates:
-            return
-        # 1. The fake score learns what the student draws by now. The student draws, and does not learn.
-        for turn in range(step * args.fake_updates, (step + 1) * args.fake_updates):
-            _, k, drawing, seen, noise, xi, t = batch(turn)
-            with torch.no_grad():
-                x_theta = rollout(drawing, noise, SIGMAS, k)
-            update(fake, fake_score_loss(seen, x_theta, xi, t).mean())
-        # 2. The student learns once.
-        (task, category, source), k, drawing, seen, noise, xi, t = batch(step)
-        weights = recipe.weights(k, len(SIGMAS) - 1, task, category)
-        real = mixture(weights, {name: world.mixture(name, category, source).velocity for name in weights})
-        if args.oracle:
-            seen = from_samples(drawing, torch.randn(4, *noise.shape, generator=rng), args.seeds).velocity
-        x_theta = rollout(drawing, noise, SIGMAS, k)
-        loss = surrogate_loss(x_theta, dmd_gradient(real, seen, x_theta, xi, t).g)
-        if recipe.first_step_weight:  # imitate the teacher's own four small steps to where the student's first one ends
-            near = euler(real, noise, TEACHER_SIGMAS[:5])
-            loss = loss + recipe.first_step_weight * first_step_loss(drawing, noise, near, TEACHER_SIGMAS[4]).mean()
-        update(student, loss)
-        for mean, now in zip(averaged.parameters(), student.parameters()):
-            mean.lerp_(now.detach(), 1 - args.ema)
-
-
-# ---- measuring -----------------------------------------------------------------------------------------------------
-
-
-def energy_distance(x: Tensor, y: Tensor) -> Tensor:
-    """2 E|x - y| - E|x - x'| - E|y - y'| of samples (n, 2), (); without the pairs of a sample with itself."""
-    within = (torch.cdist(x, x) + torch.cdist(y, y)).sum() / (len(x) * (len(x) - 1))
-    return 2 * torch.cdist(x, y).mean() - within
-
-
-def measure(points: Tensor, truth: Mixture, seeds: int, rng: torch.Generator) -> dict[str, Tensor]:
-    """How good samples (N, 2) are; each (S,).
-
-    precision: share within 3 standard deviations of a true mode. It looks at one picture at a time, as a judge does.
-    fine: share within 1 of them; 0.39 of exact samples, more if they are too narrow.
-    coverage: share of the modes that hold at least a quarter of their due.
-    distance: energy distance to exact samples; 0 on average for the truth.
-    """
-    x = (points - truth.centre).reshape(seeds, -1, 2)  # (S, n, 2)
-    n, modes = x.shape[1], len(truth.modes)
-    y = Mixture(truth.modes, truth.sd).sample(seeds * n, rng).reshape(x.shape)
-    off, nearest = torch.cdist(x, truth.modes.expand(seeds, -1, 2)).min(-1)  # (S, n) each
-    held = (one_hot(nearest, modes) * (off < 3 * truth.sd)[..., None]).sum(1)  # (S, M)
-    return {
-        "precision": (off < 3 * truth.sd).float().mean(1),
-        "fine": (off < truth.sd).float().mean(1),
-        "coverage": (held >= 0.25 * n / modes).float().mean(1),
-        "distance": torch.stack([energy_distance(*pair) for pair in zip(x, y)]),
+def sweep(knob: str, world: World, args: Training, out: Path) -> None:
+    """Differences of rows along a knob, as a table and as curves; above 0 row is better. The shadow is the interval."""
+    values, expected, parts = SWEEPS[knob]
+    rows, result = [["row - other", "measure", *(f"{v:g}" for v in values)]], {}
+    curves = {"precision": {}, "distance": {}}
+    for part in tqdm(parts, knob):
+        label = f"{part.row} - {part.other}, {part.bench} {part.category}"
+        for by in curves:
+            points = []
+            for v in values:
+                there = replace(world, **{knob: v}) if knob in vars(world) else world
+                then = replace(args, **{knob: v}) if knob in vars(args) else args
+                points.append((float(v), *difference(part, there, then, by)))
+            rows.append([label, by, *(f"{mean:+.3f} ± {half:.3f}" for _, mean, half in points)])
+            result[f"{label}, {by}"] = points
+            curves[by][label] = [
+                (v, [mean - half, mean, mean + half] if half < float("inf") else [mean]) for v, mean, half in points
+            ]
+    panels = {
+        "Difference in precision": curves["precision"],
+        "In energy distance, above 0 is better": curves["distance"],
     }
+    figures.chart(panels, out / f"{knob}.png", along=knob)
+    write(
+        out / knob,
+        [f"# {knob}", "", f"{args.seeds} seeds, {args.updates} updates. Expected: {expected}"],
+        [rows],
+        result,
+    )
 
 
-def evaluate(world: World, model: Model, sigmas: list[float], seeds: int) -> dict[str, dict[str, Tensor]]:
-    """category -> measures, of 400 samples a seed: the same noise, sources and exact samples for every model."""
-    rng, scores = torch.Generator().manual_seed(10**6), {}
-    for task, category in CONDITIONS:
-        noise, _, source, _ = draw(world, seeds * 400, rng)
-        points = euler(model(task, category, source), noise, sigmas)
-        scores[category] = measure(points, world.mixture("truth", category, source), seeds, rng)
-    return scores
+# ---- the main job --------------------------------------------------------------------------------------------------
+
+
+def frame(world: World, model: Model, step: int, noise: Tensor, source: Tensor) -> Image.Image:
+    """Of the animation: what students draw after so many updates."""
+    picture = figures.blank(3, 1)
+    shown = {
+        "portrait": ("t2i", "shade: where right samples are"),
+        "text": ("t2i", "many narrow modes"),
+        "object": ("edit", "black: the source; three answers are right"),
+    }
+    for i, (category, (task, note)) in enumerate(shown.items()):
+        truth = world.mixture("truth", category, source[:1])
+        panel = figures.Panel(picture, (i, 0), truth, f"{category}: {step} updates", note, 2.7)
+        panel.dots(euler(model(task, category, source), noise, SIGMAS), figures.BLUE + "c0", 3)
+    panel.dots(source[:1], figures.BLACK, 6)
+    return picture.reduce(5)
+
+
+def gradients(one: figures.Panel, field: figures.Panel, real: Velocity, fake: Velocity, x_theta: Tensor) -> None:
+    """Panels 4 and 5: -g at one sample with one noise, and at many, averaged over 60 noises; x_theta (N, 2)."""
+    x = x_theta[(x_theta - torch.tensor([0.3, 0.9])).norm(dim=1).argmin()].expand_as(x_theta)  # between two modes
+    xi, t = torch.tensor([0.9, -0.1]).expand_as(x), torch.full((len(x),), 0.5)
+    _, x0_real, x0_fake = dmd_gradient(real, fake, x, xi, t)
+    one.guesses(x[0], add_noise(x, xi, t)[0], x0_real[0], x0_fake[0])
+    rng, g = torch.Generator().manual_seed(0), torch.zeros_like(x_theta)
+    for _ in range(60):
+        xi, t = torch.randn(x_theta.shape, generator=rng), 0.02 + 0.96 * torch.rand(len(x_theta), generator=rng)
+        g += dmd_gradient(real, fake, x_theta, xi, t).g / 60
+    for start, end in zip(x_theta[::2], (x_theta - 0.2 * g)[::2]):
+        field.dots(start[None], figures.BLACK, 2)
+        field.arrow(start, end, figures.GREEN)
+
+
+def show(world: World, args: Training, out: Path) -> None:
+    """Students of the base teacher learn to draw and to edit: a table, a picture of six panels, and an animation.
+
+    With two settings that the sweeps found better than the tables': a fake score told the step, and Adam without momentum.
+    """
+    args = replace(args, step_aware=True, beta1=0.0)
+    early = min(30, args.updates)  # when the gradient is looked at: at the start it is zero, as all three are the same
+    frames_at = {round(args.updates ** (i / 23)) for i in range(24)} | {0}
+    marks = {round(args.updates * i / 5) for i in range(6)}
+    n = args.seeds * max(1, 300 // args.seeds)  # samples to draw, of all seeds
+    noise, _, source, _ = draw(world, n, torch.Generator().manual_seed(args.seed + 1))
+    source = source[:1].expand_as(source)  # one edit, for which there are several right answers
+    base, portrait, truth = teacher(world), ("t2i", "portrait", source), world.mixture("truth", "portrait", source)
+    picture, frames, curve = figures.blank(3, 2), [], {}
+    for step, network, fake in train(world, OURS[EDITS_BASE], args, {early, *frames_at, *marks}):
+        model = drawn_by(world, network)
+        if step in frames_at:
+            frames.append(frame(world, model, step, noise, source))
+        if step in marks:
+            curve[step] = evaluate(world, model, SIGMAS, args.seeds)
+        if step == early:
+            note = "put noise on it; both networks guess what it was"
+            one = figures.Panel(picture, (0, 1), truth, "4. How one sample is corrected", note, 1.5)
+            note = f"the mean of -g after {early} updates: out to the modes"
+            field = figures.Panel(picture, (1, 1), truth, "5. How all samples are corrected", note, 2.4)
+            velocities = base(*portrait), drawn_by(world, fake)(*portrait)
+            gradients(one, field, *velocities, euler(model(*portrait), noise, SIGMAS))
+
+    rows = {
+        "Teacher, 40 steps": (base, TEACHER_SIGMAS, "from noise (grey) to a sample (red); blue: other samples"),
+        "Teacher, 4 steps": (base, SIGMAS, "too few: many samples end between the shaded modes"),
+        "Student, 4 steps": (model, SIGMAS, "after training more of them end in a mode"),
+    }
+    for i, (row, (drawing, sigmas, note)) in enumerate(rows.items()):
+        stops = [noise]
+        for pair in pairwise(sigmas):
+            stops.append(euler(drawing(*portrait), stops[-1], pair))
+        panel = figures.Panel(picture, (i, 0), truth, f"{i + 1}. {row}", note, 2.4)
+        panel.paths(torch.stack(stops))
+    found = {row: evaluate(world, drawing, sigmas, args.seeds) for row, (drawing, sigmas, _) in rows.items()}
+
+    def mean(scored: dict, key: str) -> float:
+        return torch.stack([scored[c][key] for c in CATEGORIES["t2i"]]).mean().item()
+
+    lines = {}  # of panel 6
+    for key, meaning in (("precision", "samples in a mode"), ("coverage", "modes that are drawn")):
+        for row in rows:
+            at = curve if row.startswith("Student") else {0: found[row], args.updates: found[row]}
+            lines[f"{key} ({meaning}): {row.lower()}"] = [(step, [mean(scored, key)]) for step, scored in at.items()]
+    picture = picture.reduce(figures.FINE)
+    title = "6. As training goes on (landscape, portrait and text)"
+    last = figures.curves({title: lines}, "updates of the student", figures.SIDE, 326)
+    picture.paste(last, (2 * figures.SIDE, picture.height - last.height))
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(out / "dmd.png", optimize=True)
+    frames[0].save(out / "dmd.gif", save_all=True, append_images=frames[1:] + frames[-1:] * 8, duration=200, loop=0)
+
+    result = {row: means(scored) for row, scored in found.items()}
+    table = [["model", *result["Student, 4 steps"]]]
+    for row, some in result.items():
+        table.append(
+            [row, *(f"{m['precision']:.3f} / {m['coverage']:.3f} / {m['distance']:.3f}" for m in some.values())]
+        )
+    heading = f"{args.seeds} seeds, {args.updates} updates: precision / coverage / energy distance to exact samples."
+    write(out / "dmd", [heading], [table], result)
+
+
+# ---- the command line ----------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="toy.plane", description="DMD in two dimensions.")
+    parser.add_argument("--experiment", choices=list(CHOICES), metavar="NAME", help=f"one of {', '.join(CHOICES)}")
+    parser.add_argument("--seeds", type=int, default=32, help="students of a row (default: %(default)s)")
+    parser.add_argument("--updates", type=int, default=1000, help="of each student (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default="runs/plane", help="folder to write to (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for name in ("seeds", "updates"):
+        if vars(args)[name] < 1:
+            parser.error(f"--{name} {vars(args)[name]}: must be at least 1")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / ".write").touch()
+        (args.out / ".write").unlink()
+    except OSError as error:
+        parser.error(f"--out {args.out}: cannot be written, {error.strerror}; name another folder")
+    training = Training(seeds=args.seeds, updates=args.updates)
+    for name in CHOICES.get(args.experiment, []):
+        (sweep if name in SWEEPS else experiment)(name, World(), training, args.out)
+    if not args.experiment:
+        show(World(), training, args.out)
 
 
 if __name__ == "__main__":
-    from toy.plane_experiments import main
-
     main()
