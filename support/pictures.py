@@ -26,7 +26,6 @@ Source = str | Path | Image.Image  # a picture, or the file it is in
 MOST_SOURCES = 10  # of one edit
 MULTIPLE = 32  # sides are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels
 MOST_PIXELS = 4096 * 4096  # of a picture to draw; also the most that the published processor reads
-FITS = ("stretch", "crop", "pad")
 
 # Camera marks (EXIF 0x0112) and what makes the picture upright. Marks of any other value or type turn nothing.
 TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
