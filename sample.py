@@ -349,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     pipeline = Pipeline.from_pretrained(
-        args.checkpoint, getattr(torch, dtype), device, args.offload, loras=args.lora_files, sigmas=args.sigmas
+        args.checkpoint, getattr(torch, dtype), device, args.offload, loras=args.loras, sigmas=list(args.sigmas) or None
     )
     pipeline.compile = args.compile
     if args.export is not None:

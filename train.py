@@ -27,17 +27,14 @@ from pathlib import Path
 
 import recipe as recipes
 from recipe import Recipe
-from support import options, program
-from support.options import option
-from support.presets import defaults
-
-TOY = Path(__file__).parent / "toy" / "checkpoint"
+from support import options, presets, program
+from support.options import TOY, Options, option
 
 # ---- the options -----------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Args:
+class Args(Options):
     """The options of a run: value, allowed range, and the text of --help. The values are those of the laptop's
     distillation. A teacher, or a network of billions, gets others: support/presets.py."""
 
@@ -96,7 +93,7 @@ class Args:
 
 
 def parse(argv: list[str] | None = None) -> Args:
-    return options.parse(argv, Args, defaults, __doc__)
+    return options.parse(argv, Args, __doc__, presets.of_run)
 
 
 if __name__ == "__main__":

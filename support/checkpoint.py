@@ -91,7 +91,7 @@ def read_index(directory: str | Path) -> dict:
         index["sample_sigmas"] = check_sigmas(index["sample_sigmas"], f"{path}: sample_sigmas")
     if type(index["resolution"]) is not int or not inside(index["resolution"], f"[{MULTIPLE}, 4096]"):
         raise ValueError(f"{path}: resolution is {short(index['resolution'])}, no whole number from {MULTIPLE} to 4096")
-    if type(index["guidance"]) not in (int, float) or not inside(index["guidance"], "[1, inf)"):
+    if type(index["guidance"]) not in (int, float) or not inside(index["guidance"], "[1, 1e6]"):
         raise ValueError(f"{path}: guidance is {short(index['guidance'])}, not a number from 1 on")
     return index
 

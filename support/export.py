@@ -82,8 +82,6 @@ def export_student(pipeline, args: argparse.Namespace) -> None:
                link=args.link, made=made, overwrite=args.overwrite)  # fmt: skip
         print(f"{args.export}: {len(pipeline.sample_sigmas)} steps at {pipeline.sample_sigmas}")
         return
-    if not args.base:
-        raise ValueError(f"--export {args.export}: a LoRA changes a base; name its folder with --base")
     for file in args.export, comfyui_path(args.export):
         may_write(file, made, args.overwrite)
     base = MMDiT.from_pretrained(Path(args.base) / "transformer", pipeline.dtype, pipeline.device)

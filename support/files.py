@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from support.program import inside, short
+from support.program import inside, parse_json, short
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # types of weights, as safetensors calls them
 
@@ -114,22 +114,6 @@ def remove(path: Path) -> None:
 
 
 # ---- JSON and configs ------------------------------------------------------------------------------------------------
-
-
-def parse_json(text: str | bytes) -> object:
-    """A JSON value. ValueError also for a key that is given twice, and for nesting too deep to be read."""
-
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
-        return content
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
 
 
 def read_json(path: str | Path) -> dict:

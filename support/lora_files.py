@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from support.checkpoint import check_sigmas
-from support.files import FLOATS, aside, finite, open_weights, parse_json, write_tensors
+from support.files import FLOATS, aside, finite, open_weights, write_tensors
 from support.lora import LoRA, RoleLinear
-from support.program import inside, short
+from support.program import inside, parse_json, short
 
 # In both spellings a layer has its own name, without a prefix: diffusers reads alpha there (behind `transformer.` it
 # would refuse it), and ComfyUI, which fuses two of the MLP's layers, finds their halves there (behind `diffusion_model.`

@@ -1,5 +1,10 @@
 """What the options of train.py become where it is not the laptop's distillation; each number with its source."""
 
+import math
+import os
+
+from support.options import TOY
+
 # The toy's teacher (ours).
 FLOW = dict(objective="flow", steps=2000, batch=96, micro_batch=16, save_every=500, panel_every=500, warmup=100)
 FLOW |= dict(muon_lr=0.02, lr=2e-3, decay=0.5, ema=0.999, time_shift=1.0)
@@ -27,3 +32,23 @@ def defaults(objective: str, parameters: int, lora_rank: int) -> dict:
         return FLOW if objective == "flow" else {}
     large, lora = (LARGE_FLOW, LARGE_FLOW_LORA) if objective == "flow" else (LARGE, LARGE_LORA)
     return lora if lora_rank else large
+
+
+def divisible(batch: int, micro_batch: int, processes: int) -> dict[str, int]:
+    """Both rounded up, so that each process has an equal part of every micro-batch."""
+    micro_batch = math.ceil(micro_batch / processes) * processes
+    return {"batch": math.ceil(batch / micro_batch) * micro_batch, "micro_batch": micro_batch}
+
+
+def of_run(args) -> dict:
+    """The defaults of a run whose given options are in `args`: for its objective, checkpoint and number of processes."""
+    config, parameters = args.checkpoint / "transformer" / "config.json", 0
+    if args.checkpoint != TOY and config.is_file():  # where there is none, who opens the checkpoint says so
+        from model import MMDiTConfig  # these import torch
+        from support import plan
+
+        parameters = plan.parameters(MMDiTConfig.from_json(config))
+    own = {"batch": type(args).batch, "micro_batch": type(args).micro_batch}
+    own |= defaults(args.objective, parameters, args.lora_rank)
+    processes = args.gpus or int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
+    return own | divisible(own["batch"], own["micro_batch"], processes)

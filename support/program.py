@@ -1,23 +1,14 @@
-"""The edges of a program: a fast start, an end in one line, notices, and the ranges of numbers. Torch is not imported here.
+"""The edges of a program: its start and end, notices, and what was read: numbers and JSON. Torch is not imported here."""
 
-A program calls `start` before it imports torch, so that --help and a mistyped flag take no seconds:
-
-    from support import program, sample_flags
-
-    if __name__ == "__main__":
-        program.start("sample.py", sample_flags.parse)
-
-    import torch
-"""
-
-import math
+import json
 import os
 import sys
 from collections.abc import Callable
 
 
 def start(name: str, parse: Callable[[], object]) -> None:
-    """Set how the program `name` ends, then parse the command line once; `main` parses it again.
+    """Set how the program `name` ends, then parse the command line once; `main` parses it again. Called before torch is
+    imported, so that --help and a mistyped flag take no seconds.
 
     Ctrl-C, also during the imports that follow, is one line and status 130. ValueError and OSError are one line and
     status 2, FloatingPointError is one line and status 1. Other exceptions are faults of the program and keep their
@@ -51,15 +42,11 @@ def notice(kind: str, text: str) -> None:
 
 
 def inside(value: float, within: str) -> bool:
-    """Whether a finite number lies in an interval such as "[0, 1)" or "(0, inf)"."""
+    """Whether a number lies in an interval such as "[0, 1)" or "(0, inf)"."""
     low, high = (float(end) for end in within[1:-1].split(","))
-    try:
-        finite = math.isfinite(value)
-    except OverflowError:  # an int beyond all floats
-        finite = False
     above = value >= low if within[0] == "[" else value > low
     below = value <= high if within[-1] == "]" else value < high
-    return finite and above and below
+    return above and below
 
 
 def check_range(name: str, value: float, within: str) -> None:
@@ -75,3 +62,19 @@ def short(value: object) -> str:
     except ValueError:  # an int of more digits than Python writes
         text = "a number of thousands of digits"
     return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def parse_json(text: str | bytes) -> object:
+    """A JSON value. ValueError also for a key that is given twice, and for nesting too deep to be read."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+        return content
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

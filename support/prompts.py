@@ -9,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from support.program import parse_json
+
 TASKS = ("t2i", "edit")
 KEYS = ("task", "category", "prompt", "images", "target")
 MOST_IMAGES = 10  # sources of one edit
@@ -43,7 +45,7 @@ def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
             if line.strip():
                 try:
                     prompts.append(parse_line(line, file.parent))
-                except (ValueError, OSError, RecursionError) as error:
+                except (ValueError, OSError) as error:
                     raise ValueError(f"{file}, line {number}: {error}") from None
         if len(prompts) == before:
             raise ValueError(f"{file}: no prompts in it; expected one JSON object a line")
@@ -51,9 +53,9 @@ def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
 
 
 def parse_line(line: bytes, folder: Path) -> Prompt:
-    """One line of a prompt file. ValueError, OSError or RecursionError (a line nested too deep) say what is wrong."""
+    """One line of a prompt file. ValueError or OSError say what is wrong."""
     try:
-        row = json.loads(line, object_pairs_hook=unique_keys)
+        row = parse_json(line)
     except ValueError as error:  # bad JSON and bad UTF-8 alike
         # The line has only one line of JSON; its number in the file is the caller's to say.
         raise ValueError(f"not valid JSON: {error}".replace("line 1 ", "")) from None
@@ -91,14 +93,6 @@ def parse_line(line: bytes, folder: Path) -> Prompt:
         if not picture.is_file():
             raise ValueError(f"no picture at {picture}")
     return Prompt(row["task"], row["category"], row["prompt"], sources, target)
-
-
-def unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    """A JSON object, or ValueError where a key comes twice: json.loads would keep the last one without a word."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return row
 
 
 def fingerprint(files: Iterable[str | Path]) -> str:

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from support import checkpoint, prompts, watch
 from support.conditions import shards
 from support.files import open_weights, read_json, write_json, write_tensors
-from support.options import check, flag
+from support.options import flag
 from support.ranks import by_first, rank, ranks, say, together
 from support.trainee import Trainee
 
@@ -31,11 +31,7 @@ FREE |= {"plan", "gpus", "peak_tflops", "utilisation"}
 
 
 def settle(args):
-    """Check the options, and fill in what depends on the checkpoint and the machine. ValueError names the flag."""
-    for f in fields(args):
-        value, within = getattr(args, f.name), f.metadata["within"]
-        if within and value is not None:
-            check(f.name, value, within)
+    """Fill in what depends on the checkpoint and the machine. ValueError names the flag."""
     index = checkpoint.read_index(args.checkpoint)
     if uneven := [size for size in args.sizes if size % ranks()]:
         parts = f"--batch {args.batch} in --micro-batch {args.micro_batch} makes parts of {uneven[0]}"

@@ -36,7 +36,6 @@ from support import trainee as trainee_file
 from support.batches import Batch, batches
 from support.conditions import Entry, Pool
 from support.lora import add_role, new_lora
-from support.options import divisible
 from support.trainee import recompute
 
 TINY = MMDiTConfig(
@@ -168,7 +167,7 @@ def test_the_path_is_built_at_the_time_that_is_told():
 @pytest.mark.parametrize("processes", [1, 2, 3, 8, 16])
 def test_the_defaults_can_be_shared_by_any_number_of_processes(processes, lora_rank):
     values = presets.defaults("dmd", 7_100_000_000, lora_rank)
-    args = train.Args(**values | divisible(values["batch"], values["micro_batch"], processes))
+    args = train.Args(**values | presets.divisible(values["batch"], values["micro_batch"], processes))
     assert args.batch >= 32 and all(size % processes == 0 for size in args.sizes)
     assert len(set(args.sizes)) == 1 and args.micro_batch < (8 if not lora_rank else 2) + processes
 

@@ -272,8 +272,8 @@ def test_prompts_are_read(folder):
         (r'{"task": "edit", "category": "a", "prompt": "b", "images": ["\ud83d.png"]}', "'images' has half of a char"),
         (T2I | {"prompt": "cat" * 10_000}, "'prompt' has 30,000 characters"),
         (T2I | {"prompt": "a <|image_pad|>"}, "which stands for a picture"),
-        ('{"task": "t2i", "category": "a", "prompt": "b", "prompt": "c"}', "stands there twice"),
-        ("[" * 100_000, "recursion"),
+        ('{"task": "t2i", "category": "a", "prompt": "b", "prompt": "c"}', "is given twice"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"prompt": ' + "9" * 5000 + "}", "not valid JSON"),
     ],
 )
