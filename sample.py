@@ -52,8 +52,7 @@ from recipe import read_prompts
 from support.checkpoint import Scheduler, check_parts, check_sigmas, check_stage, open_device, read_index
 from support.export import export_student
 from support.files import config_from_json, may_write
-from support.lora import LoRA, merge
-from support.lora_files import read_lora
+from support.lora import LoRA, merge, read_lora
 from support.pictures import MOST_SOURCES, MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
 
 # ---- The pipeline ----------------------------------------------------------------------------------------------------
@@ -380,7 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
             one = len(jobs) * args.num_images == 1
             path = out if one else out.with_stem(f"{out.stem}-{len(pictures) + 1}")
             made = {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings, **notes}
-            may_write(path, made, args.overwrite)
+            may_write(path, args.overwrite)
             pictures.append((job, seed, path, made))
 
     # The encoder reads all prompts first, and leaves before the MMDiT comes.

@@ -21,6 +21,7 @@ Exit status: 0 finished; 2 bad input; 1 a value is not finite; 130 and 143 after
 Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and dmd.py.
 """
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,10 +246,10 @@ def train(args: Args, pool: Pool, state: Path | None) -> Path:
     """
     job, first = start(args, pool, state), int(state.name) if state else 0
     bar = tqdm(range(first, args.steps), args.objective, args.steps, initial=first, unit="step", disable=rank() > 0)
-    with noted_signals() as signals, watch.Diary(args, job.recipe) as diary:
+    config = job.trainee.network.model.config
+    with noted_signals() as signals:
         for step in bar:
-            diary.next_step()
-            rate = rate_at(args, step)
+            began, rate = time.perf_counter(), rate_at(args, step)
             with located(lambda step=step: f"step {step + 1}"):
                 if args.objective == "flow":
                     records = [update_flow(job, step, rate)]
@@ -257,7 +258,8 @@ def train(args: Args, pool: Pool, state: Path | None) -> Path:
                     records = [update_fake(job, update, rate) for update in updates]
                     records.append(update_student(job, step, rate))
             done = step + 1
-            bar.set_postfix_str(diary.write(done, rate, records, job.trainee.network.model.config), refresh=False)
+            seconds = time.perf_counter() - began
+            bar.set_postfix_str(watch.note(args, job.recipe, config, records, done, rate, seconds), refresh=False)
             if done % args.panel_every == 0 or done == args.steps:
                 with job.trainee.averaged() as network:
                     watch.draw_pictures(args, job.pool, network, records[-1], done)

@@ -51,18 +51,9 @@ class Scheduler:
 
         ValueError: the file's values make no schedule for a target of this size.
         """
+        bend = {f.name: getattr(self, f.name) for f in fields(self)[:7]}
         try:
-            sigmas = flow.teacher_sigmas(
-                steps,
-                tokens,
-                use_dynamic_shifting=self.use_dynamic_shifting,
-                shift=self.shift,
-                base_shift=self.base_shift,
-                max_shift=self.max_shift,
-                base_image_seq_len=self.base_image_seq_len,
-                max_image_seq_len=self.max_image_seq_len,
-                shift_terminal=self.shift_terminal,
-            )
+            sigmas = flow.teacher_sigmas(steps, tokens, **bend)
         except (OverflowError, ZeroDivisionError):
             sigmas = []
         check_sigmas(sigmas[:-1], f"scheduler_config.json at {tokens} tokens")

@@ -1,6 +1,5 @@
 """A student as a checkpoint of its own, in the published layout, or as a LoRA file."""
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -9,27 +8,25 @@ import torch
 from model import MMDiT
 from support.checkpoint import check_sigmas, read_index
 from support.files import aside, check_finite, files_in, may_write, read_json, write_json
-from support.lora import factorise, role_lora
-from support.lora_files import comfyui_path, export_lora, write_lora
+from support.lora import factorise, role_lora, write_lora
 from support.ranks import rank, together
+from support.sample_flags import Args
 from support.trainee import Trainee
 
 FROZEN = ("vae", "text_encoder", "processor")  # what a student shares with its base
 
 
-def may_export(
-    base_directory: str | Path, out_directory: str | Path, made: dict | None = None, overwrite: bool = False
-) -> None:
+def may_export(base_directory: str | Path, out_directory: str | Path, overwrite: bool = False) -> None:
     """Whether `export` will find what it needs and may write there (files.may_write); to be asked before the work."""
     base, out = Path(base_directory).resolve(), Path(out_directory).resolve()
     read_index(base)
     read_json(base / "scheduler" / "scheduler_config.json")
-    for name in FROZEN:
+    for name in (*FROZEN, "transformer"):
         if not (base / name).is_dir():
-            raise FileNotFoundError(f"{base / name}: no such folder; a student is exported with it")
+            raise FileNotFoundError(f"{base / name}: no such folder; a checkpoint in the published layout has it")
     if base.is_relative_to(out):
         raise ValueError(f"{out}: holds the base checkpoint, which would be lost; name another folder")
-    may_write(out, made, overwrite, folder=True)
+    may_write(out, overwrite, folder=True)
 
 
 def export(
@@ -39,58 +36,53 @@ def export(
     out_directory: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     link: bool = False,
-    made: dict | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), an identity
     scheduler; encoder, VAE and processor are copied from the base checkpoint, or linked to it: 18 GB less for the
     published ones, and the folder is whole only as long as the base stays where it is.
 
-    model_index.json notes which files the export wrote (`_files`) and with which settings (`_made`). What is replaced,
-    and what is refused with a ValueError: `files.may_write`.
+    model_index.json notes which files the export wrote (`_files`). ValueError: see may_export.
     """
     base, out = Path(base_directory).resolve(), Path(out_directory).resolve()
     sigmas = check_sigmas(sigmas, "sigmas")
     check_finite(model.state_dict(), f"{out}: the student")
-    may_export(base, out, made, overwrite)
+    may_export(base, out, overwrite)
     with aside(out) as part:
+        part.mkdir()
         for name in FROZEN:
-            for file in files_in(base / name) if not link else ():
-                (part / name / file).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(base / name / file, part / name / file)  # with a new file's permissions
             if link:
-                part.mkdir(exist_ok=True)
                 (part / name).symlink_to(base / name)
+            else:
+                shutil.copytree(base / name, part / name, copy_function=shutil.copyfile)  # with new files' permissions
         model.save_pretrained(part / "transformer", dtype)
         scheduler = read_json(base / "scheduler" / "scheduler_config.json")
         scheduler |= {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
         write_json(part / "scheduler" / "scheduler_config.json", scheduler)
-        notes = {"_made": made or {}, "_files": [*files_in(part), "model_index.json"]}
+        notes = {"_files": [*files_in(part), "model_index.json"]}
         write_json(part / "model_index.json", read_index(base) | {"sample_sigmas": sigmas, "guidance": 1.0} | notes)
 
 
-def export_student(pipeline, args: argparse.Namespace) -> None:
+def export_student(pipeline, args: Args) -> None:
     """--export: the checkpoint's student, with what --lora makes of it, as a folder; or what it changed in --base."""
-    if pipeline.sample_sigmas is None:
+    sigmas = pipeline.sample_sigmas
+    if sigmas is None:
         raise ValueError(
             f"{args.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
         )
-    made = {name: vars(args)[name] for name in ("checkpoint", "lora", "sigmas", "base", "rank")}
-    if Path(args.export).suffix != ".safetensors":
-        may_export(args.checkpoint, args.export, made, args.overwrite)
-        export(args.checkpoint, pipeline.mmdit, pipeline.sample_sigmas, args.export,
-               link=args.link, made=made, overwrite=args.overwrite)  # fmt: skip
-        print(f"{args.export}: {len(pipeline.sample_sigmas)} steps at {pipeline.sample_sigmas}")
-        return
-    for file in args.export, comfyui_path(args.export):
-        may_write(file, made, args.overwrite)
+    if not args.base:
+        may_export(args.checkpoint, args.export, args.overwrite)
+        export(args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link, overwrite=args.overwrite)
+        return print(f"{args.export}: {len(sigmas)} steps at {sigmas}")
+    may_write(args.export, args.overwrite)
     base = MMDiT.from_pretrained(Path(args.base) / "transformer", pipeline.dtype, pipeline.device)
     if base.config != pipeline.mmdit.config:
         raise ValueError(f"--base {args.base}: its transformer has another size than that of {args.checkpoint}")
     lora, kept = factorise(base, pipeline.mmdit, args.rank)
     check_finite({f"{name}.{part}": t for name, pair in lora.items() for part, t in zip("AB", pair)}, args.export)
-    for file in export_lora(args.export, lora, pipeline.sample_sigmas, made=made):
-        print(f"{file}: rank {args.rank}, {kept:.1%} of what the student changed, {file.stat().st_size / 1e6:.1f} MB")
+    write_lora(args.export, lora, sigmas)
+    size = Path(args.export).stat().st_size / 1e6
+    print(f"{args.export}: rank {args.rank}, {kept:.1%} of what the student changed, {size:.1f} MB")
 
 
 def export_run(args, trainee: Trainee, sigmas: list[float]) -> Path:
@@ -102,10 +94,10 @@ def export_run(args, trainee: Trainee, sigmas: list[float]) -> Path:
         alone = trainee.export()
         if rank() == 0:
             if args.lora_rank:
-                lora, file = role_lora(network.model, network.role), args.out / "lora.safetensors"
-                write_lora(file, lora) if flows else export_lora(file, lora, sigmas[:-1])
+                lora = role_lora(network.model, network.role)
+                write_lora(args.out / "lora.safetensors", lora, None if flows else sigmas[:-1])
             if flows:
                 alone.save_pretrained(folder)
             else:
-                export(args.checkpoint, alone, sigmas[:-1], folder)
+                export(args.checkpoint, alone, sigmas[:-1], folder, overwrite=True)
     return folder

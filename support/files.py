@@ -16,7 +16,6 @@ from types import UnionType
 from typing import get_args, get_origin
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,45 +27,29 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # types of weights
 # ---- What may be written where ---------------------------------------------------------------------------------------
 
 
-def may_write(path: str | Path, made: dict | None = None, overwrite: bool = False, folder: bool = False) -> None:
+def may_write(path: str | Path, overwrite: bool = False, folder: bool = False) -> None:
     """Decide whether `path` may be written, and try whether it can be. Folders above it are created.
 
-    what stands there                                                   it is replaced
-    nothing, or an empty folder                                         yes
-    a file or folder that this program wrote with the settings `made`   yes
-    another file                                                        with `overwrite`
-    another folder that an export wrote                                 with `overwrite`
-    a folder with anything that no export wrote                         never
+    what stands there                             it is replaced
+    nothing, or an empty folder                   yes
+    a file, or a folder that an export wrote      with `overwrite`
+    a folder with anything that no export wrote   never
 
-    made: the settings that `made_with` will find in what is written. ValueError or OSError say what is in the way.
+    ValueError or OSError say what is in the way.
     """
-    path, made = Path(path), json.loads(json.dumps(made or {}))
+    path = Path(path)
     if path.exists() and path.is_dir() != folder:
         raise ValueError(f"{path}: is a {'file' if folder else 'folder'}; name a {'folder' if folder else 'file'}")
-    if path.is_dir() and any(path.iterdir()):
-        ours = read_json(path / "model_index.json").get("_files") if (path / "model_index.json").is_file() else None
-        extra = [name for name in files_in(path) if not isinstance(ours, list) or name not in ours]
-        if extra:
+    there = files_in(path) if path.is_dir() else []
+    if there:
+        ours = read_json(path / "model_index.json").get("_files") if "model_index.json" in there else None
+        if extra := [name for name in there if not isinstance(ours, list) or name not in ours]:
             raise ValueError(f"{path}: {extra[0]} in it was not written by an export; name another folder")
-    if path.exists() and made_with(path) != made and not overwrite and not (folder and not any(path.iterdir())):
-        raise ValueError(f"{path}: exists, and was not made with these settings; name another, or give --overwrite")
+    if (there or path.is_file()) and not overwrite:
+        raise ValueError(f"{path}: exists; name another, or give --overwrite")
     with aside(path) as part:  # a trial: nothing is written, so nothing is renamed
         part.touch()
         part.unlink()
-
-
-def made_with(path: Path) -> dict | None:
-    """The settings that this program noted in a picture, a LoRA, a JSON file or a folder. None: it did not write it."""
-    try:
-        if path.suffix == ".png":
-            with Image.open(path) as picture:
-                return json.loads(picture.info["parameters"])
-        if path.suffix == ".safetensors":
-            with open_weights(path) as file:
-                return json.loads(file.metadata()["made"])
-        return read_json(path / "model_index.json" if path.is_dir() else path).get("_made")
-    except Exception:  # whatever is wrong with it: it is not ours
-        return None
 
 
 def files_in(folder: Path) -> list[str]:
@@ -223,16 +206,13 @@ def load_weights(
         # As text, without resolving links: download caches keep shards as links that lead elsewhere.
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
             raise ValueError(f"{index}: puts {name} into {short(file)}, which is no .safetensors file of its folder")
-        if not (directory / file).is_file():
-            raise FileNotFoundError(f"{directory / file}: no such file, but {index.name} puts {name} into it")
 
-    wanted, places, there = module.state_dict(), {}, set()  # places: {tensor: path}
-    for path in [directory / file for file in sorted(set(listed.values()))] or [single]:
+    wanted, found = module.state_dict(), {}  # {tensor: file name}, from the files
+    for file_name in sorted(set(listed.values())) or [single.name]:
+        path = directory / file_name
         with open_weights(path) as file:
-            for name in list(file.keys()):
-                there.add(name)
-                if listed and listed.get(name) != path.name:
-                    raise ValueError(f"{path}: holds {name}, which {index.name} does not put there")
+            for name in file.keys():
+                found[name] = file_name
                 if any(re.fullmatch(pattern, name) for pattern in skip):
                     continue
                 if name not in wanted:
@@ -242,15 +222,18 @@ def load_weights(
                     raise ValueError(f"{path}: {name} has shape {shape}, but by the config {expected}")
                 if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
                     raise ValueError(f"{path}: {name} has the type {kind}; one of {', '.join(FLOATS)} is expected")
-                places[name] = path
-    if missing := (wanted.keys() | listed.keys()) - there:
-        where = directory / listed.get(min(missing), index.name if listed else single.name)
-        raise ValueError(f"{where}: tensor {min(missing)} is missing ({len(missing)} in all)")
+    if listed and (wrong := listed.items() ^ found.items()):
+        name = min(wrong)[0]
+        raise ValueError(f"{index}: puts {name} into {listed.get(name)}, but it is in {found.get(name)}")
+    if missing := wanted.keys() - found.keys():
+        place = index if listed else single
+        raise ValueError(f"{place}: tensor {min(missing)} is missing ({len(missing)} in all)")
 
     if torch.device(device).type == "meta":
         return
-    for name, path in places.items():
+    for name in wanted:
         # Opened anew for each tensor: what was read of a mapped file counts as ours until it closes.
+        path = directory / found[name]
         with open_weights(path) as file:
             tensor = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)  # a copy: the file may change
         if not finite(tensor):
@@ -294,31 +277,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] 
         raise OSError(f"{path}: cannot be written ({error})") from None
 
 
-def save_weights(
-    state: dict[str, Tensor], directory: str | Path, stem: str, dtype: torch.dtype, shard_bytes: int = 5 * 10**9
-) -> None:
-    """Write {name: tensor} as `{stem}.safetensors`, or in shards with an index where it is larger than `shard_bytes`."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    shards, size, total = [[]], 0, 0
-    for name, tensor in state.items():
-        length = tensor.numel() * dtype.itemsize
-        if shards[-1] and size + length > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size, total = size + length, total + length
-    shards = {f"{stem}-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
-    if len(shards) == 1:
-        shards = {f"{stem}.safetensors": list(state)}
-    for file, names in shards.items():
-        with aside(directory / file) as part:
-            write_tensors(part, {name: state[name].detach().to("cpu", dtype).contiguous() for name in names})
-    index = f"{stem}.safetensors.index.json"
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        write_json(directory / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for old in directory.glob(f"{stem}*"):  # an earlier save, in another number of files
-        stale = old.name not in shards and (old.name != index or len(shards) == 1)
-        if stale and re.fullmatch(re.escape(stem) + r"(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name):
-            old.unlink()
+def save_weights(state: dict[str, Tensor], directory: str | Path, stem: str, dtype: torch.dtype) -> None:
+    """Write {name: tensor} as `{stem}.safetensors`."""
+    path = Path(directory) / f"{stem}.safetensors"
+    with aside(path) as part:
+        write_tensors(part, {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()})

@@ -1,4 +1,4 @@
-"""LoRA roles: teacher, student and fake score on one copy of the weights (LoRA, arXiv 2106.09685).
+"""LoRA (arXiv 2106.09685): teacher, student and fake score as roles on one copy of the weights; and LoRA files.
 
 LoRA    {layer: (A, B, alpha)}: with it the layer's weight W acts as W + alpha / r B A
 role    a name under which a network carries one LoRA; None is the shared weights alone
@@ -8,16 +8,20 @@ with playing(model, "student"):
     v = model(z, t, condition)
 """
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.files import finite
+from support.checkpoint import check_sigmas
+from support.files import FLOATS, aside, finite, open_weights, write_tensors
+from support.program import inside, parse_json, short
 
 LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer: A (r, in), B (out, r), alpha
 ATTENTION = r"transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)"  # the layers that the family's LoRA files change
@@ -147,3 +151,94 @@ def factorise(base: nn.Module, student: nn.Module, rank: int) -> tuple[LoRA, flo
         lora[name.removesuffix(".weight")] = (root * v[:, :r]).T, u[:, :r] * root, float(r)
         kept += s[:r].square().sum().item()
     return lora, kept / total if total else 1.0
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+# What is read: the layer's name behind any prefixes, with dots, or with underscores as kohya's programs write it; then
+# lora_A, lora_down or lora.down, and their partners.
+LORA_KEY = re.compile(
+    r"(?:base_model\.model\.|model\.|transformer\.|diffusion_model\.|unet\.|lora_unet_|lora_transformer_)*(?P<layer>.+)"
+    r"\.(?:(?P<a>lora_A|lora[._]down)|(?P<b>lora_B|lora[._]up)|(?P<alpha>alpha))(?:\.default)?(?:\.weight)?"
+)
+
+
+def write_lora(
+    path: str | Path, lora: LoRA, sigmas: list[float] | None = None, dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write one safetensors file: for every layer A (r, in), B (out, r) and alpha. A few-step student's `sigmas` stand in
+    its header as `sample_sigmas`.
+
+    A layer has its own name, without a prefix: diffusers reads alpha there (behind `transformer.` it would refuse it), and
+    ComfyUI, which fuses two of the MLP's layers, finds their halves there (behind `diffusion_model.` it would drop them).
+    """
+    tensors = {}
+    for name, (a, b, alpha) in lora.items():
+        tensors[f"{name}.lora_A.weight"] = a.detach().to("cpu", dtype).contiguous()
+        tensors[f"{name}.lora_B.weight"] = b.detach().to("cpu", dtype).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+    notes = {} if sigmas is None else {"sample_sigmas": json.dumps(check_sigmas(sigmas, "sigmas"))}
+    with aside(path) as part:
+        write_tensors(part, tensors, notes)
+
+
+def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | None]:
+    """Read a LoRA file for `model`, in any spelling of the family's: (the LoRA, in fp32; its sample_sigmas or None).
+
+    Without an alpha the changes are B A. ValueError or FileNotFoundError name the file and the layer: one that is not in
+    `model`, is given twice or has another shape, half a pair, a tensor that belongs to no LoRA, a file that is torn.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such LoRA file")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, RoleLinear))}
+    names = {name.replace(".", "_"): name for name in layers} | {name: name for name in layers}
+    found: dict[str, dict[str, Tensor]] = {}
+    with open_weights(path) as file:
+        header = file.metadata() or {}
+        for key in file.keys():
+            match = LORA_KEY.fullmatch(key)
+            if not match:
+                raise ValueError(f"{path}: {key} is no tensor of a LoRA (A, B and alpha for linear layers)")
+            if match["layer"] not in names:
+                raise ValueError(f"{path}: {match['layer']} is no linear layer of the checkpoint's transformer")
+            layer, part = names[match["layer"]], match.lastgroup
+            if part != "alpha" and (kind := file.get_slice(key).get_dtype()) not in FLOATS:
+                raise ValueError(f"{path}: {key} has the type {kind}; one of {', '.join(FLOATS)} is expected")
+            tensor = file.get_tensor(key).float()
+            if part == "alpha" and tensor.numel() != 1:
+                raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}; one number is expected")
+            if not tensor.numel() or not finite(tensor):
+                shape = list(tensor.shape)
+                raise ValueError(f"{path}: {key} of shape {shape} is empty or holds a value that is not finite")
+            if part in found.setdefault(layer, {}):
+                raise ValueError(f"{path}: {key} gives the {part} of {layer} a second time")
+            found[layer][part] = tensor
+    alpha, sigmas = read_header(header, path)
+    lora = {}
+    for name, parts in found.items():
+        if not parts.keys() >= {"a", "b"}:
+            raise ValueError(f"{path}: {name} has only {', '.join(sorted(parts))} of a LoRA's a, b")
+        a, b = parts["a"], parts["b"]
+        shape = list(layers[name].weight.shape)
+        if [*b.shape[:1], *a.shape[1:]] != shape or b.shape[1:] != a.shape[:1]:
+            raise ValueError(f"{path}: {name} has A {list(a.shape)} and B {list(b.shape)}, but its weight is {shape}")
+        lora[name] = a, b, float(parts.get("alpha", len(a) if alpha is None else alpha))
+    if not lora:
+        raise ValueError(f"{path}: holds no LoRA")
+    return lora, sigmas
+
+
+def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[float] | None]:
+    """What a LoRA file's header says beside its tensors: alpha, where diffusers and peft keep it, and the sample_sigmas."""
+    try:
+        said = parse_json(header.get("lora_adapter_metadata", "{}"))
+        sigmas = parse_json(header.get("sample_sigmas", "null"))
+    except ValueError as error:
+        raise ValueError(f"{path}: its header does not hold what a LoRA's does: {error}") from None
+    alpha = said.get("transformer.lora_alpha") if isinstance(said, dict) else "no object"
+    if alpha is not None and (type(alpha) not in (int, float) or not inside(alpha, "(0, 1e6]")):
+        raise ValueError(f"{path}: lora_adapter_metadata has no number as transformer.lora_alpha: {short(alpha)}")
+    if said.get("transformer.alpha_pattern") or said.get("transformer.use_rslora") or said.get("transformer.use_dora"):
+        raise ValueError(f"{path}: its header asks for per-layer alphas, rsLoRA or DoRA, which are not read here")
+    return alpha, None if sigmas is None else check_sigmas(sigmas, f"{path}: sample_sigmas")

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image, ImageChops, ImageCms, ImageOps
-from PIL.Image import Transpose
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -26,10 +25,6 @@ Source = str | Path | Image.Image  # a picture, or the file it is in
 MOST_SOURCES = 10  # of one edit
 MULTIPLE = 32  # sides are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels
 MOST_PIXELS = 4096 * 4096  # of a picture to draw; also the most that the published processor reads
-
-# Camera marks (EXIF 0x0112) and what makes the picture upright. Marks of any other value or type turn nothing.
-TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # fmt: skip
 
 
 def open_picture(source: Source) -> Image.Image:
@@ -47,7 +42,7 @@ def fitted_size(source: Source, resolution: int) -> tuple[int, int]:
     def size(picture: Image.Image, name: str) -> tuple[int, int]:
         if picture.format not in ("JPEG", "PNG", "WEBP"):  # others may be turned or resized as they are decoded
             return _upright(picture, name).size
-        lies = turn(picture) in (Transpose.TRANSPOSE, Transpose.TRANSVERSE, Transpose.ROTATE_90, Transpose.ROTATE_270)
+        lies = picture.getexif().get(0x0112) in (5, 6, 7, 8)  # a camera's mark: it has to be turned by a quarter
         return picture.size[::-1] if lies else picture.size
 
     return sides(*_read(source, size), resolution, name_of(source))
@@ -73,17 +68,10 @@ def _read(source: Source, use):
         raise ValueError(f"{name}: cannot be read as a picture ({error or type(error).__name__}{advice})") from None
 
 
-def turn(picture: Image.Image) -> Transpose | None:
-    """What makes a picture upright; None where it is."""
-    mark = picture.getexif().get(0x0112)
-    return TURNS.get(mark) if isinstance(mark, int) else None
-
-
 def _upright(picture: Image.Image, name: str) -> Image.Image:
     picture.load()  # first: some formats come out of their decoder upright, and their mark then is gone
     profile = picture.info.get("icc_profile")
-    if (method := turn(picture)) is not None:
-        picture = picture.transpose(method)
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # I;16 and its byte orders; I is what older files of 16 bits open as
         grey = np.asarray(picture).astype(np.float64) / 257  # 65535 -> 255
         picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))

@@ -3,9 +3,9 @@
 import json
 import os
 import platform
-import re
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support import checkpoint, prompts, watch
+from support import checkpoint, prompts
 from support.conditions import shards
-from support.files import open_weights, read_json, write_json, write_tensors
+from support.export import may_export
+from support.files import read_json, write_json, write_tensors
 from support.options import flag
 from support.ranks import by_first, rank, ranks, say, together
 from support.trainee import Trainee
@@ -38,21 +39,11 @@ def settle(args):
         raise ValueError(
             f"{parts} samples, which {ranks()} processes cannot divide equally; take multiples of {ranks()}"
         )
-    device = check_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint.open_device(device)
     guidance = float(index["guidance"] if args.guidance is None else args.guidance)
     resolution, dtype = args.resolution or index["resolution"], args.dtype or faster_dtype(device)
     return replace(args, out=args.home, guidance=guidance, resolution=resolution, device=device, dtype=dtype)
-
-
-def check_device(device: str) -> str:
-    """The device as it is, or ValueError: another word, or this machine has none."""
-    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device):
-        raise ValueError(f"--device {device}: expected is cpu, mps, cuda or cuda:NUMBER")
-    here = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "cuda": torch.cuda.device_count()}
-    kind, _, number = device.partition(":")
-    if int(number or 0) >= here[kind]:
-        raise ValueError(f"--device {device}: this machine has {here[kind]} of that kind; --device cpu needs none")
-    return device
 
 
 def faster_dtype(device: str) -> str:
@@ -73,21 +64,18 @@ def find_teachers(args) -> dict[str, Path]:
     """Specialised teachers by name, each a transformer folder or a LoRA file: the checkpoint's teachers/NAME, and
     --teacher NAME=PLACE, which goes first. ValueError for a --teacher that is neither."""
     places = sorted((args.checkpoint / "teachers").glob("*"))
-    found, named = {p.stem: p for p in places if p.is_dir() or p.suffix == ".safetensors"}, {}
+    found = {p.stem: p for p in places if p.is_dir() or p.suffix == ".safetensors"}
     for given in args.teacher:
         name, _, place = given.partition("=")
         if name in ("", "base", "student", "fake") or not place:
             raise ValueError(f"--teacher {given}: NAME=FOLDER_OR_LORA is expected; NAME is not base, student or fake")
-        if name in named:
-            raise ValueError(f"--teacher {given}: {name} is given twice")
-        named[name] = Path(place)
-        if not (
-            (named[name] / "config.json").is_file() or named[name].suffix == ".safetensors" and named[name].is_file()
-        ):
+        found[name] = Path(place)
+        is_lora = found[name].suffix == ".safetensors" and found[name].is_file()
+        if not is_lora and not (found[name] / "config.json").is_file():
             raise ValueError(
                 f"--teacher {given}: no transformer folder (with config.json) and no .safetensors file there"
             )
-    return found | named
+    return found
 
 
 def open_run(args) -> tuple[object, Path | None]:
@@ -113,40 +101,31 @@ def _open_run(args) -> tuple[object, Path | None]:
     elif out.is_dir() and {f.name for f in out.iterdir()} - {"args.json", "conditions"}:  # these: a failed start
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
 
-    # What the run and its end need.
     args = settle(args)
-    for name in ("transformer", "vae", "text_encoder", "processor"):
-        if not (args.checkpoint / name).is_dir():
-            raise ValueError(f"{args.checkpoint / name}: no such folder; a checkpoint in the published layout has it")
-    read_json(args.checkpoint / "scheduler" / "scheduler_config.json")
     shards(args.cache or out / "conditions")
     contents = {"the checkpoint": checkpoint.fingerprint(args.checkpoint)}
     for name, place in find_teachers(args).items():
         contents[f"teacher {name}"] = checkpoint.files_fingerprint(place.iterdir() if place.is_dir() else [place])
     contents |= {"a prompt or its picture": prompts.fingerprint(args.prompts)} if args.prompts else {}
     started = start_record(args)
+    may_export(args.checkpoint, out / "student", overwrite=True)  # as the end of the run will
 
     if before is None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "args.json", started | {"contents": contents})
         return args, None
     for name, value in started["arguments"].items():
-        if name not in FREE and value != before["arguments"].get(name):
-            then = before["arguments"].get(name)
+        then = before["arguments"].get(name)
+        if name not in FREE and value != then:
             raise ValueError(f"{flag(name)} is {value}, but the run in {out} was started with {then}")
-    if changed := {
-        name
-        for name in contents.keys() | before["contents"].keys()
-        if contents.get(name) != before["contents"].get(name)
-    }:
-        raise ValueError(f"{min(changed)} is not what the run in {out} was started with; put it back, or start anew")
+    for name in sorted(contents.keys() | before["contents"].keys()):
+        if contents.get(name) != before["contents"].get(name):
+            raise ValueError(f"{name} is not what the run in {out} was started with; put it back, or start anew")
     state = newest(out)
     if state and int(state.name) > args.steps:
         raise ValueError(f"--steps {args.steps}: the run in {out} is at step {int(state.name)} already")
     result = out / ("transformer" if args.objective == "flow" else "student")
     if result.exists():
-        if not ((result / "model_index.json").is_file() or (result / "config.json").is_file()):
-            raise ValueError(f"{result}: exists and is no result of this run; move it away")
         say(f"{result}: from an earlier end of this run; the end of this one replaces it")
     return args, state
 
@@ -156,14 +135,23 @@ def start_record(args) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     here = {"host": platform.node(), "pid": os.getpid(), "processes": ranks()}
     arguments = json.loads(json.dumps(asdict(args), default=str))
-    return {"arguments": arguments, "versions": versions, "source": watch.source(), "started": here}
+    return {"arguments": arguments, "versions": versions, "source": source(), "started": here}
+
+
+def source() -> str:
+    """The commit of this source, with "-dirty" where something differs from it; "unknown" without git."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def save(out: Path, step: int, trainees: dict[str, Trainee]) -> None:
-    """Write checkpoints/STEP/NAME-RANK-of-RANKS.safetensors aside, rename the folder into place, keep the last two.
+    """Write checkpoints/STEP/ (see state_name) aside, rename the folder into place, keep the last two.
 
     A rename happens or does not: a writer that is killed before it leaves the folder `unfinished`, which nothing reads.
     The bytes are forced to the disk first, or a power cut could keep the new name without them. FloatingPointError: a
@@ -182,16 +170,16 @@ def save(out: Path, step: int, trainees: dict[str, Trainee]) -> None:
         by_first(lambda: (shutil.rmtree(aside, ignore_errors=True), aside.mkdir(parents=True)) and None)
         with together():
             for name, trainee in trainees.items():
-                if trainee.sharded or rank() == 0:
-                    state = trainee.state()
-                    for tensor in state:
-                        if not state[tensor].isfinite().all():
-                            raise FloatingPointError(f"{name}: {tensor} is not finite")
-                    mine, all = (rank(), ranks()) if trainee.sharded else (0, 1)
-                    path = aside / f"{name}-{mine:04d}-of-{all:04d}.safetensors"
-                    write_tensors(path, state, {"network": name})
-                    with open(path, "rb+") as file:
-                        os.fsync(file.fileno())
+                if not trainee.sharded and rank() > 0:
+                    continue
+                state = trainee.state()
+                for tensor in state:
+                    if not state[tensor].isfinite().all():
+                        raise FloatingPointError(f"{name}: {tensor} is not finite")
+                path = aside / state_name(name, rank(), ranks() if trainee.sharded else 1)
+                write_tensors(path, state)
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
         by_first(publish)
     except (FloatingPointError, OSError) as error:
         if rank() == 0:
@@ -199,6 +187,10 @@ def save(out: Path, step: int, trainees: dict[str, Trainee]) -> None:
         kept = ", ".join(f.name for f in whole_checkpoints(out)[-1:]) or "none yet"
         kind = FloatingPointError if isinstance(error, FloatingPointError) else OSError
         raise kind(f"no checkpoint of step {step} ({error}); the last whole one: {kept}") from None
+
+
+def state_name(network: str, rank: int, ranks: int) -> str:
+    return f"{network}-{rank:04d}-of-{ranks:04d}.safetensors"
 
 
 def whole_checkpoints(out: Path) -> list[Path]:
@@ -242,13 +234,8 @@ def state_files(folder: Path, names: list[str]) -> dict[str, list[Path]]:
     """A checkpoint's files by network, in the order of their ranks; ValueError unless they are complete, and all."""
     found = {name: sorted(folder.glob(f"{name}-*.safetensors")) for name in names}
     for name, files in found.items():
-        expected = [f"{name}-{i:04d}-of-{len(files):04d}.safetensors" for i in range(len(files))]
-        if not files or [f.name for f in files] != expected:
+        if not files or [f.name for f in files] != [state_name(name, i, len(files)) for i in range(len(files))]:
             raise ValueError(f"{folder}: not all files of the {name} are there, or too many")
-        for path in files:
-            with open_weights(path) as file:
-                if (file.metadata() or {}).get("network") != name:
-                    raise ValueError(f"{path}: does not hold the {name}'s state")
     if stray := set(folder.iterdir()) - set(sum(found.values(), [])):
         raise ValueError(f"{min(stray)}: no file of this run; move it away")
     return found

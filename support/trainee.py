@@ -16,8 +16,7 @@ from flow import Velocity, network_time
 from model import Condition, MMDiT
 from support.batches import Batch, generator
 from support.files import open_weights
-from support.lora import add_role, merge, new_lora, playing, role_lora, stage_of
-from support.lora_files import read_lora
+from support.lora import add_role, merge, new_lora, playing, read_lora, role_lora, stage_of
 from support.muon import Muon
 from support.ranks import average_over_ranks, everyone, own, rank, ranks, shard, together, whole
 

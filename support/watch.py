@@ -4,15 +4,12 @@ import json
 import math
 import os
 import resource
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -52,104 +49,51 @@ class Record:
 BINS = 5  # of t: when a run goes wrong, look at the loss by time first
 
 
-def metrics_line(records: list[Record], everyone: Callable[[list], list], **numbers) -> dict:
-    """One step's line of metrics.jsonl, about the samples of all processes.
+def metrics(records: list[Record], everyone: Callable[[list], list]) -> dict:
+    """What metrics.jsonl says of a step's updates, about the samples of all processes.
 
     everyone: gives the lists of all processes. Losses are means over samples, by t and by task. A gradient's norm is that
     of the last update.
     """
-    mine = [(r.loss_name, b.task, losses.tolist(), b.times) for r in records for b, losses in r.losses]
+    batches = [(r.loss_name, batch, losses.tolist()) for r in records for batch, losses in r.losses]
+    mine = [(name, b.task, t, loss) for name, b, losses in batches for t, loss in zip(b.times, losses, strict=True)]
     shared = everyone(mine)  # the one exchange of a step's log
-    found: dict[str, list[tuple[str, float, int]]] = {}  # name -> (task, loss, bin of t) of each sample
-    for name, task, losses, times in (part for parts in shared for part in parts):
-        bins = [min(int(t * BINS), BINS - 1) for t in times]
-        found.setdefault(name, []).extend(zip([task] * len(losses), losses, bins, strict=True))
 
     def mean(values: list[float]) -> float | None:
         return round(sum(values) / len(values), 5) if values else None
 
     total, parts = {}, {}
-    for name, rows in found.items():
-        total[name] = sum(loss for _, loss, _ in rows) / len(rows)
-        parts[name + "_by_t"] = [mean([loss for _, loss, bin in rows if bin == i]) for i in range(BINS)]
+    for name in dict.fromkeys(r.loss_name for r in records):
+        rows = [(task, t, loss) for part in shared for n, task, t, loss in part if n == name]
+        total[name] = sum(loss for _, _, loss in rows) / len(rows)
+        bins = [[loss for _, t, loss in rows if min(int(t * BINS), BINS - 1) == i] for i in range(BINS)]
+        parts[name + "_by_t"] = list(map(mean, bins))
         tasks = sorted({task for task, _, _ in rows})
-        parts[name + "_by_task"] = {task: mean([loss for t, loss, _ in rows if t == task]) for task in tasks}
-    norms = {r.norm_name: r.grad_norm for r in records}
-    batches, counts = [batch for r in records for batch, _ in r.losses], Counter()
-    for b in batches:
-        counts[f"{b.task} {b.category}"] += len(b.times) * len(shared)
-    each = {"tasks": [b.task for b in batches], "k": [b.k for b in batches], "categories": counts}
-    return numbers | total | norms | each | parts
+        parts[name + "_by_task"] = {task: mean([loss for one, _, loss in rows if one == task]) for task in tasks}
+    norms, counts = {r.norm_name: r.grad_norm for r in records}, Counter()
+    for _, b, losses in batches:
+        counts[f"{b.task} {b.category}"] += len(losses) * len(shared)
+    each = {"tasks": [b.task for _, b, _ in batches], "k": [b.k for _, b, _ in batches], "categories": counts}
+    return total | norms | each | parts
 
 
-class Diary:
-    """metrics.jsonl and TensorBoard's files of a run. `write` adds a step. Only rank 0 writes."""
-
-    def __init__(self, args, recipe):
-        self.args, self.recipe = args, recipe
-
-    def __enter__(self) -> "Diary":
-        self.board = open_board(self.args.out) if rank() == 0 else None
-        self.metrics = open(self.args.out / "metrics.jsonl" if rank() == 0 else os.devnull, "a")
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.metrics.close()
-
-    def write(self, step: int, rate: float, records: list[Record], config: MMDiTConfig) -> str:
-        """Add a step that has just ended. Returns the text of the progress line."""
-        seconds = time.perf_counter() - self.began
-        pace = {"seconds": round(seconds, 4), "images_per_second": round(self.args.batch / seconds, 2)}
-        pace |= {"mfu": plan.utilisation(self.args, config, self.recipe, records, seconds)}
-        pace |= {"memory_gb": memory(self.args.device)}
-        line = metrics_line(records, everyone, step=step, rate=rate, **pace)
-        with together():
-            record(line, self.metrics, self.board)
-        return summary(line)
-
-    def next_step(self) -> None:
-        """Start the clock of the next step."""
-        self.began = time.perf_counter()
-
-
-def memory(device: str) -> float:
-    """The most memory that this process has held so far, in GB: of its GPU, or of the machine."""
-    kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return round((torch.cuda.max_memory_allocated() if device.startswith("cuda") else kept) / 1e9, 2)
-
-
-def record(line: dict, metrics: TextIO, board) -> None:
-    metrics.write(json.dumps(line) + "\n")
-    metrics.flush()
-    for name, value in line.items() if board else ():
-        if isinstance(value, (int, float)) and name != "step":
-            board.add_scalar(name, value, line["step"])
-
-
-def summary(line: dict) -> str:
-    """The text of the progress line, without the time left."""
+def note(args, recipe, config: MMDiTConfig, records: list[Record], step: int, rate: float, seconds: float) -> str:
+    """Add a step that took so many seconds to metrics.jsonl. Returns the text of the progress line."""
+    pace = {"seconds": round(seconds, 4), "images_per_second": round(args.batch / seconds, 2)}
+    pace |= {"mfu": plan.utilisation(args, config, recipe, records, seconds), "memory_gb": memory(args.device)}
+    line = {"step": step, "rate": rate} | pace | metrics(records, everyone)
+    with together(), open(args.out / "metrics.jsonl" if rank() == 0 else os.devnull, "a") as file:
+        file.write(json.dumps(line) + "\n")
     norms = [name for name in ("fake_grad_norm", "grad_norm") if name in line]
     norms = ", ".join(f"{name.replace('_', ' ')} {line[name]:.2f}" for name in norms)
     mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.0%}"
     return f"loss {line['loss']:.4f}, {norms}, {line['images_per_second']:.1f} images/s{mfu}, {line['memory_gb']} GB"
 
 
-def source() -> str:
-    """The commit of this source, with "-dirty" where something differs from it; "unknown" without git."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def open_board(out: Path):
-    """TensorBoard's writer, where it is installed; else None, and metrics.jsonl has it all."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(out / "tensorboard")
+def memory(device: str) -> float:
+    """The most memory that this process has held so far, in GB: of its GPU, or of the machine."""
+    kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return round((torch.cuda.max_memory_allocated() if device.startswith("cuda") else kept) / 1e9, 2)
 
 
 @torch.no_grad()

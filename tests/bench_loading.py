@@ -8,6 +8,7 @@ included, less what was resident before; divided by the size of the weights as t
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from encoders.vae import VAE, VAEConfig
 from model import MMDiT, MMDiTConfig
-from support.files import save_config, save_weights
+from support.files import save_config, save_weights, write_json
 
+STEM = "diffusion_pytorch_model"
 CONFIG = MMDiTConfig(num_layers=5)  # the published width
 
 
@@ -30,13 +32,21 @@ def resident(which: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def write(directory: Path, shard_bytes: int) -> int:
-    """A transformer/ folder in bf16 of random numbers, the same in every tensor. Returns its bytes."""
+def write(directory: Path, shards: int) -> int:
+    """A transformer/ folder in bf16 of random numbers, the same in every tensor, in so many files. Returns its bytes."""
+    shutil.rmtree(directory, ignore_errors=True)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in MMDiT(CONFIG).state_dict().items()}
     numbers = torch.randn(max(shape.numel() for shape in shapes.values())).bfloat16()
     tensors = {name: numbers[: shape.numel()].view(shape).clone() for name, shape in shapes.items()}
-    save_weights(tensors, directory, "diffusion_pytorch_model", torch.bfloat16, shard_bytes)
+    if shards == 1:
+        save_weights(tensors, directory, STEM, torch.bfloat16)
+    else:
+        files = {f"{STEM}-{i:05}-of-{shards:05}.safetensors": list(tensors)[i::shards] for i in range(shards)}
+        for file, names in files.items():
+            save_weights({name: tensors[name] for name in names}, directory, Path(file).stem, torch.bfloat16)
+        weight_map = {name: file for file, names in files.items() for name in names}
+        write_json(directory / f"{STEM}.safetensors.index.json", {"weight_map": weight_map})
     save_config(CONFIG, directory / "config.json", "QwenImage21Transformer2DModel")
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
 
@@ -66,8 +76,8 @@ def apart(*arguments: str) -> dict:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        for name, shard_bytes in ("one file", 10**12), ("shards of 0.5 GB", 5 * 10**8):
-            size = write(Path(folder) / "transformer", shard_bytes)
+        for name, shards in ("one file", 1), ("5 shards", 5):
+            size = write(Path(folder) / "transformer", shards)
             for dtype in "bfloat16", "float32":
                 case = apart("load", f"{folder}/transformer", dtype)
                 print(

@@ -31,8 +31,7 @@ import eval as evaluation
 import sample
 import train
 from recipe import read_prompts
-from support.lora import new_lora
-from support.lora_files import read_lora, write_lora
+from support.lora import new_lora, read_lora, write_lora
 from support.pictures import fit, fitted_size
 from support.rows import write_row
 

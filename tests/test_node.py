@@ -27,8 +27,7 @@ from recipe import Prompt
 from support import conditions, ranks, watch
 from support.conditions import Entry, Pool, cached_pool
 from support.files import write_json
-from support.lora import merge, new_lora
-from support.lora_files import read_lora, write_lora
+from support.lora import merge, new_lora, read_lora, write_lora
 from support.run import whole_checkpoints
 
 TINY = MMDiTConfig(

@@ -39,10 +39,9 @@ from model import MMDiT
 from sample import Pipeline
 from support import program
 from support.export import export
-from support.files import aside, files_in, may_write, read_json, write_json
-from support.lora import new_lora
-from support.lora_files import export_lora, write_lora
-from support.pictures import fit, fitted_size, open_picture, save
+from support.files import aside, files_in, may_write, read_json
+from support.lora import new_lora, write_lora
+from support.pictures import fit, fitted_size, open_picture
 
 PROMPT = "A capybara wearing a wizard hat"
 TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
@@ -417,7 +416,7 @@ def test_exported_student(base, tmp_path, shifted):
     assert changed(drawn, shifted.ours(PROMPT, [TALL], steps=4)) > 0.2
 
     # In fp32 the file's picture is that of the model in memory at those sigmas.
-    export(base, student, sigmas, tmp_path / "student", dtype=torch.float32, link=True)
+    export(base, student, sigmas, tmp_path / "student", dtype=torch.float32, link=True, overwrite=True)
     shutil.copytree(tmp_path / "student", tmp_path / "copy")
     reopened = Pipeline.from_pretrained(tmp_path / "copy")
     condition = reopened.condition([PROMPT], [[TALL]])
@@ -457,7 +456,7 @@ def test_exports_have_the_permissions_of_new_files(base, tmp_path):
     before = os.umask(0o027)
     try:
         export(base, student, [1.0, 0.5], tmp_path / "student")
-        export_lora(tmp_path / "lora.safetensors", new_lora(student, 2), [1.0, 0.5])
+        write_lora(tmp_path / "lora.safetensors", new_lora(student, 2), [1.0, 0.5])
     finally:
         os.umask(before)
     modes = {str(path): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
@@ -486,17 +485,16 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("link", [False, True])
 def test_what_an_export_may_replace(base, tmp_path, link):
-    """A folder that an export wrote, with the same settings or on demand, and never with anything else in it."""
+    """A folder that an export wrote, on demand, and never with anything else in it."""
     student, out = MMDiT.from_pretrained(base / "transformer"), tmp_path / "student"
-    export(base, student, [1.0], out, link=link, made={"lora": ["a"]})
-    export(base, student, [1.0, 0.5], out, link=link, made={"lora": ["a"]})
-    assert read_json(out / "model_index.json")["sample_sigmas"] == [1.0, 0.5]
+    export(base, student, [1.0, 0.5], out, link=link)
     with pytest.raises(ValueError, match=f"{out}: exists.*--overwrite"):
-        export(base, student, [1.0], out, link=link, made={"lora": ["b"]})
-    export(base, student, [1.0], out, link=link, made={"lora": ["b"]}, overwrite=True)
+        export(base, student, [1.0], out, link=link)
+    assert read_json(out / "model_index.json")["sample_sigmas"] == [1.0, 0.5]
+    export(base, student, [1.0], out, link=link, overwrite=True)
     (out / "transformer" / "NOTES.txt").write_text("mine")
     with pytest.raises(ValueError, match="student: transformer/NOTES.txt in it was not written by an export"):
-        export(base, student, [1.0, 0.5], out, link=link, made={"lora": ["b"]}, overwrite=True)
+        export(base, student, [1.0, 0.5], out, link=link, overwrite=True)
     assert read_json(out / "model_index.json")["sample_sigmas"] == [1.0]
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
 
@@ -510,7 +508,7 @@ def test_a_failed_export_leaves_what_was_there(base, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "copyfile", lambda *_, error=error: (_ for _ in ()).throw(error))
             with pytest.raises(type(error)) as raised:
-                export(base, student, [1.0, 0.5], out)
+                export(base, student, [1.0, 0.5], out, overwrite=True)
         assert isinstance(error, KeyboardInterrupt) or f"{out}: cannot be written" in str(raised.value)
         assert tree(tmp_path) == there and [p.name for p in tmp_path.iterdir()] == ["student"]
     # A run that was killed between the two renames left the old folder under another name.
@@ -529,29 +527,22 @@ def test_weights_that_are_not_finite_are_not_exported(base, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_files_of_others_are_not_replaced(tmp_path):
-    """May a picture, a LoRA, a JSON file be written: nothing there, ours with these settings, ours with others, theirs."""
-    made, other = {"seed": 1, "sizes": (1, 2)}, {"seed": 2}
-    save(picture(8, 8), tmp_path / "ours.png", made)
-    write_lora(tmp_path / "ours.safetensors", {}, made=made)
-    write_json(tmp_path / "ours.json", {"_made": made})
-    picture(8, 8).save(tmp_path / "theirs.png", pnginfo=None)
-    (tmp_path / "theirs.safetensors").write_bytes(b"weights")
-    (tmp_path / "theirs.json").write_text("[1]")
+def test_files_that_are_there_are_not_replaced(tmp_path):
+    """But on demand."""
+    for end in "png", "safetensors":
+        (tmp_path / f"there.{end}").write_bytes(b"something")
     there = tree(tmp_path)
-    for end in "png", "safetensors", "json":
-        may_write(tmp_path / "new" / f"folder.{end}", made)
-        may_write(tmp_path / f"ours.{end}", made)
-        for name, settings in ("ours", other), ("ours", None), ("theirs", made), ("theirs", None):
-            with pytest.raises(ValueError, match=f"{name}.{end}: exists.*--overwrite"):
-                may_write(tmp_path / f"{name}.{end}", settings)
-            may_write(tmp_path / f"{name}.{end}", settings, overwrite=True)
+    for end in "png", "safetensors":
+        may_write(tmp_path / "new" / f"folder.{end}")
+        with pytest.raises(ValueError, match=f"there.{end}: exists.*--overwrite"):
+            may_write(tmp_path / f"there.{end}")
+        may_write(tmp_path / f"there.{end}", overwrite=True)
     with pytest.raises(ValueError, match="is a folder; name a file"):
         may_write(tmp_path / "new")
     with pytest.raises(ValueError, match="is a file; name a folder"):
-        may_write(tmp_path / "ours.png", folder=True)
+        may_write(tmp_path / "there.png", folder=True)
     with pytest.raises(OSError, match="cannot be written"):
-        may_write(tmp_path / "ours.png" / "x.png")
+        may_write(tmp_path / "there.png" / "x.png")
     assert tree(tmp_path) == there
 
 
@@ -867,14 +858,12 @@ def test_students_from_the_command_line(base, tmp_path, capsys):
     sample.main(["--checkpoint", str(tmp_path / "student"), "--base", str(base), "--rank", "2",
                  "--export", str(factors), *cpu])  # fmt: skip
     assert re.search(r"rank 2, (99|100)\.\d% of what", capsys.readouterr().out)  # it is of rank 2, but for the rounding
-    assert {p.name for p in tmp_path.iterdir()} == {lora.name, "student", factors.name, "again-comfyui.safetensors"}
+    assert {p.name for p in tmp_path.iterdir()} == {lora.name, "student", factors.name}
     picture(40, 90, 2, "RGBA").save(tmp_path / "tall.png")
-    for file in factors, tmp_path / "again-comfyui.safetensors":
-        sample.main(["--checkpoint", str(base), "--lora", str(file), "--prompt", PROMPT, "--image",
-                     str(tmp_path / "tall.png"), "--seed", "5", "--out", str(tmp_path / "out.png"), "--overwrite",
-                     *cpu])  # fmt: skip
-        close = np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - np.asarray(drawn)).mean()
-        assert close < 3  # of 255: bf16 files, merged
+    sample.main(["--checkpoint", str(base), "--lora", str(factors), "--prompt", PROMPT, "--image",
+                 str(tmp_path / "tall.png"), "--seed", "5", "--out", str(tmp_path / "out.png"), *cpu])  # fmt: skip
+    close = np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - np.asarray(drawn)).mean()
+    assert close < 3  # of 255: bf16 files, merged
 
 
 def test_documented_commands(base, tmp_path, monkeypatch):
@@ -891,7 +880,6 @@ def test_documented_commands(base, tmp_path, monkeypatch):
         sample.main([*words, *cpu, *few])
     wide, night, four = (Image.open(f"{name}.png") for name in ("fox", "night", "four"))
     assert (wide.size, night.size, four.size) == ((128, 64), (128, 64), (96, 96))
-    assert Path("small-comfyui.safetensors").is_file()
     call = {"height": 96, "width": 96}
     pipe = open_pipeline(Path("student"))
     expected = pipe("A fox in the snow.", generator=torch.Generator().manual_seed(0), **call).images[0]
