@@ -11,7 +11,7 @@ from torch.nn.attention.bias import CausalBias
 SAFE_WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
     """x (B, n, H, d) in fp32 with its adjacent channel pairs turned by cosines and sines (n, 1, d/2, 2).
 
     Eager mode multiplies complex numbers: one pass, 2 to 3 times as fast as real pairs on a CPU. torch.compile cannot
@@ -19,10 +19,9 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     """
     pairs = x.unflatten(-1, (-1, 2))  # (B, n, H, d/2, 2)
     if not torch.compiler.is_compiling():
-        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(
-            -2
-        )  # (B, n, H, d)
-    (a, b), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)  # 2 x (B, n, H, d/2), 2 x (n, 1, d/2)
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(rotations)  # (B, n, H, d/2)
+        return torch.view_as_real(turned).flatten(-2)  # (B, n, H, d)
+    (a, b), (cos, sin) = pairs.unbind(-1), rotations.unbind(-1)  # 2 x (B, n, H, d/2), 2 x (n, 1, d/2)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)  # (B, n, H, d)
 
 
@@ -53,12 +52,3 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CausalBias | None)
     elif mask is not None:
         scores = scores + mask  # (B, H, n, m)
     return scores.softmax(-1) @ v  # (B, H, n, d)
-
-
-def kernels(head_dim: int, dtype: torch.dtype, device: str) -> str:
-    """For the log: the names of the kernels that torch chooses here without a mask, and with one."""
-    q = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device, requires_grad=True)
-    free = SDPBackend(torch._fused_sdp_choice(q, q, q)).name
-    with sdpa_kernel(SAFE_WITH_MASK):
-        masked = SDPBackend(torch._fused_sdp_choice(q, q, q, attn_mask=q.new_zeros(1, 1, 1, 128))).name
-    return f"attention: {free}; where texts are padded: {masked if q.is_cuda else free}"

@@ -96,8 +96,6 @@ def _open_run(args) -> tuple[object, Path | None]:
         if not (isinstance(before.get("arguments"), dict) and isinstance(before.get("contents"), dict)):
             raise ValueError(f"{out / 'args.json'}: does not say how the run was started; it cannot go on")
         args = replace(args, dtype=args.dtype or before["arguments"].get("dtype"))  # not measured a second time
-    elif out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: a file; --out names a folder")
     elif out.is_dir() and {f.name for f in out.iterdir()} - {"args.json", "conditions"}:  # these: a failed start
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
 

@@ -250,12 +250,11 @@ class Trainee:
         files = files[rank() : rank() + 1] if alone else files
         for optimizer in self.optimizers:  # as its first step would begin
             for master in optimizer.param_groups[0]["params"]:
-                moments = dict.fromkeys(MOMENTS[type(optimizer)], master)
-                optimizer.state[master] = {kind: torch.zeros_like(like) for kind, like in moments.items()}
+                optimizer.state[master] = {kind: torch.zeros_like(master) for kind in MOMENTS[type(optimizer)]}
                 if isinstance(optimizer, torch.optim.AdamW):
                     optimizer.state[master]["step"] = torch.zeros((), device=master.device)
-        self.updates, tensors = updates, self.tensors()
-        expected = {"updates": torch.tensor(updates)} | tensors
+        self.updates = updates
+        expected = {"updates": torch.tensor(updates)} | self.tensors()
         with ExitStack() as stack:
             opened = [stack.enter_context(open_weights(file)) for file in files]
             for path, file in zip(files, opened, strict=True):
@@ -264,14 +263,10 @@ class Trainee:
                     raise ValueError(f"{path}: {min(wrong)!r} {which} ({len(wrong)} such tensors)")
             for name, target in expected.items():
                 parts = [file.get_tensor(name) for file in opened]
-                rows = sum(len(part) for part in parts if part.ndim)
-                fits = rows == (len(own(target) if alone else target) if target.ndim else 0)
-                fits &= all(
-                    (p.ndim, p.shape[1:], p.dtype) == (target.ndim, target.shape[1:], target.dtype) for p in parts
-                )
-                if not (fits and all(part.isfinite().all() for part in parts)):
+                tensor = torch.cat(parts) if target.ndim and len(parts) > 1 else parts[0]
+                like = own(target) if alone else target
+                if (tensor.shape, tensor.dtype) != (like.shape, like.dtype) or not tensor.isfinite().all():
                     raise ValueError(f"{files[0]}: {name!r} has another shape or type than here, or is not finite")
-                tensor = torch.cat(parts) if target.ndim else parts[0]
                 if name == "updates" and tensor != target:
                     raise ValueError(f"{files[0]}: after {tensor} updates; {updates} are expected")
                 # As FSDP2 divides: the last ranks may have fewer rows, or none.
