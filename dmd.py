@@ -54,6 +54,17 @@ def rollout(student: Velocity, noise: Tensor, sigmas: list[float], k: int) -> Te
     return x0_from_velocity(z, student(z, t), t)
 
 
+# ---- the fake score's update ---------------------------------------------------------------------------------------
+
+
+def fake_score_loss(fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> Tensor:
+    """Flow matching with the student's pictures as the data, (B,). No gradient reaches the student."""
+    return flow_matching_loss(fake, x_theta.detach(), xi, t)
+
+
+# ---- the student's update ------------------------------------------------------------------------------------------
+
+
 def mixture(weights: dict[str, float], teachers: dict[str, Velocity]) -> Velocity:
     """The real score's velocity at one student step: sum over m of lambda_m v_m (Eq. 5).
 
@@ -75,17 +86,6 @@ def mixture(weights: dict[str, float], teachers: dict[str, Velocity]) -> Velocit
         return sum(weight * teachers[name](z, t).float() for name, weight in active.items())  # Eq. 5
 
     return velocity
-
-
-# ---- the fake score's update ---------------------------------------------------------------------------------------
-
-
-def fake_score_loss(fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> Tensor:
-    """Flow matching with the student's pictures as the data, (B,). No gradient reaches the student."""
-    return flow_matching_loss(fake, x_theta.detach(), xi, t)
-
-
-# ---- the student's update ------------------------------------------------------------------------------------------
 
 
 class Gradient(NamedTuple):

@@ -12,7 +12,7 @@ row-major order inside. Parameter names are those of the published files.
     L  language-model states             H  attention heads
     P  prefix tokens (text, sources)     d  channels of one head
     N  target tokens, h * w              n  tokens that are carried: S, or N with a kept prefix
-    S  all tokens, P + N                 m  keys that a segment's queries may see
+    S  all tokens, P + N
 """
 
 import math
@@ -58,10 +58,6 @@ class MMDiTConfig:
         if len(axes) != 3 or any(n % 2 for n in axes) or sum(axes) != self.attention_head_dim:
             raise ValueError(f"axes_dims_rope is {axes}; three even numbers must add up to {self.attention_head_dim}")
 
-    @classmethod
-    def from_json(cls, path: str | Path) -> "MMDiTConfig":
-        return config_from_json(cls, path)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The condition, and who stands where and sees whom
@@ -89,7 +85,7 @@ class Condition:
             raise ValueError(f"{len(self.sources)} sources, but slots for {len(self.slots)}")
         # How many leading states are real in EVERY sample. Read here and once, because the host waits for the device.
         real = self.mask.all(0).tolist()
-        self.real = real.index(False) if False in real else length
+        self.unpadded = real.index(False) if False in real else length
         if (self.mask[:, 1:] & ~self.mask[:, :-1]).any():
             raise ValueError("mask has padding before a real token; padding belongs on the right")
         # The prefix in order: (start, stop, None) a run of text states, (start, stop, (h, w)) a source instead of them.
@@ -97,8 +93,8 @@ class Condition:
         cursor = 0
         for source, (start, stop) in zip(self.sources, self.slots, strict=True):
             h, w = source.shape[-2:]
-            if not cursor <= start < stop <= self.real or 4 * (stop - start) != h * w:
-                raise ValueError(f"slots [{start}, {stop}) of {self.real} states do not fit a source of {h} x {w}")
+            if not cursor <= start < stop <= self.unpadded or 4 * (stop - start) != h * w:
+                raise ValueError(f"slots [{start}, {stop}) of {self.unpadded} states do not fit a source of {h} x {w}")
             self.pieces += [(cursor, start, None)] * (start > cursor) + [(start, stop, (h, w))]
             cursor = stop
         self.pieces += [(cursor, length, None)] * (length > cursor)
@@ -173,7 +169,7 @@ class Part:
     gate1: Tensor  # the same; the tanh is in it
     scale2: Tensor
     gate2: Tensor
-    rotations: Tensor  # (n, 1, d/2, 2)
+    cos_sin: Tensor  # (n, 1, d/2, 2): a token's rotations
     segments: list[Segment]
 
 
@@ -189,10 +185,10 @@ class HeadNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(head_dim))
 
-    def forward(self, x: Tensor, rotations: Tensor) -> Tensor:
-        h = x.float()  # (B, n, H, d)
-        h = h * (torch.rsqrt(h.square().mean(-1, True) + self.eps) * self.weight.float())  # (B, n, H, d)
-        return rotate(h, rotations).to(x.dtype)  # (B, n, H, d)
+    def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
+        y = x.float()  # (B, n, H, d)
+        y = y * (torch.rsqrt(y.square().mean(-1, True) + self.eps) * self.weight.float())  # (B, n, H, d)
+        return rotate(y, cos_sin).to(x.dtype)  # (B, n, H, d)
 
 
 class Attention(nn.Module):
@@ -209,13 +205,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, part: Part, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
         q, k, v = (to(x).unflatten(-1, (-1, self.head_dim)) for to in (self.to_q, self.to_k, self.to_v))  # (B, n, H, d)
-        q, k = self.norm_q(q, part.rotations), self.norm_k(k, part.rotations)  # (B, n, H, d)
+        q, k = self.norm_q(q, part.cos_sin), self.norm_k(k, part.cos_sin)  # (B, n, H, d)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, n, d)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, S, d)
         # Block-causal: each segment's queries meet the keys up to their own segment's end.
         rows = q.split([rows for rows, _, _ in part.segments], 2)  # each (B, H, rows, d)
-        out = [attend(q, k[:, :, :m], v[:, :, :m], mask) for q, (_, m, mask) in zip(rows, part.segments, strict=True)]
+        out = [
+            attend(q, k[:, :, :end], v[:, :, :end], mask) for q, (_, end, mask) in zip(rows, part.segments, strict=True)
+        ]
         out = [o.transpose(1, 2).flatten(2) for o in out]  # each (B, rows, D)
         out = torch.cat(out, 1) if len(out) > 1 else out[0]  # (B, n, D)
         return self.to_out[0](out), (k, v)  # (B, n, D), 2 x (B, H, S, d)
@@ -242,12 +240,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, part: Part, past: KeysValues | None) -> tuple[Tensor, KeysValues]:
         """The tokens x (B, n, D) after this block, and the keys and values that they saw; `past`: those of a kept prefix."""
-        h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * part.scale1  # (B, n, D)
-        h, keys_values = self.attn(h, part, past)  # (B, n, D)
-        x = torch.addcmul(x, part.gate1, h)  # (B, n, D)
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * part.scale1  # (B, n, D)
+        y, keys_values = self.attn(y, part, past)  # (B, n, D)
+        x = torch.addcmul(x, part.gate1, y)  # (B, n, D)
 
-        h = F.layer_norm(x, x.shape[-1:], eps=self.eps) * part.scale2  # (B, n, D)
-        x = torch.addcmul(x, part.gate2, self.img_mlp(h))  # (B, n, D)
+        y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * part.scale2  # (B, n, D)
+        x = torch.addcmul(x, part.gate2, self.img_mlp(y))  # (B, n, D)
         return x, keys_values
 
 
@@ -331,7 +329,7 @@ class MMDiT(nn.Module):
     ) -> tuple[Tensor, Prefix]:
         h, w = z.shape[-2:]
         *modulation, scale_out = self.modulate(t)  # 4 x (B, 1, D), (B, 1, D)
-        turns, segments = self.places(condition, (h, w))  # (S, 1, d/2, 2)
+        cos_sin, segments = self.geometry(condition, (h, w))  # (S, 1, d/2, 2)
         x = self.embed(z)  # (B, N, D)
         if prefix is None:
             tokens = self.tokens(condition)  # (B, P, D)
@@ -341,8 +339,8 @@ class MMDiT(nn.Module):
                 modulation = [torch.cat([a.expand_as(tokens), b.expand_as(x)], 1) for a, b in pairs]  # 4 x (B, S, D)
             x = torch.cat([tokens, x], 1)  # (B, S, D)
         else:
-            turns, segments = turns[-h * w :], segments[-1:]  # (N, 1, d/2, 2)
-        part, kept = Part(*modulation, turns, segments), []
+            cos_sin, segments = cos_sin[-h * w :], segments[-1:]  # (N, 1, d/2, 2)
+        part, kept = Part(*modulation, cos_sin, segments), []
         for i, block in enumerate(self.transformer_blocks):
             x, keys_values = block(x, part, None if prefix is None else prefix[i])  # (B, S or N, D)
             if keep:  # copies, or the target's would stay in memory, too
@@ -369,25 +367,25 @@ class MMDiT(nn.Module):
     def embed(self, grid: Tensor) -> Tensor:
         return self.img_in(rearrange(grid, "b c h w -> b (h w) c").to(self.img_in.weight.dtype))  # (B, h w, D)
 
-    def places(self, condition: Condition, grid: tuple[int, int]) -> tuple[Tensor, list[Segment]]:
+    def geometry(self, condition: Condition, grid: tuple[int, int]) -> tuple[Tensor, list[Segment]]:
         """Rotations (S, 1, d/2, 2) and segments of the prefix and, last, of a target of `grid` (h, w) tokens."""
         weight, tokens = self.img_in.weight, grid[0] * grid[1]
         layout = tuple(size or stop - start for start, stop, size in condition.pieces)
         skipped = (0, condition.skipped)  # a picture of no tokens, which moves the counter
-        turns = rotations((*layout, skipped, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2, 2)
-        length, bias = len(turns) - tokens, None
-        padding = ~condition.mask[:, None, None, condition.real :]  # (B, 1, 1, L - real)
+        cos_sin = rotations((*layout, skipped, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2, 2)
+        length, bias = len(cos_sin) - tokens, None
+        padding = ~condition.mask[:, None, None, condition.unpadded :]  # (B, 1, 1, L - unpadded)
         if padding.shape[-1] > 0:  # the target sees the whole prefix without its padding
-            bias = weight.new_zeros(len(padding), 1, 1, len(turns))  # (B, 1, 1, S)
+            bias = weight.new_zeros(len(padding), 1, 1, len(cos_sin))  # (B, 1, 1, S)
             bias[..., length - padding.shape[-1] : length].masked_fill_(padding, -torch.inf)
-        return turns, [*prefix_segments(layout), (tokens, len(turns), bias)]
+        return cos_sin, [*prefix_segments(layout), (tokens, len(cos_sin), bias)]
 
     @classmethod
     def from_pretrained(
         cls, directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "MMDiT":
         """Load a transformer/ folder of the published layout; ValueError or FileNotFoundError name what is wrong."""
-        config = MMDiTConfig.from_json(Path(directory) / "config.json")
+        config = config_from_json(MMDiTConfig, Path(directory) / "config.json")
         with torch.device("meta"):
             model = cls(config)
         load_weights(model, directory, "diffusion_pytorch_model", dtype, device)

@@ -42,9 +42,7 @@ class Specialist:
     teacher: str  # its name in the checkpoint's teachers/ folder, or in --teacher NAME=...
     task: str  # the condition c: this task ...
     category: str | None  # ... and this category; None is every category of the task
-    by_quarter: tuple[
-        float, float, float, float
-    ]  # lambda in each quarter of the student's steps; with 4 steps, at each
+    by_quarter: tuple[float, float, float, float]  # lambda in each quarter of the student's steps; with 4, at each
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class Recipe:
                     self.weights(k, 4, task, category)  # checks Eq. 6
 
     @property
-    def teachers(self) -> set[str]:
+    def teacher_names(self) -> set[str]:
         """The specialised teachers whose weight is above 0 somewhere."""
         return {s.teacher for s in self.specialists if any(s.by_quarter)}
 
@@ -125,18 +123,11 @@ class Recipe:
         compositions = {}
         for task, parts, composition in zip(TASKS, self.ratio, (self.t2i, self.edit), strict=True):
             found = sorted(available.get(task, ()))
-            missing = sorted(composition.keys() - set(found)) if composition else []
-            if parts and not found:
-                other = "mix-10-0" if task == "edit" else "mix-0-10"
-                raise ValueError(
-                    f"recipe {self.name!r} takes {parts} of {RATIO_PARTS} micro-batches from task {task!r}, but there are "
-                    f"no {task} prompts; add some, or choose a recipe without them, such as {other!r}"
-                )
-            if parts and missing:
-                raise ValueError(
-                    f"recipe {self.name!r} needs {task} prompts of category {missing}, but there are only {found}; "
-                    f"add some, or choose a recipe that takes all categories, such as 'mix-10-0' or 'flash'"
-                )
+            wanted = sorted(composition) or found
+            if parts and (not found or set(wanted) - set(found)):
+                needs = f"recipe {self.name!r} takes {parts} of {RATIO_PARTS} micro-batches from {task} prompts"
+                of = f" of the categories {wanted}" if wanted else ""
+                raise ValueError(f"{needs}{of}, but there are {found or 'none'}; add some, or choose another recipe")
             compositions[task] = composition or dict.fromkeys(found, 1)
         teachers = set(teachers)
         rules = [s if s.teacher in teachers else replace(s, by_quarter=(0.0,) * 4) for s in self.specialists]

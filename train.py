@@ -5,10 +5,10 @@
     update_flow       the flow objective: a teacher learns from pictures
     train             the loop: several fake updates, one of the student, then the log, the pictures and the checkpoint
 
-Every prompt is encoded once, before the first update; then the encoders are freed. A STEP is one update of the student
-(or, with the flow objective, of the teacher). A MICRO-BATCH is one turn of the recipe: one task, one category, one k. Each
-process has an equal part of it. Every random number follows from (seed, step, sample, purpose), so a resumed run needs
-only its step.
+Every prompt is encoded once, before the first update; then the encoders are freed. A STEP of training is one update of the
+student (or, with the flow objective, of the teacher). The student's own steps, from noise to picture, are counted by k. A
+MICRO-BATCH has one task, one category and one k; each process has an equal part of it. Every random number follows from
+(seed, step, sample, purpose), so a resumed run needs only its step.
 
     python train.py                                                  the laptop run
     python train.py --prompts mine.jsonl --out runs/mine             your own prompts and pictures
@@ -97,8 +97,8 @@ def parse(argv: list[str] | None = None) -> Args:
     return options.parse(argv, Args, __doc__, presets.of_run)
 
 
-if __name__ == "__main__":
-    program.start("train.py", parse)  # before torch is imported, which takes seconds
+if __name__ == "__main__":  # here already, and not at the end: --help and a mistyped flag do not wait for torch
+    program.start("train.py", parse)
 
 import torch
 from torch import Tensor
@@ -134,7 +134,7 @@ class Job:
         return {"student": self.trainee} | ({"fake": self.fake} if self.fake else {})
 
 
-def update_fake(job: Job, update: int, rate: float) -> watch.Record:
+def update_fake(job: Job, update: int, lr_factor: float) -> watch.Record:
     """One update of the fake score: flow matching on what the student draws now. The student does not learn."""
     record = watch.Record("fake_loss", "fake_grad_norm")
     for batch in batches(job.args, job.pool, job.recipe, "fake", update):  # its fields: support/batches.py
@@ -146,11 +146,11 @@ def update_fake(job: Job, update: int, rate: float) -> watch.Record:
         losses = dmd.fake_score_loss(fake, x_theta, batch.xi, batch.t)  # (B,)
         job.fake.backward(losses, batch)
         record.add(batch, losses)
-    record.grad_norm = job.fake.update(rate)
+    record.grad_norm = job.fake.update(lr_factor)
     return record
 
 
-def update_student(job: Job, update: int, rate: float) -> watch.Record:
+def update_student(job: Job, update: int, lr_factor: float) -> watch.Record:
     """One update of the student, along -g. Teachers and fake score are evaluated without gradient."""
     record = watch.Record("loss", "grad_norm")
     for batch in batches(job.args, job.pool, job.recipe, "student", update):
@@ -165,7 +165,7 @@ def update_student(job: Job, update: int, rate: float) -> watch.Record:
         job.trainee.backward(loss, batch)
         record.add(batch, 0.5 * g.square().flatten(1).mean(1))  # the surrogate's value for each sample
         record.panel = {"x_theta": x_theta.detach(), "x0_real": x0_real, "x0_fake": x0_fake}
-    record.grad_norm = job.trainee.update(rate)
+    record.grad_norm = job.trainee.update(lr_factor)
     return record
 
 
@@ -189,7 +189,7 @@ def first_step(job: Job, student: flow.Velocity, batch: Batch) -> Tensor:
     return dmd.first_step_loss(student, batch.noise, z_teacher, walk[-1]).mean()
 
 
-def update_flow(job: Job, update: int, rate: float) -> watch.Record:
+def update_flow(job: Job, update: int, lr_factor: float) -> watch.Record:
     """One update with the flow objective: the squared error of the velocity on pictures (Eq. 2)."""
     record = watch.Record("loss", "grad_norm")
     for batch in batches(job.args, job.pool, job.recipe, "flow", update):
@@ -197,30 +197,35 @@ def update_flow(job: Job, update: int, rate: float) -> watch.Record:
         losses = flow.flow_matching_loss(velocity, batch.target, batch.noise, batch.t)  # (B,)
         job.trainee.backward(losses, batch)
         record.add(batch, losses)
-        if (update + 1) % job.args.panel_every == 0 or update + 1 == job.args.steps:
-            z = flow.add_noise(batch.target, batch.noise, batch.t)  # (B, 64, h, w)
-            with torch.no_grad():
-                x0 = flow.x0_from_velocity(z, velocity(z, batch.t), batch.t)  # (B, 64, h, w)
-            record.panel = {"clean": batch.target, "noised": z, "x0": x0}
-    record.grad_norm = job.trainee.update(rate)
+        if due(job.args, job.args.panel_every, update + 1):
+            record.panel = flow_panel(velocity, batch)
+    record.grad_norm = job.trainee.update(lr_factor)
     return record
+
+
+@torch.no_grad()
+def flow_panel(velocity: flow.Velocity, batch: Batch) -> dict[str, Tensor]:
+    """What the flow objective's panel shows, (B, 64, h, w) each."""
+    z = flow.add_noise(batch.target, batch.noise, batch.t)
+    return {"clean": batch.target, "noised": z, "x0": flow.x0_from_velocity(z, velocity(z, batch.t), batch.t)}
 
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
-def start(args: Args, pool: Pool, state: Path | None) -> Job:
+def open_job(args: Args, pool: Pool, state: Path | None) -> Job:
     """Open the networks. state: the checkpoint that a resumed run goes on from."""
     flows = args.objective == "flow"
     found = {} if flows else find_teachers(args)
     recipe = recipes.find(args.recipe)
-    if not flows and (missing := sorted(recipe.teachers - found.keys())):
+    if not flows and (missing := sorted(recipe.teacher_names - found.keys())):
         say(f"no teacher {', '.join(missing)} here: the base teacher takes its part")
     recipe = recipe.resolve(recipes.categories(pool.entries), found)
-    teachers = {} if flows and not args.lora_rank else frozen(args, {n: found[n] for n in sorted(recipe.teachers)})
+    needed = {name: found[name] for name in sorted(recipe.teacher_names)}
+    teachers = {} if flows and not args.lora_rank else frozen(args, needed)
     base = teachers["base"] if args.lora_rank else None
-    network = learner(args, "student", base)
-    trainee = Trainee("teacher" if flows else "student", network, args, args.muon_lr, args.lr, args.ema)
+    name, network = "teacher" if flows else "student", learner(args, "student", base)
+    trainee = Trainee(name, network, args, args.muon_lr, args.lr, args.ema)
     job = Job(args, pool, recipe, flow.student_sigmas(args.student_steps), teachers, trainee, None)
     if not flows:
         network = learner(args, "fake", base)
@@ -230,10 +235,15 @@ def start(args: Args, pool: Pool, state: Path | None) -> Job:
     return job
 
 
-def rate_at(args: Args, step: int) -> float:
+def lr_factor_at(args: Args, step: int) -> float:
     """The factor of all learning rates at this step. It rises at the start of a run and falls at its end."""
-    rate = min(1, (step + 1) / args.warmup) if args.warmup else 1.0
-    return rate * min(1, (args.steps - step) / (args.decay * args.steps)) if args.decay else rate
+    factor = min(1, (step + 1) / args.warmup) if args.warmup else 1.0
+    return factor * min(1, (args.steps - step) / (args.decay * args.steps)) if args.decay else factor
+
+
+def due(args: Args, every: int, done: int) -> bool:
+    """Whether something that comes so often comes after `done` steps; the last step has all."""
+    return done % every == 0 or done == args.steps
 
 
 def train(args: Args, pool: Pool, state: Path | None) -> Path:
@@ -242,27 +252,27 @@ def train(args: Args, pool: Pool, state: Path | None) -> Path:
     After Ctrl-C or SIGTERM the step is finished and saved, then SystemExit(128 + signal). FloatingPointError if a loss or
     gradient is not finite (before the update), or a weight (before it is saved).
     """
-    job, first = start(args, pool, state), int(state.name) if state else 0
+    job, first = open_job(args, pool, state), int(state.name) if state else 0
     bar = tqdm(range(first, args.steps), args.objective, args.steps, initial=first, unit="step", disable=rank() > 0)
     config = job.trainee.network.model.config
     with noted_signals() as signals:
         for step in bar:
-            began, rate = time.perf_counter(), rate_at(args, step)
+            began, lr_factor = time.perf_counter(), lr_factor_at(args, step)
             with located(lambda step=step: f"step {step + 1}"):
                 if args.objective == "flow":
-                    records = [update_flow(job, step, rate)]
+                    records = [update_flow(job, step, lr_factor)]
                 else:
                     updates = range(step * args.fake_updates, (step + 1) * args.fake_updates)
-                    records = [update_fake(job, update, rate) for update in updates]
-                    records.append(update_student(job, step, rate))
+                    records = [update_fake(job, update, lr_factor) for update in updates]
+                    records.append(update_student(job, step, lr_factor))
             done = step + 1
             seconds = time.perf_counter() - began
-            bar.set_postfix_str(watch.note(args, job.recipe, config, records, done, rate, seconds), refresh=False)
-            if done % args.panel_every == 0 or done == args.steps:
+            bar.set_postfix_str(watch.note(args, job.recipe, config, records, done, lr_factor, seconds), refresh=False)
+            if due(args, args.panel_every, done):
                 with job.trainee.averaged() as network:
                     watch.draw_pictures(args, job.pool, network, records[-1], done)
             stop = max(everyone(signals[0] if signals else 0))
-            if done % args.save_every == 0 or done == args.steps or stop:
+            if due(args, args.save_every, done) or stop:
                 save(args.out, done, job.trainees)
             if stop and done < args.steps:
                 bar.close()

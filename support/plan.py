@@ -9,9 +9,14 @@ from pathlib import Path
 import torch
 
 from model import MMDiT, MMDiTConfig
+from support.files import config_from_json
 
 TASKS = ("t2i", "edit")  # in the order of a recipe's ratio
 TEXT = 200  # tokens of a long prompt with its template, for the plan; real ones differ little in work
+
+
+def read_config(checkpoint: Path) -> MMDiTConfig:
+    return config_from_json(MMDiTConfig, checkpoint / "transformer" / "config.json")
 
 
 def parameters(config: MMDiTConfig) -> int:
@@ -132,10 +137,10 @@ def make_plan(args, config: MMDiTConfig, recipe, gpus: int, frozen: int, layouts
 
 def describe(args, recipe, gpus: int, teachers: dict[str, Path]) -> str:
     """The plan as a table. A sample is a square of args.resolution with TEXT tokens; an edit has one source of that size."""
-    config = MMDiTConfig.from_json(Path(args.checkpoint) / "transformer" / "config.json")
+    config = read_config(args.checkpoint)
     tokens = (args.resolution // 16) ** 2
     recipe = replace(recipe, specialists=tuple(s for s in recipe.specialists if s.teacher in teachers))
-    frozen = 1 + sum(teachers[name].is_dir() for name in recipe.teachers)
+    frozen = 1 + sum(teachers[name].is_dir() for name in recipe.teacher_names)
     frozen = frozen if args.objective == "dmd" else int(args.lora_rank > 0)
     tasks = [task for task, parts in zip(TASKS, recipe.ratio, strict=True) if parts]
     layouts = {task: (TEXT + (tokens if task == "edit" else 0), tokens) for task in tasks}

@@ -44,10 +44,9 @@ def of_run(args) -> dict:
     """The defaults of a run whose given options are in `args`: for its objective, checkpoint and number of processes."""
     config, parameters = args.checkpoint / "transformer" / "config.json", 0
     if args.checkpoint != TOY and config.is_file():  # where there is none, who opens the checkpoint says so
-        from model import MMDiTConfig  # these import torch
-        from support import plan
+        from support import plan  # imports torch
 
-        parameters = plan.parameters(MMDiTConfig.from_json(config))
+        parameters = plan.parameters(plan.read_config(args.checkpoint))
     own = {"batch": type(args).batch, "micro_batch": type(args).micro_batch}
     own |= defaults(args.objective, parameters, args.lora_rank)
     processes = args.gpus or int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it

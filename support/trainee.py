@@ -144,7 +144,7 @@ class Trainee:
         self.optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(args.beta1, 0.999), weight_decay=0.0, fused=True)]
         if muon:
             self.optimizers.append(Muon(muon, lr=muon_lr))
-        self.rates = [o.param_groups[0]["lr"] for o in self.optimizers]
+        self.lrs = [o.param_groups[0]["lr"] for o in self.optimizers]
         self.contents: list[str] = []  # of the gradient, for an error: task, k and t
 
     def backward(self, losses: Tensor, batch: Batch) -> None:
@@ -162,8 +162,8 @@ class Trainee:
                 weight.grad = None
         self.contents.append(f"{batch.where()}, t = {batch.times}")
 
-    def update(self, rate: float) -> float:
-        """Clip the gradient, take a step at `rate` times the learning rates, update the average. Returns the gradient's
+    def update(self, lr_factor: float) -> float:
+        """Clip the gradient, take a step at `lr_factor` times the learning rates, update the average. Returns the gradient's
         norm before clipping."""
         if not self.sharded:  # sharded ones are averaged in the backward pass
             average_over_ranks([m.grad for m in self.masters])
@@ -171,8 +171,8 @@ class Trainee:
         if not math.isfinite(norm):  # on all ranks, for it is the norm of the mean over them
             contents = "; ".join(sum(everyone(self.contents), []))
             raise FloatingPointError(f"the {self.name}'s gradient has norm {norm} after {contents}")
-        for optimizer, full in zip(self.optimizers, self.rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * full
+        for optimizer, full in zip(self.optimizers, self.lrs, strict=True):
+            optimizer.param_groups[0]["lr"] = lr_factor * full
             optimizer.step()
             optimizer.zero_grad()
         self.updates += 1

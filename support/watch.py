@@ -77,11 +77,11 @@ def metrics(records: list[Record], everyone: Callable[[list], list]) -> dict:
     return total | norms | each | parts
 
 
-def note(args, recipe, config: MMDiTConfig, records: list[Record], step: int, rate: float, seconds: float) -> str:
+def note(args, recipe, config: MMDiTConfig, records: list[Record], step: int, lr_factor: float, seconds: float) -> str:
     """Add a step that took so many seconds to metrics.jsonl. Returns the text of the progress line."""
     pace = {"seconds": round(seconds, 4), "images_per_second": round(args.batch / seconds, 2)}
     pace |= {"mfu": plan.utilisation(args, config, recipe, records, seconds), "memory_gb": memory(args.device)}
-    line = {"step": step, "rate": rate} | pace | metrics(records, everyone)
+    line = {"step": step, "rate": lr_factor} | pace | metrics(records, everyone)
     with together(), open(args.out / "metrics.jsonl" if rank() == 0 else os.devnull, "a") as file:
         file.write(json.dumps(line) + "\n")
     norms = [name for name in ("fake_grad_norm", "grad_norm") if name in line]

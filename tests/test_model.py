@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from model import Condition, MMDiT, MMDiTConfig
 from support.attention import attend
-from support.files import load_weights
+from support.files import config_from_json, load_weights
 from support.trainee import recompute
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -285,7 +285,7 @@ def test_diffusers_loads_what_we_wrote(tmp_path):
     assert not any(report.values())
     for state in (theirs.state_dict(), MMDiT.from_pretrained(tmp_path).state_dict()):
         assert all(torch.equal(tensor, state[name]) for name, tensor in ours.state_dict().items())
-    assert MMDiTConfig.from_json(tmp_path / "config.json") == ours.config
+    assert config_from_json(MMDiTConfig, tmp_path / "config.json") == ours.config
 
 
 def test_loaded_weights_survive_being_saved_over(tmp_path):
