@@ -27,7 +27,7 @@ and looks at the sources and is freed, the MMDiT walks from noise to latents, th
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,6 +54,7 @@ from support.export import export_student
 from support.files import config_from_json, may_write
 from support.lora import LoRA, merge, read_lora
 from support.pictures import MOST_SOURCES, MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
+from support.trainee import Network
 
 # ---- The pipeline ----------------------------------------------------------------------------------------------------
 
@@ -204,20 +205,9 @@ class Pipeline:
         check_stage("the latents of a source picture", z, vae.quant_conv.weight.dtype)
         return z.expand(len(pictures), -1, -1, -1)  # (B, 64, h, w)
 
-    def velocity(self, condition: Condition) -> Callable[[Tensor, Tensor], Tensor]:
+    def velocity(self, condition: Condition) -> flow.Velocity:
         """The MMDiT under one condition, v(z, t), as flow.py takes it. z (B, 64, h, w); t (B,)."""
-        prefix = None
-
-        def call(z: Tensor, t: Tensor) -> Tensor:
-            nonlocal prefix
-            # The state itself stays in fp32 between the steps.
-            z, t = z.to(self.dtype), flow.network_time(t, self.dtype)  # (B, 64, h, w), (B,)
-            if prefix is None and self.mmdit.config.causal_condition:
-                v, prefix = self.mmdit.with_prefix(z, t, condition)  # (B, 64, h, w)
-                return v
-            return self.mmdit(z, t, condition, prefix)  # (B, 64, h, w)
-
-        return call
+        return Network(self.mmdit).velocity(condition.to(self.device, self.dtype), keep=True)
 
     def sigmas(self, steps: int | None, tokens: int) -> list[float]:
         """The schedule of a picture of `tokens` tokens, its final 0 included. steps None: the checkpoint's, else 40."""
@@ -373,24 +363,22 @@ def main(arguments: list[str] | None = None) -> None:
     notes |= {"checkpoint": args.checkpoint, "dtype": dtype, "fit": args.fit}
 
     # Where each picture goes is tried before any is drawn.
-    pictures, out = [], Path(args.out)
-    for job, (prompt, images) in enumerate(jobs):
-        for seed in range(args.seed, args.seed + args.num_images):
-            one = len(jobs) * args.num_images == 1
-            path = out if one else out.with_stem(f"{out.stem}-{len(pictures) + 1}")
-            made = {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings, **notes}
-            may_write(path, args.overwrite)
-            pictures.append((job, seed, path, made))
+    out, count = Path(args.out), len(jobs) * args.num_images
+    paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, count + 1)]
+    for path in paths:
+        may_write(path, args.overwrite)
 
     # The encoder reads all prompts first, and leaves before the MMDiT comes.
     pipeline.fit = args.fit
     read = args.resolution, settings["guidance"], args.negative_prompt
     conditions = [pipeline.conditions([prompt], [images], *read) for prompt, images in jobs]
     pipeline.free_encoder()
-    for job, seed, path, made in pictures:
+    for number, path in enumerate(paths):
+        job, nth = divmod(number, args.num_images)
+        (prompt, images), seed = jobs[job], args.seed + nth
         picture = pipeline.draw(conditions[job], seed=seed, **settings)[0]
-        save(picture, path, made)
-        print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {made['prompt']!r}")
+        save(picture, path, {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings, **notes})
+        print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
 
 
 if __name__ == "__main__":

@@ -92,11 +92,6 @@ def test_weights_that_do_not_add_up(weights):
         dmd.mixture(weights, {"a": Affine(), "b": Affine()})
 
 
-def test_weight_for_an_unknown_teacher():
-    with pytest.raises(ValueError, match="'tekst'.*'base', 'text'"):
-        dmd.mixture({"base": 0.5, "tekst": 0.5}, {"base": Affine(), "text": Affine()})
-
-
 # ---- the two losses ----
 
 
