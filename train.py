@@ -254,7 +254,6 @@ def train(args: Args, pool: Pool, state: Path | None) -> Path:
     """
     job, first = open_job(args, pool, state), int(state.name) if state else 0
     bar = tqdm(range(first, args.steps), args.objective, args.steps, initial=first, unit="step", disable=rank() > 0)
-    config = job.trainee.network.model.config
     with noted_signals() as signals:
         for step in bar:
             began, lr_factor = time.perf_counter(), lr_factor_at(args, step)
@@ -267,7 +266,7 @@ def train(args: Args, pool: Pool, state: Path | None) -> Path:
                     records.append(update_student(job, step, lr_factor))
             done = step + 1
             seconds = time.perf_counter() - began
-            bar.set_postfix_str(watch.note(args, job.recipe, config, records, done, lr_factor, seconds), refresh=False)
+            bar.set_postfix_str(watch.note(args, records, done, lr_factor, seconds), refresh=False)
             if due(args, args.panel_every, done):
                 with job.trainee.averaged() as network:
                     watch.draw_pictures(args, job.pool, network, records[-1], done)

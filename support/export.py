@@ -7,7 +7,7 @@ import torch
 
 from model import MMDiT
 from support.checkpoint import check_sigmas, read_index
-from support.files import aside, check_finite, files_in, may_write, read_json, write_json
+from support.files import aside, check_finite, may_write, read_json, write_json
 from support.lora import factorise, role_lora, write_lora
 from support.ranks import rank, together
 from support.sample_flags import Args
@@ -16,17 +16,13 @@ from support.trainee import Trainee
 FROZEN = ("vae", "text_encoder", "processor")  # what a student shares with its base
 
 
-def may_export(base_directory: str | Path, out_directory: str | Path, overwrite: bool = False) -> None:
-    """Whether `export` will find what it needs and may write there (files.may_write); to be asked before the work."""
-    base, out = Path(base_directory).resolve(), Path(out_directory).resolve()
+def check_base(base: Path) -> None:
+    """ValueError or FileNotFoundError unless the folder has all parts of a checkpoint, which `export` will need."""
     read_index(base)
     read_json(base / "scheduler" / "scheduler_config.json")
     for name in (*FROZEN, "transformer"):
         if not (base / name).is_dir():
             raise FileNotFoundError(f"{base / name}: no such folder; a checkpoint in the published layout has it")
-    if base.is_relative_to(out):
-        raise ValueError(f"{out}: holds the base checkpoint, which would be lost; name another folder")
-    may_write(out, overwrite, folder=True)
 
 
 def export(
@@ -36,18 +32,18 @@ def export(
     out_directory: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     link: bool = False,
-    overwrite: bool = False,
 ) -> None:
     """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), an identity
     scheduler; encoder, VAE and processor are copied from the base checkpoint, or linked to it: 18 GB less for the
     published ones, and the folder is whole only as long as the base stays where it is.
 
-    model_index.json notes which files the export wrote (`_files`). ValueError: see may_export.
+    ValueError, before anything is written: the folder has something in it, or the model is not finite.
     """
     base, out = Path(base_directory).resolve(), Path(out_directory).resolve()
     sigmas = check_sigmas(sigmas, "sigmas")
     check_finite(model.state_dict(), f"{out}: the student")
-    may_export(base, out, overwrite)
+    check_base(base)
+    may_write(out, folder=True)
     with aside(out) as part:
         part.mkdir()
         for name in FROZEN:
@@ -59,8 +55,7 @@ def export(
         scheduler = read_json(base / "scheduler" / "scheduler_config.json")
         scheduler |= {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
         write_json(part / "scheduler" / "scheduler_config.json", scheduler)
-        notes = {"_files": [*files_in(part), "model_index.json"]}
-        write_json(part / "model_index.json", read_index(base) | {"sample_sigmas": sigmas, "guidance": 1.0} | notes)
+        write_json(part / "model_index.json", read_index(base) | {"sample_sigmas": sigmas, "guidance": 1.0})
 
 
 def export_student(pipeline, args: Args) -> None:
@@ -71,8 +66,8 @@ def export_student(pipeline, args: Args) -> None:
             f"{args.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
         )
     if not args.base:
-        may_export(args.checkpoint, args.export, args.overwrite)
-        export(args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link, overwrite=args.overwrite)
+        may_write(args.export, folder=True)  # before the weights are read
+        export(args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link)
         return print(f"{args.export}: {len(sigmas)} steps at {sigmas}")
     may_write(args.export, args.overwrite)
     base = MMDiT.from_pretrained(Path(args.base) / "transformer", pipeline.dtype, pipeline.device)
@@ -99,5 +94,5 @@ def export_run(args, trainee: Trainee, sigmas: list[float]) -> Path:
             if flows:
                 alone.save_pretrained(folder)
             else:
-                export(args.checkpoint, alone, sigmas[:-1], folder, overwrite=True)
+                export(args.checkpoint, alone, sigmas[:-1], folder)
     return folder

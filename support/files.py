@@ -30,62 +30,44 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # types of weights
 def may_write(path: str | Path, overwrite: bool = False, folder: bool = False) -> None:
     """Decide whether `path` may be written, and try whether it can be. Folders above it are created.
 
-    what stands there                             it is replaced
-    nothing, or an empty folder                   yes
-    a file, or a folder that an export wrote      with `overwrite`
-    a folder with anything that no export wrote   never
+    what stands there              it is replaced
+    nothing, or an empty folder    yes
+    a file                         with `overwrite`
+    a folder with anything in it   never
 
     ValueError or OSError say what is in the way.
     """
     path = Path(path)
-    if path.exists() and path.is_dir() != folder:
-        raise ValueError(f"{path}: is a {'file' if folder else 'folder'}; name a {'folder' if folder else 'file'}")
-    there = files_in(path) if path.is_dir() else []
-    if there:
-        ours = read_json(path / "model_index.json").get("_files") if "model_index.json" in there else None
-        if extra := [name for name in there if not isinstance(ours, list) or name not in ours]:
-            raise ValueError(f"{path}: {extra[0]} in it was not written by an export; name another folder")
-    if (there or path.is_file()) and not overwrite:
-        raise ValueError(f"{path}: exists; name another, or give --overwrite")
+    if path.is_dir() and (not folder or any(path.iterdir())):
+        raise ValueError(f"{path}: is a folder with something in it; name another place")
+    if path.is_file() and (folder or not overwrite):
+        raise ValueError(f"{path}: exists; name another{'' if folder else ', or give --overwrite'}")
     with aside(path) as part:  # a trial: nothing is written, so nothing is renamed
         part.touch()
         part.unlink()
 
 
-def files_in(folder: Path) -> list[str]:
-    """Every file and link in a folder, as paths relative to it. Links are not followed."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-
-
 @contextmanager
 def aside(path: str | Path) -> Iterator[Path]:
-    """Within, write a file or a folder at the path that is given. Afterwards it takes the place of `path`.
+    """Within, write a file or a folder at the path that is given. Afterwards it takes the place of `path`, which is no
+    folder with anything in it.
 
-    After an error, Ctrl-C or a full disk nothing of it is left and `path` is as before. OSError names `path`. The names
-    used beside it are ours alone; a killed run's leftovers are removed by the next one that writes to `path`.
+    After an error, Ctrl-C or a full disk nothing of it is left and `path` is as before. OSError names `path`. The name
+    used beside it is ours alone; a killed run's leftovers are removed by the next one that writes to `path`.
     """
     path = Path(path)
-    part, old = (path.with_name(f".{path.name}.qwen-image-flash.{end}") for end in ("part", "old"))
-
-    def tidy() -> None:
-        if os.path.lexists(old) and not os.path.lexists(path):  # stopped between the two renames below
-            os.replace(old, path)
-        remove(old)
-        remove(part)
-
+    part = path.with_name(f".{path.name}.qwen-image-flash.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        tidy()
+        remove(part)
         yield part
-        if part.is_dir() and path.is_dir():  # a rename does not replace a folder
-            os.replace(path, old)
         if os.path.lexists(part):
             os.replace(part, path)
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error})") from None
     finally:
         with suppress(OSError):  # the first error is the one to be told
-            tidy()
+            remove(part)
 
 
 def remove(path: Path) -> None:

@@ -52,20 +52,6 @@ def sample_flops(
     return bool(steps) * text + steps * step + (3 + looks) * (text + step) - frozen
 
 
-def utilisation(args, config: MMDiTConfig, recipe, records: list, seconds: float) -> float | None:
-    """The share of the device's peak that a step's necessary work amounts to; None where the peak is not known. records:
-    watch.Record, which hold this process's batches."""
-    peak, work = peak_flops(args), 0.0
-    losses = [(r.loss_name, batch, values) for r in records for batch, values in r.losses]
-    for name, batch, values in losses if peak else ():
-        purpose, scorers = {"fake_loss": "fake", "loss": "student" if batch.k is not None else "flow"}[name], 0
-        if purpose == "student":
-            teachers = recipe.weights(batch.k, args.student_steps, batch.task, batch.category)
-            scorers = len(teachers) * (1 if args.guidance == 1 else 2)
-        work += len(values) * sample_flops(config, purpose, *batch.tokens, batch.k, scorers, args.lora_rank > 0)
-    return round(work / seconds / peak, 4) if peak else None  # of each rank, and they are alike
-
-
 @dataclass
 class Plan:
     """One process's bytes by part, and an update's FLOPs over all processes."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 
 from support import checkpoint, prompts
 from support.conditions import shards
-from support.export import may_export
+from support.export import check_base
 from support.files import read_json, write_json, write_tensors
 from support.options import flag
 from support.ranks import by_first, rank, ranks, say, together
@@ -106,7 +107,7 @@ def _open_run(args) -> tuple[object, Path | None]:
         contents[f"teacher {name}"] = checkpoint.files_fingerprint(place.iterdir() if place.is_dir() else [place])
     contents |= {"a prompt or its picture": prompts.fingerprint(args.prompts)} if args.prompts else {}
     started = start_record(args)
-    may_export(args.checkpoint, out / "student", overwrite=True)  # as the end of the run will
+    check_base(args.checkpoint)
 
     if before is None:
         out.mkdir(parents=True, exist_ok=True)
@@ -119,12 +120,9 @@ def _open_run(args) -> tuple[object, Path | None]:
     for name in sorted(contents.keys() | before["contents"].keys()):
         if contents.get(name) != before["contents"].get(name):
             raise ValueError(f"{name} is not what the run in {out} was started with; put it back, or start anew")
-    state = newest(out)
+    state = [None, *whole_checkpoints(out)][-1]
     if state and int(state.name) > args.steps:
         raise ValueError(f"--steps {args.steps}: the run in {out} is at step {int(state.name)} already")
-    result = out / ("transformer" if args.objective == "flow" else "student")
-    if result.exists():
-        say(f"{result}: from an earlier end of this run; the end of this one replaces it")
     return args, state
 
 
@@ -160,7 +158,6 @@ def save(out: Path, step: int, trainees: dict[str, Trainee]) -> None:
     def publish() -> None:
         shutil.rmtree(place, ignore_errors=True)
         os.replace(aside, place)
-        write_json(out / "newest.json", {"step": step})
         for old in whole_checkpoints(out)[:-2]:
             shutil.rmtree(old)
 
@@ -196,19 +193,10 @@ def whole_checkpoints(out: Path) -> list[Path]:
     return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit())
 
 
-def newest(out: Path) -> Path | None:
-    """The newest checkpoint; None for a run that ended before its first. ValueError where all of them were removed."""
-    found = [None, *whole_checkpoints(out)][-1]
-    if found is None and (out / "newest.json").is_file():
-        raise ValueError(
-            f"{out / 'checkpoints'}: its checkpoints are gone; put one back, or start anew with another --out"
-        )
-    return found
-
-
 def restore(args, state: Path | None, trainees: dict[str, Trainee]) -> None:
     """Bring the networks to the checkpoint `state` (None: they stay at their start), then open the folder of a resumed
-    run: args.json notes this start, and the metrics are cut back to the checkpoint's step.
+    run: args.json notes this start, the metrics are cut back to the checkpoint's step, and the result of an earlier end
+    gets another name.
 
     ValueError, before that, unless the checkpoint holds exactly the files and tensors that such a run writes.
     """
@@ -223,6 +211,11 @@ def restore(args, state: Path | None, trainees: dict[str, Trainee]) -> None:
         write_json(args.out / "args.json", read_json(args.out / "args.json") | start_record(args))
         if (metrics := args.out / "metrics.jsonl").is_file():
             metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:step]))
+        result = args.out / ("transformer" if args.objective == "flow" else "student")
+        if result.exists():
+            kept = next(path for n in count(1) if not (path := result.with_name(f"{result.name}-{n}")).exists())
+            os.replace(result, kept)
+            say(f"{result}: from an earlier end of this run, is now {kept.name}")
 
     by_first(open_folder)
     say(f"{args.out}: goes on after step {step} of {args.steps}")
@@ -230,12 +223,10 @@ def restore(args, state: Path | None, trainees: dict[str, Trainee]) -> None:
 
 def state_files(folder: Path, names: list[str]) -> dict[str, list[Path]]:
     """A checkpoint's files by network, in the order of their ranks; ValueError unless they are complete, and all."""
-    found = {name: sorted(folder.glob(f"{name}-*.safetensors")) for name in names}
-    for name, files in found.items():
-        if not files or [f.name for f in files] != [state_name(name, i, len(files)) for i in range(len(files))]:
-            raise ValueError(f"{folder}: not all files of the {name} are there, or too many")
-    if stray := set(folder.iterdir()) - set(sum(found.values(), [])):
-        raise ValueError(f"{min(stray)}: no file of this run; move it away")
+    found = {name: sorted(folder.glob(f"{name}-*")) for name in names}
+    expected = [folder / state_name(name, i, len(files)) for name, files in found.items() for i in range(len(files))]
+    if not all(found.values()) or set(folder.iterdir()) != set(expected):
+        raise ValueError(f"{folder}: should hold the files that a run saves of {' and '.join(names)}, and no others")
     return found
 
 

@@ -27,7 +27,7 @@ class Args(Options):
     checkpoint: str = option(str(TOY), "folder in the published layout")
     lora: tuple[str, ...] = option((), "FILE or FILE:SCALE, change the MMDiT by these; the scale is 1")
     sigmas: tuple[float, ...] = option((), "stop at exactly these times from 1 down, without the last 0", "(0, 1]")
-    overwrite: bool = option(False, "replace what stands at --out or --export")
+    overwrite: bool = option(False, "replace files that stand at --out or --export; folders are never replaced")
     device: str | None = option(None, "default: cuda where there is one, else cpu")
     dtype: str | None = option(None, "default: bfloat16 on cuda, else float32", "bfloat16 | float16 | float32")
     offload: bool = option(False, "keep on the device only the network at work")

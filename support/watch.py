@@ -17,8 +17,6 @@ from torch import Tensor
 
 import flow
 from encoders.vae import VAE
-from model import MMDiTConfig
-from support import plan
 from support.batches import Batch, generator, make_batch
 from support.conditions import Pool
 from support.pictures import to_pictures
@@ -77,17 +75,16 @@ def metrics(records: list[Record], everyone: Callable[[list], list]) -> dict:
     return total | norms | each | parts
 
 
-def note(args, recipe, config: MMDiTConfig, records: list[Record], step: int, lr_factor: float, seconds: float) -> str:
+def note(args, records: list[Record], step: int, lr_factor: float, seconds: float) -> str:
     """Add a step that took so many seconds to metrics.jsonl. Returns the text of the progress line."""
     pace = {"seconds": round(seconds, 4), "images_per_second": round(args.batch / seconds, 2)}
-    pace |= {"mfu": plan.utilisation(args, config, recipe, records, seconds), "memory_gb": memory(args.device)}
+    pace |= {"memory_gb": memory(args.device)}
     line = {"step": step, "rate": lr_factor} | pace | metrics(records, everyone)
     with together(), open(args.out / "metrics.jsonl" if rank() == 0 else os.devnull, "a") as file:
         file.write(json.dumps(line) + "\n")
     norms = [name for name in ("fake_grad_norm", "grad_norm") if name in line]
     norms = ", ".join(f"{name.replace('_', ' ')} {line[name]:.2f}" for name in norms)
-    mfu = "" if line["mfu"] is None else f", MFU {line['mfu']:.0%}"
-    return f"loss {line['loss']:.4f}, {norms}, {line['images_per_second']:.1f} images/s{mfu}, {line['memory_gb']} GB"
+    return f"loss {line['loss']:.4f}, {norms}, {line['images_per_second']:.1f} images/s, {line['memory_gb']} GB"
 
 
 def memory(device: str) -> float:
