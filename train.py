@@ -66,7 +66,7 @@ class Args(Options):
     recompute: bool = option(False, "compute blocks again in the backward pass: less memory, a third more work")
     plan: bool = option(False, "print memory, work and time of such a run, and do nothing else")
     gpus: int | None = option(None, "with --plan: number of processes", "[1, 1e6]")
-    peak_tflops: float | None = option(None, "of one GPU; default: known for a few, by name", "(0, 1e6]")
+    peak_tflops: float = option(989.0, "with --plan: of one GPU in bf16; this is an H100's", "(0, 1e6]")
     utilisation: float = option(0.4, "with --plan: the part of the peak that is reached", "(0, 1]")
 
     # The optimisation. Ours, from a prototype of the laptop's size, unless a source is named.

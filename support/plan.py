@@ -24,14 +24,6 @@ def parameters(config: MMDiTConfig) -> int:
         return sum(p.numel() for p in MMDiT(config).parameters())
 
 
-def peak_flops(args) -> float | None:
-    """Of one device, a second, dense: what its maker says, in bf16. None: not known."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device.startswith("cuda") else "none"
-    known = {"H100": 989, "H200": 989, "B200": 2250, "A100": 312, "4090": 165}
-    tflops = args.peak_tflops or next((tflops for part, tflops in known.items() if part in name), None)
-    return tflops and 1e12 * tflops
-
-
 def sample_flops(
     config: MMDiTConfig, purpose: str, prefix: int, target: int, k: int | None, scorers: int, lora: bool = False
 ) -> float:
@@ -131,9 +123,7 @@ def describe(args, recipe, gpus: int, teachers: dict[str, Path]) -> str:
     tasks = [task for task, parts in zip(TASKS, recipe.ratio, strict=True) if parts]
     layouts = {task: (TEXT + (tokens if task == "edit" else 0), tokens) for task in tasks}
     plan = make_plan(args, config, recipe, gpus, frozen, layouts)
-    known = peak_flops(args)
-    peak = known or 989e12
-    seconds = plan.update_flops / (gpus * peak * args.utilisation)
+    seconds = plan.update_flops / (gpus * 1e12 * args.peak_tflops * args.utilisation)
     way = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "all weights"
     lines = [
         f"{args.checkpoint}: {plan.parameters / 1e9:.3f} billion parameters, {plan.trained / 1e6:.1f} million trained",
@@ -145,7 +135,6 @@ def describe(args, recipe, gpus: int, teachers: dict[str, Path]) -> str:
         f"  {'peak':16} {plan.peak / 1e9:9.3f}",
         f"{plan.update_flops / 1e12:,.2f} TFLOP an update",
         f"{seconds:,.2f} s an update, {seconds * args.steps / 3600:,.2f} h for {args.steps} steps, at "
-        f"{args.utilisation:.0%} of {peak / 1e12:,.0f} TFLOP/s a process"
-        + ("" if known else " (an H100's in bf16; --peak-tflops says another)"),
+        f"{args.utilisation:.0%} of {args.peak_tflops:,.0f} TFLOP/s a process (--peak-tflops; 989 is an H100's in bf16)",
     ]
     return "\n".join(lines)
