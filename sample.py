@@ -53,7 +53,8 @@ from support.checkpoint import Scheduler, check_parts, check_sigmas, check_stage
 from support.export import export_student
 from support.files import config_from_json, may_write
 from support.lora import LoRA, merge, read_lora
-from support.pictures import MOST_SOURCES, MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
+from support.pictures import MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
+from support.prompts import MOST_IMAGES
 from support.trainee import Network
 
 # ---- The pipeline ----------------------------------------------------------------------------------------------------
@@ -182,8 +183,8 @@ class Pipeline:
         sources', if they have been encoded before.
         """
         images = [[] for _ in prompts] if images is None else images
-        if (most := max(map(len, images), default=0)) > MOST_SOURCES:
-            raise ValueError(f"{most} source pictures for one prompt: at most {MOST_SOURCES} are read")
+        if (most := max(map(len, images), default=0)) > MOST_IMAGES:
+            raise ValueError(f"{most} source pictures for one prompt: at most {MOST_IMAGES} are read")
         resolution = self.resolution if resolution is None else resolution
         if resolution < MULTIPLE:
             raise ValueError(f"resolution {resolution}: at least {MULTIPLE} pixels are needed")

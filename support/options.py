@@ -70,8 +70,9 @@ def parse(argv: list[str] | None, kind: type[Options], about: str, defaults=lamb
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
         else:
             one = next((t for t in get_args(f.type) if t is not NoneType), f.type)  # X | None, tuple[X, ...] -> X
-            nargs = "+" if isinstance(f.default, tuple) else None
-            parser.add_argument(flag(f.name), type=one, nargs=nargs, help=text, metavar=one.__name__.upper())
+            nargs, within = "+" if isinstance(f.default, tuple) else None, f.metadata["within"] or ""
+            shown = within.replace(" ", "") if "|" in within else one.__name__.upper()
+            parser.add_argument(flag(f.name), type=one, nargs=nargs, help=text, metavar=shown)
     given = vars(parser.parse_args(argv))
     wants_help = given.pop("help", False)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

@@ -22,7 +22,6 @@ with suppress(ImportError):  # Pillow itself reads no HEIC
     register_heif_opener()
 
 Source = str | Path | Image.Image  # a picture, or the file it is in
-MOST_SOURCES = 10  # of one edit
 MULTIPLE = 32  # sides are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels
 MOST_PIXELS = 4096 * 4096  # of a picture to draw; also the most that the published processor reads
 
