@@ -100,20 +100,18 @@ def paint(vae: Path, device: str, rows: dict[str, Iterable[Tensor]], heads: list
     decoder = VAE.from_pretrained(vae, device=device)
     decoded = {name: [to_pictures(decoder.decode(z[None].float()))[0] for z in row] for name, row in rows.items()}
     shown = {name: row for name, row in decoded.items() if row}
-    heights = [max(picture.height for picture in row) for row in shown.values()]
-    font = ImageFont.load_default(max(heights) // 8)
+    width, height = (max(sides) for sides in zip(*(picture.size for row in shown.values() for picture in row)))
+    font = ImageFont.load_default(height // 8)
     left, top = int(max(font.getlength(name) for name in shown)) + 8, font.size + 8 if heads else 0
-    width = left + max(sum(picture.width for picture in row) for row in shown.values())
-    canvas = Image.new("RGBA", (width, top + sum(heights)), "white")
+    size = left + width * max(map(len, shown.values())), top + height * len(shown)
+    canvas = Image.new("RGBA", size, "white")
     pen = ImageDraw.Draw(canvas)
     for i, (name, row) in enumerate(shown.items()):
-        y = top + sum(heights[:i])
-        pen.text((4, y + heights[i] // 2), name, fill="black", font=font, anchor="lm")
+        pen.text((4, top + i * height + height // 2), name, fill="black", font=font, anchor="lm")
         for j, picture in enumerate(row):
-            x = left + sum(p.width for p in row[:j])
-            canvas.alpha_composite(picture, (x, y))
-            if i == 0 and heads:
-                pen.text((x + picture.width // 2, top // 2), heads[j], fill="black", font=font, anchor="mm")
+            canvas.alpha_composite(picture, (left + j * width, top + i * height))
+    for j, head in enumerate(heads):
+        pen.text((left + j * width + width // 2, top // 2), head, fill="black", font=font, anchor="mm")
     path.parent.mkdir(exist_ok=True)
     canvas.convert("RGB").save(path)
 
