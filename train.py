@@ -5,10 +5,10 @@
     update_flow       the flow objective: a teacher learns from pictures
     train             the loop: several fake updates, one of the student, then the log, the pictures and the checkpoint
 
-Every prompt is encoded once, before the first update; then the encoders are freed. A STEP of training is one update of the
-student (or, with the flow objective, of the teacher). The student's own steps, from noise to picture, are counted by k. A
-MICRO-BATCH has one task, one category and one k; each process has an equal part of it. Every random number follows from
-(seed, step, sample, purpose), so a resumed run needs only its step.
+Every prompt is encoded once, before the first update; then the encoders are freed. A STEP of training is one update of
+the student (or, with the flow objective, of the teacher). The student's own steps, from noise to picture, are counted
+by k. A MICRO-BATCH has one task, one category and one k; each process has an equal part of it. Every random number
+follows from (seed, step, sample, purpose), so a resumed run needs only its step.
 
     python train.py                                                  the laptop run
     python train.py --prompts mine.jsonl --out runs/mine             your own prompts and pictures

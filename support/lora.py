@@ -166,11 +166,12 @@ LORA_KEY = re.compile(
 def write_lora(
     path: str | Path, lora: LoRA, sigmas: list[float] | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write one safetensors file: for every layer A (r, in), B (out, r) and alpha. A few-step student's `sigmas` stand in
-    its header as `sample_sigmas`.
+    """Write one safetensors file: for every layer A (r, in), B (out, r) and alpha. A few-step student's
+    `sigmas` stand in its header as `sample_sigmas`.
 
-    A layer has its own name, without a prefix: diffusers reads alpha there (behind `transformer.` it would refuse it), and
-    ComfyUI, which fuses two of the MLP's layers, finds their halves there (behind `diffusion_model.` it would drop them).
+    A layer has its own name, without a prefix: diffusers reads alpha there (behind `transformer.` it would refuse it),
+    and ComfyUI, which fuses two of the MLP's layers, finds their halves there (behind `diffusion_model.` it would drop
+    them).
     """
     tensors = {}
     for name, (a, b, alpha) in lora.items():
@@ -185,8 +186,8 @@ def write_lora(
 def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | None]:
     """Read a LoRA file for `model`, in any spelling of the family's: (the LoRA, in fp32; its sample_sigmas or None).
 
-    Without an alpha the changes are B A. ValueError or FileNotFoundError name the file and the layer: one that is not in
-    `model`, is given twice or has another shape, half a pair, a tensor that belongs to no LoRA, a file that is torn.
+    Without an alpha the changes are B A. ValueError or FileNotFoundError name the file and the layer: one that is not
+    in `model`, is given twice or has another shape, half a pair, a tensor that belongs to no LoRA, a file that is torn.
     """
     path = Path(path)
     if not path.is_file():
@@ -230,7 +231,7 @@ def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | N
 
 
 def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[float] | None]:
-    """What a LoRA file's header says beside its tensors: alpha, where diffusers and peft keep it, and the sample_sigmas."""
+    """What a LoRA file's header says: alpha, where diffusers and peft keep it, and the sample_sigmas."""
     try:
         said = parse_json(header.get("lora_adapter_metadata", "{}"))
         sigmas = parse_json(header.get("sample_sigmas", "null"))

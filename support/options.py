@@ -50,8 +50,8 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str] | None, kind: type[Options], about: str, defaults=lambda args: {}):
     """The command line as a `kind`. ValueError names the flag.
 
-    about: a docstring; --help shows its first paragraph, and those with commands. defaults(args): the values that differ
-    from the dataclass's own, known once the given flags are.
+    about: a docstring; --help shows its first paragraph, and those with commands. defaults(args): the values that
+    differ from the dataclass's own, known once the given flags are.
     """
     title, *paragraphs = about.split("\n\n")
     parser = Parser(

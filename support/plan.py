@@ -135,6 +135,6 @@ def describe(args, recipe, gpus: int, teachers: dict[str, Path]) -> str:
         f"  {'peak':16} {plan.peak / 1e9:9.3f}",
         f"{plan.update_flops / 1e12:,.2f} TFLOP an update",
         f"{seconds:,.2f} s an update, {seconds * args.steps / 3600:,.2f} h for {args.steps} steps, at "
-        f"{args.utilisation:.0%} of {args.peak_tflops:,.0f} TFLOP/s a process (--peak-tflops; 989 is an H100's in bf16)",
+        f"{args.utilisation:.0%} of {args.peak_tflops:,.0f} TFLOP/s a process (--peak-tflops; an H100's is 989)",
     ]
     return "\n".join(lines)

@@ -41,7 +41,7 @@ def divisible(batch: int, micro_batch: int, processes: int) -> dict[str, int]:
 
 
 def of_run(args) -> dict:
-    """The defaults of a run whose given options are in `args`: for its objective, checkpoint and number of processes."""
+    """The defaults of a run whose given options are in `args`: for objective, checkpoint and number of processes."""
     config, parameters = args.checkpoint / "transformer" / "config.json", 0
     if args.checkpoint != TOY and config.is_file():  # where there is none, who opens the checkpoint says so
         from support import plan  # imports torch

@@ -1,4 +1,4 @@
-"""The edges of a program: its start and end, notices, and what was read: numbers and JSON. Torch is not imported here."""
+"""The edges of a program: start, end, notices, and the check of numbers and JSON. Torch is not imported here."""
 
 import json
 import os

@@ -163,8 +163,8 @@ class Trainee:
         self.contents.append(f"{batch.where()}, t = {batch.times}")
 
     def update(self, lr_factor: float) -> float:
-        """Clip the gradient, take a step at `lr_factor` times the learning rates, update the average. Returns the gradient's
-        norm before clipping."""
+        """Clip the gradient, take a step at `lr_factor` times the learning rates, update the average. Returns
+        the gradient's norm before clipping."""
         if not self.sharded:  # sharded ones are averaged in the backward pass
             average_over_ranks([m.grad for m in self.masters])
         norm = whole(nn.utils.clip_grad_norm_(self.masters, self.clip, foreach=True)).item()
