@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from support import checkpoint, prompts, watch
-from support.conditions import shards
 from support.files import open_weights, read_json, write_json, write_tensors
 from support.options import check, flag
 from support.ranks import by_first, rank, ranks, say, together
@@ -123,7 +122,6 @@ def _open_run(args) -> tuple[object, Path | None]:
         if not (args.checkpoint / name).is_dir():
             raise ValueError(f"{args.checkpoint / name}: no such folder; a checkpoint in the published layout has it")
     read_json(args.checkpoint / "scheduler" / "scheduler_config.json")
-    shards(args.cache or out / "conditions")
     contents = {"the checkpoint": checkpoint.fingerprint(args.checkpoint)}
     for name, place in find_teachers(args).items():
         contents[f"teacher {name}"] = checkpoint.files_fingerprint(place.iterdir() if place.is_dir() else [place])

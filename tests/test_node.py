@@ -289,12 +289,11 @@ def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):
     """Each group of prompts is encoded by one rank, in the groups that one process would make; both have all of it."""
     (tmp_path / "log").mkdir()
 
-    def encode(encoders, prompts, resolution, empty, targets, how):
+    def encode(encoders, prompts, *arguments):
         words = [prompt.prompt for prompt in prompts]
         (tmp_path / "log" / hashlib.md5(" ".join(words).encode()).hexdigest()).write_text(str(train.rank()))
-        return [
-            Entry("t2i", "text", torch.full((2, 3), float(w)).bfloat16(), None, [], [], None, (4, 4)) for w in words
-        ]
+        nothing = dict(empty=None, slots=[], sources=[], target=None)
+        return [dict(states=torch.full((2, 3), float(w)).bfloat16(), **nothing) for w in words]
 
     monkeypatch.setattr(conditions, "encode", encode)
     monkeypatch.setattr(conditions.Encoders, "from_pretrained", lambda *arguments: None)
