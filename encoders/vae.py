@@ -28,9 +28,8 @@ from torch import Tensor, nn
 from support.files import config_from_json, load_weights, save_config, save_weights, within
 
 STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
-# What is computed at once, in latent pixels; ours, for memory. A picture of 1024 x 1024 has 64 x 64.
-ENCODED = 4 * 64 * 64
-DECODED = 64 * 64
+ENCODED = 4 * 64 * 64  # latent pixels of a batch that are encoded at once; ours, for memory: four of 1024 x 1024
+DECODED = 64 * 64  # latent pixels of each picture that are decoded at once
 
 
 @dataclass
@@ -259,15 +258,15 @@ class Decoder(nn.Module):
         self.norm_out = Norm(out_dim)
         self.conv_out = nn.Conv2d(out_dim, config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor, part: int) -> Tensor:
-        """Pictures (B, 4, H, W), of at most `part` latent pixels at once: strips of whole rows, one after the other.
+    def forward(self, z: Tensor) -> Tensor:
+        """Pictures (B, 4, H, W), of at most DECODED latent pixels at once: strips of whole rows, one after the other.
 
         The strips are exact, not blended. Up to the middle block every pixel depends on every other, but that is done
         for the whole grid: it is small. After it come only convolutions (the norms look at one pixel), which reach a
         known way. So each level of a strip is given that many more rows of the level below than it must deliver.
         """
         x = self.mid_block(self.conv_in(z))  # (B, d, h, w)
-        rows = max(1, part // x.shape[3])
+        rows = max(1, DECODED // x.shape[3])
         strips = [self.strip(x, start, start + rows) for start in range(0, x.shape[2], rows)]
         return torch.cat(strips, 2)  # (B, 4, H, W)
 
@@ -313,10 +312,9 @@ class VAE(nn.Module):
             )
         return self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, z, h, w) each
 
-    def decode_raw(self, z: Tensor, part: int = DECODED) -> Tensor:
-        """images (B, 4, 16h, 16w), not clamped, of latents z (B, 64, h, w) that are not normalised. `part`, how many
-        latent pixels are decoded at once, changes the memory it takes and nothing else."""
-        return self.decoder(self.post_quant_conv(z), part)  # (B, 4, 16h, 16w)
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """images (B, 4, 16h, 16w), not clamped, of latents z (B, 64, h, w) that are not normalised."""
+        return self.decoder(self.post_quant_conv(z))  # (B, 4, 16h, 16w)
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 4, H, W) in [-1, 1] -> latents (B, 64, H/16, W/16): the posterior's mode, normalised.
@@ -330,13 +328,13 @@ class VAE(nn.Module):
         center, std = self.statistics(mean.device)  # (z, 1, 1) each
         return ((mean - center) / std).to(mean.dtype)  # (B, z, h, w)
 
-    def decode(self, latents: Tensor, part: int = DECODED) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w) around [-1, 1]; clamping is left to the caller.
 
-        Whatever the dtype given, the weights' dtype comes back. `part` as in `decode_raw`.
+        Whatever the dtype given, the weights' dtype comes back.
         """
         center, std = self.statistics(latents.device)  # (z, 1, 1) each
-        return self.decode_raw((latents * std + center).to(self.quant_conv.weight.dtype), part)  # (B, 4, 16h, 16w)
+        return self.decode_raw((latents * std + center).to(self.quant_conv.weight.dtype))  # (B, 4, 16h, 16w)
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents, (64, 1, 1) each. In fp32, which promotes whatever they meet."""

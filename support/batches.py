@@ -78,10 +78,9 @@ def chosen(args, pool: Pool, purpose: str, task: str, category: str, n: int) -> 
 
     They follow from seed and n alone. In an epoch each class gives as many micro-batches as it can fill, in a shuffled
     order; what is left of it comes first in the next epoch. Within a class entries come in a shuffled order, a new one
-    when all were seen. So within a class the counts never differ by more than one, and after any number of epochs all
-    entries were seen that often or once less. There are two exceptions. A class with fewer entries than a micro-batch
-    waits for several epochs, and then comes several times at once. And where micro_batch does not divide the batch, the
-    smaller micro-batch leaves some entries out.
+    when all were seen. So after any number of epochs all entries were seen that often or once less. There are two
+    exceptions. A class with fewer entries than a micro-batch waits for several epochs, and then comes several times at
+    once. And where micro_batch does not divide the batch, the smaller micro-batch leaves some entries out.
     """
     classes, size = pool.classes[task, category], args.micro_batch
     key, entries = f"{purpose} {task} {category}", sum(map(len, classes))
@@ -130,14 +129,12 @@ def make_batch(
     sources = [torch.stack(column).to(device, dtype) for column in zip(*(e.sources for e in entries), strict=True)]
 
     def condition(states: list[Tensor]) -> Condition:
-        padded = pad_sequence(states, batch_first=True)  # (B, L, C)
-        real = pad_sequence([torch.ones(len(s), dtype=torch.bool) for s in states], batch_first=True)  # (B, L)
         # The micro-batch's longest text may be another rank's. Then the target still stands behind that one.
-        skipped = max(0, length - padded.shape[1]) if states is words else 0
-        for start, stop in slots:  # the sources' slots, which entries do not keep; the network never reads these zeros
-            gap = padded.new_zeros(len(states), stop - start, padded.shape[2])  # (B, slots, C)
-            padded = torch.cat([padded[:, :start], gap, padded[:, start:]], 1)  # (B, L + slots, C)
-            real = torch.cat([real[:, :start], torch.ones_like(gap[..., 0], dtype=torch.bool), real[:, start:]], 1)
+        skipped = max(0, length - max(map(len, states))) if states is words else 0
+        for start, stop in slots:  # entries do not keep the states of sources' slots, nor does the network read them
+            states = [torch.cat([s[:start], s.new_zeros(stop - start, s.shape[1]), s[start:]]) for s in states]
+        real = pad_sequence([torch.ones(len(s), dtype=torch.bool) for s in states], batch_first=True)  # (B, L)
+        padded = pad_sequence(states, batch_first=True)  # (B, L, C)
         return Condition(padded, real, sources, slots, skipped).to(device, dtype)
 
     words, empty = [e.states for e in entries], [e.empty for e in entries]
