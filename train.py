@@ -51,6 +51,7 @@ class Args(Options):
     guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: the checkpoint's", "[1, 100]")
     resolution: int | None = option(None, "side of the pictures' area; default: the checkpoint's", "[32, 16384]")
     fit: str = option("stretch", "where sources and targets must change their shape", "stretch | crop | pad")
+    aspects: bool = option(False, "draw T2I prompts in five aspects (their words decide), not as squares alone")
     student_steps: int = option(4, "number of steps of the student, its NFE", "[1, 1000]")
     steps: int = option(500, "updates of the student", "[1, 1e9]")
     batch: int = option(12, "samples in an update, over all its micro-batches", "[1, 1e6]")
@@ -298,7 +299,8 @@ def encode(args: Args) -> Pool:
     say("prompts: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     cache, empty = args.cache or args.out / "conditions", flows or args.guidance != 1
-    return cached_pool(cache, prompts, args.checkpoint, dtype, args.device, args.resolution, empty, flows, args.fit)
+    pictures = args.resolution, empty, flows, args.fit, args.aspects
+    return cached_pool(cache, prompts, args.checkpoint, dtype, args.device, *pictures)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -433,12 +433,12 @@ class Qwen3VL(nn.Module):
     # Not inference_mode: its tensors may not enter a graph, and the MMDiT's backward pass needs the states.
     @torch.no_grad()
     def encode(
-        self, prompts: list[str], images: list[list[Image.Image]] | None = None
+        self, prompts: list[str], images: list[list[Image.Image]] | None = None, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         """The condition of a batch of prompts, each with its own source pictures, already resized.
 
         images: one list per prompt; None for text to image. All prompts of a batch have equally many, of the same
-        sizes in the same order: a batch has one layout.
+        sizes in the same order: a batch has one layout. seen: what `look` made of them, if other words were read before.
         Returns states (B, L, C), zero-padded on the right, L without the system turn; mask (B, L), True at real tokens;
         and for each picture [start, stop) of its slots along L, row-major, one slot for 32 x 32 pixels.
         ValueError: an unequal layout, a size the vision tower cannot take, a prompt that writes a slot token itself.
@@ -454,7 +454,7 @@ class Qwen3VL(nn.Module):
                 raise ValueError(f"prompt {prompt!r}: {SLOT} and <|video_pad|> are kept for pictures; remove them")
             if len(prompt) > MOST_LETTERS:
                 raise ValueError(f"prompt {short(prompt)}: {len(prompt)} letters; at most {MOST_LETTERS} are read")
-        seen = self._look(images)  # (1 + J, B, T, C)
+        seen = self.look(images) if seen is None else seen  # (1 + J, B, T, C)
 
         # Text is cut into tokens after the slots are written out, special tokens in a user's text included.
         grids = [(height // SIDE, width // SIDE) for width, height in sizes]
@@ -479,19 +479,17 @@ class Qwen3VL(nn.Module):
         states = states[:, cut:].masked_fill(~mask[..., None], 0)  # (B, L - cut, C)
         return states, mask, [(start - cut, stop - cut) for start, stop in runs]
 
-    def _look(self, images: list[list[Image.Image]]) -> Tensor:
-        """What the vision tower makes of each prompt's pictures, one after the other: (1 + J, B, T, C)."""
+    @torch.no_grad()
+    def look(self, images: list[list[Image.Image]]) -> Tensor:
+        """What the vision tower makes of each prompt's pictures, one after the other: (1 + J, B, T, C). See `encode`."""
         weight = self.model["visual"].pos_embed.weight
-        if not images[0]:
-            return weight.new_zeros(1, len(images), 0, self.config.text.hidden_size)  # (1, B, 0, C)
-        # Prompts often share a picture: each is looked at once, all of one size together.
-        pixels, looks = {}, {}
-        for image in {id(image): image for row in images for image in row}.values():
-            pixels.setdefault(image.size, {})[id(image)] = self.processor.pixels(image)  # (3, H, W)
-        for group in pixels.values():
-            features = self.model["visual"](torch.stack(list(group.values())).to(weight.device))  # (1 + J, N, S, C)
-            looks |= dict(zip(group, features.unbind(1), strict=True))  # (1 + J, S, C) each
-        return torch.stack([torch.cat([looks[id(image)] for image in row], dim=1) for row in images], dim=1)
+        columns = [weight.new_zeros(1, len(images), 0, self.config.text.hidden_size)]  # (1, B, 0, C), without pictures
+        for column in zip(*images, strict=True):
+            once = {id(image): image for image in column}  # prompts often share a picture
+            pixels = torch.stack([self.processor.pixels(image) for image in once.values()])  # (N, 3, H, W)
+            features = self.model["visual"](pixels.to(weight.device))  # (1 + J, N, S, C)
+            columns.append(features[:, [list(once).index(id(image)) for image in column]])  # (1 + J, B, S, C)
+        return torch.cat(columns[1:] or columns, dim=2)
 
 
 def rope_places(length: int, runs: list[tuple[int, int]], grids: list[tuple[int, int]]) -> Tensor:

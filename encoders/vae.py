@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from support.files import config_from_json, load_weights, save_config, save_weights, within
 
 STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
-TILE = 64  # latent pixels: pictures of up to 1024 x 1024 are decoded whole, larger ones in parts of that size
+ENCODED = 4 * 64 * 64  # latent pixels of a batch that are encoded at once; ours, for memory: four of 1024 x 1024
+DECODED = 64 * 64  # latent pixels of each picture that are decoded at once
 
 
 @dataclass
@@ -257,44 +258,34 @@ class Decoder(nn.Module):
         self.norm_out = Norm(out_dim)
         self.conv_out = nn.Conv2d(out_dim, config.out_channels, 3, padding=1)
 
-    def forward(self, z: Tensor, tile: int) -> Tensor:
-        """Pictures (B, 4, H, W); of a grid larger than `tile` x `tile` in parts of that size, one after the other.
+    def forward(self, z: Tensor) -> Tensor:
+        """Pictures (B, 4, H, W), of at most DECODED latent pixels at once: strips of whole rows, one after the other.
 
-        The parts are exact, not blended. Up to the middle block every pixel depends on every other, but that is done
+        The strips are exact, not blended. Up to the middle block every pixel depends on every other, but that is done
         for the whole grid: it is small. After it come only convolutions (the norms look at one pixel), which reach a
-        known way. So each level of a part is given that much more of the level below than it must deliver.
+        known way. So each level of a strip is given that many more rows of the level below than it must deliver.
         """
         x = self.mid_block(self.conv_in(z))  # (B, d, h, w)
-        h, w = x.shape[-2:]
-        if max(h, w) <= tile:
-            return self.levels(x, (0, h), (0, w))  # (B, 4, H, W)
-        cuts = [[(start, min(start + tile, n)) for start in range(0, n, tile)] for n in (h, w)]
-        strips = [torch.cat([self.levels(x, rows, columns) for columns in cuts[1]], 3) for rows in cuts[0]]
+        rows = max(1, DECODED // x.shape[3])
+        strips = [self.strip(x, start, start + rows) for start in range(0, x.shape[2], rows)]
         return torch.cat(strips, 2)  # (B, 4, H, W)
 
-    def levels(self, x: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> Tensor:
-        """The part of the picture that belongs to rows and columns [start, stop) of the grid x (B, d, h, w)."""
-        margins = [1]  # what conv_out sees beyond its own pixel, and before it what each level must be given
+    def strip(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """The part of the picture that belongs to the rows [start, stop) of the grid x (B, d, h, w)."""
+        margins = [1]  # the rows that conv_out sees beyond its own, and before it those that each level must be given
         for block in reversed(self.up_blocks):
             # One more for the upsampler's kernel.
             doubled = (margins[0] + 2) // 2 if block.doubles_space else margins[0]
             margins.insert(0, doubled + 2 * len(block.resnets))
-        scale, top, left = 1, 0, 0  # of x against the latent grid; where x begins, in its own pixels
+        top = 0  # the row where x begins; as start and stop in rows of x, which become finer
 
-        def cut(margin: int) -> tuple[Tensor, int, int]:
-            """x without what is not needed; the picture's own edges stay edges."""
-            up, side = max(rows[0] * scale - margin, 0), max(columns[0] * scale - margin, 0)
-            down, end = rows[1] * scale + margin, columns[1] * scale + margin
-            return x[:, :, up - top : down - top, side - left : end - left], up, side
-
-        for block, margin in zip(self.up_blocks, margins, strict=False):
-            x, top, left = cut(margin)  # (B, C, H, W)
-            x = block(x)  # (B, o, 2H, 2W)
-            if block.doubles_space:
-                scale, top, left = 2 * scale, 2 * top, 2 * left
-        x, top, left = cut(1)  # (B, o, H, W)
-        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, 4, H, W)
-        return cut(0)[0]  # (B, 4, H, W)
+        for block, margin in zip([*self.up_blocks, None], margins, strict=True):
+            above = max(start - margin, 0)  # the picture's own edges stay edges
+            x, top = x[:, :, above - top : stop + margin - top], above  # (B, C, H, W)
+            x = block(x) if block else self.conv_out(F.silu(self.norm_out(x)))  # (B, o, 2H, 2W); last (B, 4, H, W)
+            if block and block.doubles_space:
+                start, stop, top = 2 * start, 2 * stop, 2 * top
+        return x[:, :, start - top : stop - top]  # (B, 4, H, W)
 
 
 class VAE(nn.Module):
@@ -321,27 +312,29 @@ class VAE(nn.Module):
             )
         return self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, z, h, w) each
 
-    def decode_raw(self, z: Tensor, tile: int = TILE) -> Tensor:
-        """images (B, 4, 16h, 16w), not clamped, of latents z (B, 64, h, w) that are not normalised; in tiles of `tile`
-        latent pixels, which change the memory it takes and nothing else."""
-        return self.decoder(self.post_quant_conv(z), tile)  # (B, 4, 16h, 16w)
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """images (B, 4, 16h, 16w), not clamped, of latents z (B, 64, h, w) that are not normalised."""
+        return self.decoder(self.post_quant_conv(z))  # (B, 4, 16h, 16w)
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 4, H, W) in [-1, 1] -> latents (B, 64, H/16, W/16): the posterior's mode, normalised.
 
-        Whatever the dtype given, the weights' dtype comes back. ValueError as in `moments`.
+        Large pictures are encoded a few at a time: 32 of 1024 x 1024 at once would take 33 GB in bf16. Whatever the dtype
+        given, the weights' dtype comes back. ValueError as in `moments`.
         """
-        mean, _ = self.moments(images.to(self.quant_conv.weight.dtype))  # (B, z, h, w)
+        at_once = max(1, ENCODED * self.config.factor**2 // (images.shape[-2] * images.shape[-1]))
+        parts = images.to(self.quant_conv.weight.dtype).split(at_once)  # each (at_once or less, 4, H, W)
+        mean = torch.cat([self.moments(part)[0] for part in parts])  # (B, z, h, w)
         center, std = self.statistics(mean.device)  # (z, 1, 1) each
         return ((mean - center) / std).to(mean.dtype)  # (B, z, h, w)
 
-    def decode(self, latents: Tensor, tile: int = TILE) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w) around [-1, 1]; clamping is left to the caller.
 
-        Whatever the dtype given, the weights' dtype comes back. `tile` as in `decode_raw`.
+        Whatever the dtype given, the weights' dtype comes back.
         """
         center, std = self.statistics(latents.device)  # (z, 1, 1) each
-        return self.decode_raw((latents * std + center).to(self.quant_conv.weight.dtype), tile)  # (B, 4, 16h, 16w)
+        return self.decode_raw((latents * std + center).to(self.quant_conv.weight.dtype))  # (B, 4, 16h, 16w)
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the latents, (64, 1, 1) each. In fp32, which promotes whatever they meet."""
@@ -363,7 +356,8 @@ class VAE(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "VAE":
-        """Open the vae/ folder of a checkpoint in the published layout: frozen, in evaluation mode.
+        """Open the vae/ folder of a checkpoint in the published layout: frozen, in evaluation mode, with the channels of a
+        pixel side by side in memory, as convolutions like it (on a CPU: half the time in fp32).
 
         Strict: FileNotFoundError or ValueError name the file and the key or tensor that is missing, unknown or wrong.
         """
@@ -371,7 +365,7 @@ class VAE(nn.Module):
         with torch.device("meta"):
             vae = cls(config)
         load_weights(vae, directory, STEM, dtype, device, skip=tuple(re.escape(name) for name in vae.video_weights()))
-        return vae.requires_grad_(False).eval()
+        return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json and the weights, those of the video as zeros: what diffusers does not find in the file it

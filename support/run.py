@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from support import checkpoint, prompts
-from support.conditions import shards
 from support.export import check_base
 from support.files import read_json, write_json, write_tensors
 from support.options import flag
@@ -101,7 +100,6 @@ def _open_run(args) -> tuple[object, Path | None]:
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
 
     args = settle(args)
-    shards(args.cache or out / "conditions")
     contents = {"the checkpoint": checkpoint.fingerprint(args.checkpoint)}
     for name, place in find_teachers(args).items():
         contents[f"teacher {name}"] = checkpoint.files_fingerprint(place.iterdir() if place.is_dir() else [place])

@@ -356,7 +356,7 @@ def training(bench: Bench, parts: list[str]) -> None:
 
     def entry(task: str) -> Entry:
         slots = [(8, 8 + side * side // 4)] if task == "edit" else []
-        states = torch.randn(bench.words + len(slots) * side * side // 4, config.context_in_dim).bfloat16()
+        states = torch.randn(bench.words, config.context_in_dim).bfloat16()
         sources = [torch.randn(64, side, side).bfloat16() for _ in slots]
         return Entry(task, "any", states, None, slots, sources, None, (side, side))
 

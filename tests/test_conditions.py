@@ -2,8 +2,11 @@
 
 import json
 import os
-import re
+import threading
+import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -12,6 +15,7 @@ from safetensors.torch import save_file
 
 from recipe import Prompt, read_prompts
 from support import conditions, pictures
+from support.batches import make_batch
 from support.conditions import Entry, cached_pool, encode_pool
 
 SIZE = 64
@@ -88,14 +92,13 @@ def test_cache(checkpoint, prompts, tmp_path, encoded, monkeypatch):
         entries, new = again()
     assert new == [] and all(map(equal, entries, expected.entries))
 
-    shards = {path: set(conditions.read_shard(path)) for path in conditions.shards(folder)}
+    shards = sorted(folder.iterdir())
     assert len(shards) == 4
-    for spoil in ("cut", "zeros"):  # a header that fits, and bytes that do not
-        path = next(iter(shards))
-        content = path.read_bytes()
-        path.write_bytes(content[:-100] if spoil == "cut" else content[:-100] + bytes(100))
-        entries, new = again()
-        assert len(new) == len(shards[path]) and all(map(equal, entries, expected.entries))
+    length = shards[0].stat().st_size
+    os.truncate(shards[0], length - 100)
+    entries, new = again()
+    assert 0 < len(new) < len(words) and all(map(equal, entries, expected.entries))
+    assert sorted(folder.iterdir()) == shards and shards[0].stat().st_size == length
 
     reference.picture(64, 64, 99).save(prompts.parent / "0.jpg")
     entries, new = again()
@@ -116,32 +119,128 @@ def test_fingerprint_knows_the_weights(tmp_path):
     assert conditions.fingerprint(tmp_path) != before
 
 
-def test_a_folder_with_other_files_is_refused_and_keeps_them(checkpoint, prompts, tmp_path, encoded):
+def test_a_folder_with_other_files_keeps_them(checkpoint, prompts, tmp_path, encoded):
     """Weights of somebody, a shard's name on other contents, a shard without its header, any other file."""
     listed, folder = read_prompts([prompts]), tmp_path / "cache"
-    cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
-    shard = conditions.shards(folder)[0]
-    weights = tmp_path / "weights.safetensors"
-    save_file({"a": torch.ones(3)}, weights)
+    folder.mkdir()
+    save_file({"a": torch.ones(3)}, folder / "model.safetensors")
+    save_file({"a": torch.ones(3)}, folder / f"{'1' * 32}.safetensors")
+    (folder / f"{'2' * 32}.safetensors").touch()
     (folder / f"{'0' * 32}.{os.getpid()}.part").touch()  # a writer that was killed left it
-    damaged = shard.read_bytes()[:-1]
-    for name, content in {
-        "model.safetensors": weights.read_bytes(),
-        f"{'1' * 32}.safetensors": weights.read_bytes(),
-        f"{'2' * 32}.safetensors": shard.read_bytes()[:40],
-        f"{'3' * 32}.safetensors": b"",
-        "notes.txt": b"mine",
-    }.items():
-        (folder / name).write_bytes(content)
-        shard.write_bytes(damaged)  # ours, and yet it stays as it is, for the folder is not touched at all
-        before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / "notes.txt").write_bytes(b"mine")
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    for new in (len(listed), 0):
         encoded.clear()
-        with pytest.raises(ValueError, match=rf"{re.escape(name)}: not a file of encoded prompts"):
-            cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
-        assert {file.name: file.read_bytes() for file in folder.iterdir()} == before and not encoded
-        (folder / name).unlink()
-    cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
-    assert encoded and shard.read_bytes() != damaged
+        cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
+        assert len(encoded) == new and len(list(folder.iterdir())) == len(before) + 4
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_a_full_disk_leaves_no_shard(checkpoint, prompts, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "fsync", full)
+        cached_pool(tmp_path / "cache", read_prompts([prompts]), checkpoint, torch.float32, "cpu", SIZE)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_the_cache_keeps_words_and_latents_alone(checkpoint, prompts, tmp_path):
+    """In bytes: no state of a source's slot, neither of the prompt nor of its twin. What trains is the same without a
+    cache, and is what the encoder says wherever the network reads it."""
+    listed, folder = read_prompts([prompts]), tmp_path / "cache"
+    pool = cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
+    encoders = conditions.Encoders.from_pretrained(checkpoint, torch.float32, "cpu")
+    memory = encode_pool(encoders, listed, SIZE)
+    expected, slots = 0, 0
+    for entry in pool.entries:
+        tensors = [entry.states, entry.empty, *entry.sources]
+        expected += sum(t.numel() * 2 for t in tensors)
+        slots += sum(stop - start for start, stop in entry.slots)
+    kept = 0
+    for shard in folder.iterdir():
+        with open(shard, "rb") as file:
+            kept += shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")  # without the header
+    assert kept == expected and slots > 0
+
+    args = SimpleNamespace(device="cpu", dtype="float32", objective="dmd", time_shift=1.0)
+    for prompt, a, b in zip(listed, pool.entries, memory.entries, strict=True):
+        images = [pictures.fit(image, SIZE) for image in prompt.images]
+        made = [make_batch(args, [entry], [torch.Generator().manual_seed(0)]) for entry in (a, b)]
+        for words, name in ((prompt.prompt, "condition"), ("", "empty")):
+            states, mask, slots = encoders.encoder.encode([words], [images])
+            mine, other = (getattr(batch, name) for batch in made)
+            assert torch.equal(mine.states, other.states) and all(map(torch.equal, mine.sources, other.sources))
+            assert torch.equal(mine.mask, mask) and mine.slots == slots == other.slots
+            for start, stop in slots:
+                assert not mine.states[:, start:stop].any()
+                states[:, start:stop] = 0
+            assert torch.allclose(mine.states, states, rtol=1e-2, atol=1e-2)
+
+
+def test_the_vision_tower_looks_once(checkpoint, prompts):
+    """For the prompts of a group and their wordless twins: each size of picture comes by once."""
+    encoders, looks = conditions.Encoders.from_pretrained(checkpoint, torch.float32, "cpu"), []
+    encoders.encoder.model["visual"].register_forward_pre_hook(lambda _, given: looks.append(len(given[0])))
+    encode_pool(encoders, read_prompts([prompts]), SIZE)
+    assert sorted(looks) == [1, 1, 2]
+
+
+def test_pictures_are_read_ahead(checkpoint, prompts, monkeypatch):
+    """While a group is encoded, other threads open the pictures of the next one, and of no later one."""
+    opened, waiting, real = set(), [], pictures.fit
+    monkeypatch.setattr(conditions, "GROUP", 1)
+
+    def noted(image, *arguments):
+        assert threading.current_thread() is not threading.main_thread()
+        opened.add(image)
+        return real(image, *arguments)
+
+    def encode(encoders, group, *arguments):
+        while len(opened) < min(4, len(waiting) + 2):
+            time.sleep(0.001)
+        waiting.append(len(opened))
+        return [dict(states=None, empty=None, slots=[], sources=[], target=None)]
+
+    monkeypatch.setattr(pictures, "fit", noted)
+    monkeypatch.setattr(conditions, "encode", encode)
+    monkeypatch.setattr(conditions, "Pool", list)
+    encode_pool(None, read_prompts([prompts])[:4], SIZE)
+    assert waiting == [2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("resolution", [128, 1024, 1328])
+def test_aspects(checkpoint, resolution):
+    """Each comes often, its area is the square's, its sides suit the network, and a prompt keeps its own."""
+    words, parts = [f"a hat, number {i}" for i in range(500)], dict(sources=[], target=None)
+    square = [resolution // 32 * 2] * 2
+    sizes = Counter(conditions.drawn_size(w, parts, resolution, True) for w in words)
+    assert sizes == Counter(conditions.drawn_size(w, parts, resolution, True) for w in words)
+    assert {conditions.drawn_size(w, parts, resolution, False) for w in words} == {tuple(square)}
+    shapes = {(h, w) for h, w in sizes}
+    assert shapes == {(w, h) for h, w in sizes} and tuple(square) in sizes
+    assert len(sizes) == (3 if resolution == 128 else 5) and min(sizes.values()) > 60
+    for h, w in sizes:
+        assert h % 2 == w % 2 == 0 and abs(h * w / square[0] ** 2 - 1) < (0.1 if resolution == 128 else 0.03)
+    if resolution > 128:
+        ratios = sorted(w / h for h, w in sizes)
+        assert ratios == pytest.approx([9 / 16, 3 / 4, 1, 4 / 3, 16 / 9], rel=0.04)
+
+
+def test_aspects_change_the_size_of_t2i_alone(checkpoint, prompts, tmp_path, encoded):
+    """Nothing is encoded again for them, and edits have their sources' size as before."""
+    listed, plain, other = read_prompts([prompts]), {}, {}
+    for found, aspects in ((plain, False), (other, True)):
+        encoded.clear()
+        pool = cached_pool(tmp_path, listed, checkpoint, torch.float32, "cpu", 256, aspects=aspects)
+        found |= dict(zip((p.prompt for p in listed), pool.entries, strict=True))
+    assert not encoded
+    for prompt in listed:
+        a, b = plain[prompt.prompt], other[prompt.prompt]
+        assert torch.equal(a.states, b.states)
+        own = conditions.drawn_size(prompt.prompt, dict(sources=[], target=None), 256, True)
+        assert b.size == (a.size if prompt.task == "edit" else own)
 
 
 @pytest.mark.parametrize("how", ["stretch", "crop", "pad"])

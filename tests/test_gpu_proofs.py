@@ -67,8 +67,8 @@ def small_pool(lengths: tuple[int, ...] = (5, 5, 5, 5, 5, 5, 5, 5)) -> Pool:
     entries = []
     for n in lengths:
         entries.append(Entry("t2i", "text", torch.randn(n, 24), torch.randn(2, 24), [], [], None, (4, 4)))
-        states, source = torch.randn(n + 4, 24), torch.randn(64, 4, 4)
-        entries.append(Entry("edit", "scene", states, torch.randn(6, 24), [(1, 5)], [source], None, (4, 4)))
+        states, source = torch.randn(n, 24), torch.randn(64, 4, 4)
+        entries.append(Entry("edit", "scene", states, torch.randn(2, 24), [(1, 5)], [source], None, (4, 4)))
     return Pool(entries)
 
 

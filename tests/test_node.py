@@ -285,17 +285,23 @@ def test_one_rank_stops_all(runs):
 
 
 def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):
-    """Each group of prompts is encoded by one rank, in the groups that one process would make; both have all of it."""
+    """Each group of prompts is hashed and encoded by one rank, in the groups of a single process; both have all of it."""
     (tmp_path / "log").mkdir()
+    real_key = conditions.content_key
 
-    def encode(encoders, prompts, resolution, empty, targets, how):
+    def content_key(prompt, *arguments):
+        with open(tmp_path / "hashed", "a") as file:
+            file.write(prompt.prompt)
+        return real_key(prompt, *arguments)
+
+    def encode(encoders, prompts, *arguments):
         words = [prompt.prompt for prompt in prompts]
         (tmp_path / "log" / hashlib.md5(" ".join(words).encode()).hexdigest()).write_text(str(train.rank()))
-        return [
-            Entry("t2i", "text", torch.full((2, 3), float(w)).bfloat16(), None, [], [], None, (4, 4)) for w in words
-        ]
+        nothing = dict(empty=None, slots=[], sources=[], target=None)
+        return [dict(states=torch.full((2, 3), float(w)).bfloat16(), **nothing) for w in words]
 
     monkeypatch.setattr(conditions, "encode", encode)
+    monkeypatch.setattr(conditions, "content_key", content_key)
     monkeypatch.setattr(conditions.Encoders, "from_pretrained", lambda *arguments: None)
     monkeypatch.setattr(conditions, "GROUP", 2)
     prompts = [Prompt("t2i", "text", str(number)) for number in range(9)]
@@ -310,6 +316,7 @@ def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):
         groups.append({file.name for file in (tmp_path / "log").iterdir()})
         names = [{file.name for file in (tmp_path / str(n)).iterdir()} for n in range(1, number + 1)]
     assert groups[0] == groups[1] and len(groups[0]) == 5 and names[0] == names[1]
+    assert sorted((tmp_path / "hashed").read_text()) == sorted("012345678" * 2)
     assert {file.read_text() for file in (tmp_path / "log").iterdir()} == {"0", "1"}
 
 

@@ -76,7 +76,7 @@ def test_measured_peak_is_within_15_percent(checkpoint, tmp_path, monkeypatch, w
     monkeypatch.setattr(train, "save", lambda *arguments: None)
     monkeypatch.setattr(watch, "draw_pictures", lambda *arguments: None)
     monkeypatch.setattr(train, "export_run", lambda *arguments: None)
-    states = torch.randn(WORDS + SIDE * SIDE // 4, SMALL.context_in_dim).bfloat16()
+    states = torch.randn(WORDS, SMALL.context_in_dim).bfloat16()
     slots, source = [(4, 4 + SIDE * SIDE // 4)], torch.randn(64, SIDE, SIDE).bfloat16()
     pool = train.Pool([Entry("edit", "scene", states, states, slots, [source], None, (SIDE, SIDE))] * 8)
 
