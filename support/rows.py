@@ -10,6 +10,9 @@ import numpy as np
 
 from support.files import read_json, write_json
 
+# Student's t at 97.5%, by degrees of freedom from 1 on.
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
+
 
 def averages(scores: dict[str, list[float]]) -> dict[str, float | None]:
     """Scores by category -> {category: mean, ..., "average": the mean of these means}.
@@ -26,6 +29,21 @@ def interval(scores: dict[str, list[float]]) -> float:
     The cases of the categories are drawn independently."""
     variances = [np.var(some, ddof=1) / len(some) for some in scores.values()]
     return 1.96 * math.sqrt(sum(variances)) / len(scores)
+
+
+def paired(differences: list[float]) -> tuple[float, float]:
+    """The mean of paired differences, one for each seed, and half the width of its 95% interval by Student's t."""
+    n = len(differences)
+    half = T[min(n - 1, len(T)) - 1] * float(np.std(differences, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    return float(np.mean(differences)), half
+
+
+def verdict(differences: list[tuple[float, float]]) -> str:
+    """Of (mean, half-width of its interval) for each part of a claim. agree: all intervals are above 0; disagree: one is
+    below; else cannot tell."""
+    if any(mean < -half for mean, half in differences):
+        return "disagree"
+    return "agree" if all(mean > half for mean, half in differences) else "cannot tell"
 
 
 def write_row(path: Path, row: dict) -> None:
