@@ -10,7 +10,7 @@ from PIL import Image
 import recipe
 from dmd import rollout
 from flow import add_noise, score_from_velocity
-from support.rows import verdict
+from support.rows import paired, verdict
 from toy import plane, plane_method
 from toy.experiments import EXPERIMENTS
 from toy.plane_method import Mixture, Network, Setting, evaluate, from_samples, measure, ring, train
@@ -153,6 +153,8 @@ def test_xi_moves_along_the_path():
 
 
 def test_verdicts():
+    assert paired([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / 3**0.5))  # Student's t with two degrees of freedom
+    assert paired([0.5]) == (0.5, math.inf)
     assert verdict([(0.3, 0.1), (0.2, 0.1)]) == "agree"
     assert verdict([(0.3, 0.1), (0.05, 0.1)]) == "cannot tell"
     assert verdict([(0.3, 0.1), (-0.2, 0.1)]) == "disagree"

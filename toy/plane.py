@@ -100,9 +100,8 @@ def difference(setting: Setting, part: Above, by: str) -> tuple[float, float]:
     in its place) or by "distance"."""
     key = MEASURES[part.part] if by == "precision" else by
     categories = CATEGORIES[part.bench] if part.category == "average" else [part.category]
-    row, other = (
-        torch.stack([scores(setting, name)[c][key] for c in categories]).mean(0) for name in (part.row, part.other)
-    )
+    scored = [scores(setting, row) for row in (part.row, part.other)]
+    row, other = (torch.stack([some[category][key] for category in categories]).mean(0) for some in scored)  # (S,)
     return paired((other - row if by == "distance" else row - other).tolist())  # the smaller the distance, the better
 
 
@@ -113,11 +112,8 @@ def label(part: Above) -> str:
 def experiment(name: str, setting: Setting, out: Path) -> None:
     """A table of rows, and one of verdicts by precision and by distance."""
     rows, claims = TABLES[name]
-    lines, verdicts = (
-        [["row", *TASKS, "coverage"]],
-        [["claim", "by precision", "by distance", "precision: differences"]],
-    )
-    result = {"rows": {}, "claims": {}}
+    lines, result = [["row", *TASKS, "coverage"]], {"rows": {}, "claims": {}}
+    verdicts = [["claim", "by precision", "by distance", "precision: differences"]]
     for row in tqdm([TEACHER, SPECIALISTS, START, *rows], name):
         found = result["rows"][row] = means(scores(setting, row))
         cells = [f"{some['precision']:.3f} ({some['distance']:.3f})" for some in found.values()]
