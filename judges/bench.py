@@ -50,9 +50,8 @@ def name_cases(cases: list[Prompt]) -> dict[str, Prompt]:
 
 def check_folder(folder: Path, cases: dict[str, Prompt], whole: bool) -> None:
     """ValueError for a file that is no case's picture and, if the folder has to be whole, for a picture that is missing."""
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    unfinished = {f".{name}.qwen-image-flash.part" for name in cases}  # of a killed run; drawing again removes them
-    if extra := sorted(there - cases.keys() - unfinished):
+    there = {path.name for path in folder.glob("[!.]*")}  # a killed run's unfinished picture begins with a dot
+    if extra := sorted(there - cases.keys()):
         raise ValueError(f"{folder / extra[0]}: belongs to no case ({len(extra)} such in all); take it away")
     if whole and (missing := sorted(cases.keys() - there)):
         case = cases[missing[0]]
