@@ -30,6 +30,7 @@ Rows become tables with --table. The paper's three experiments, from training to
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from support import program
@@ -51,7 +52,7 @@ def score_toy(args: argparse.Namespace) -> None:
     pipeline = bench.open_checkpoint(args.checkpoint)
     guidance = pipeline.guidance if args.guidance is None else args.guidance
     sampler = bench.default_sampler(args.checkpoint.resolve().name, pipeline, args.steps, guidance)
-    files = places(args, sampler.name, "table.md", "sheet.png")
+    files = places(args, sampler.name, ["table.md", "sheet.png"])
     benches = ["t2i", "edit"] if args.bench == "all" else [args.bench]
     row, pictures = bench.evaluate(pipeline, sampler, benches, {b: args.cases or bench.CASES[b] for b in benches})
     for file in files:
@@ -73,7 +74,6 @@ def score_files(args: argparse.Namespace) -> None:
     judges = open_chats(args.judge, args) if args.judge else []
     name = args.name or args.out.resolve().name
     files = places(args, name)
-
     folder = args.pictures or args.out / "pictures"
     check_folder(folder, cases, whole=args.pictures is not None)
     if not args.pictures:
@@ -83,31 +83,27 @@ def score_files(args: argparse.Namespace) -> None:
         return print(f"{len(cases)} pictures in {folder}")
 
     for judge in judges:
-        own = judge.model or "judge"
-        kept = args.out / f"judge-{''.join(c if c.isalnum() or c in '-.' else '_' for c in own)}.jsonl"
-        answers, unscored = rubrics.judge(judge, cases, folder, kept, args.parallel)
-        row["judges"][own] = rubrics.summary(cases, answers, unscored)
+        answers, unscored = rubrics.judge(judge, cases, folder, args.out / "answers", args.parallel)
+        row["judges"][judge.model or "judge"] = rubrics.summary(cases, answers, unscored)
     first = next(iter(row["judges"].values()))  # its numbers are the row's
     row |= {key: value for key, value in first.items() if key not in ("scored", "unscored")}
     for file in files:
         write_row(file, row)
     print(rubrics.table([row]))
-    for own, scores in row["judges"].items():
+    for judge, scores in row["judges"].items():
         for picture, reason in scores["unscored"].items():
-            print(f"not scored by {own}: {picture}, {cases[picture].prompt!r}: {reason}", file=sys.stderr)
+            print(f"not scored by {judge}: {picture}, {cases[picture].prompt!r}: {reason}", file=sys.stderr)
     if any(scores["unscored"] for scores in row["judges"].values()):
         sys.exit(1)
 
 
-def places(args: argparse.Namespace, name: str, *beside: str) -> list[Path]:
-    """Where this model's row is written: --json, and row.json in --out, `beside` which other files are written."""
-    found = [args.json] if args.json else []
-    for place in found:
-        check_place(place, {"name": name}, args.overwrite, [])
-    if args.out:
-        found.append(args.out / "row.json")
-        check_place(found[-1], {"name": name}, args.overwrite, list(beside))
-    return found
+def places(args: argparse.Namespace, name: str, beside: Iterable[str] = ()) -> list[Path]:
+    """Where this model's row may be written: --json, and row.json in --out, `beside` which other files are written."""
+    wanted = [(args.json, ()), (args.out and args.out / "row.json", beside)]
+    for place, others in wanted:
+        if place:
+            check_place(place, {"name": name}, args.overwrite, others)
+    return [place for place, _ in wanted if place]
 
 
 def print_table(files: list[Path]) -> None:
@@ -115,9 +111,8 @@ def print_table(files: list[Path]) -> None:
     rows = [read_row(path) for path in files]
     judged = ["judges" in row for row in rows]
     if any(judged) != all(judged):
-        raise ValueError(
-            f"{files[judged.index(False)]}: is of the toy world, and cannot share a table with rows of files"
-        )
+        file = files[judged.index(False)]
+        raise ValueError(f"{file}: is of the toy world, and cannot share a table with rows of files")
     print((rubrics if judged[0] else bench).table(rows))
 
 

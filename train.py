@@ -108,6 +108,7 @@ from tqdm import tqdm
 import dmd
 import flow
 from support import plan, watch
+from support.attention import kernels
 from support.batches import Batch, batches
 from support.conditions import Pool, cached_pool
 from support.export import export_run
@@ -228,6 +229,7 @@ def open_job(args: Args, pool: Pool, state: Path | None) -> Job:
     name, network = "teacher" if flows else "student", learner(args, "student", base)
     trainee = Trainee(name, network, args, args.muon_lr, args.lr, args.ema)
     job = Job(args, pool, recipe, flow.student_sigmas(args.student_steps), teachers, trainee, None)
+    say(kernels(network.model.config.attention_head_dim, getattr(torch, args.dtype), args.device))
     if not flows:
         network = learner(args, "fake", base)
         job.fake = Trainee("fake score", network, args, args.fake_muon_lr, args.fake_lr, ema=0)

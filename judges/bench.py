@@ -1,22 +1,21 @@
 """The bench of files, without its judge: cases from JSON lines, pictures drawn once and kept, and what is said of them."""
 
 import argparse
-import hashlib
 import json
-import math
 import os
+import re
 import time
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from judges.chat import Chat
-from judges.rubrics import name_cases
+from judges.rubrics import FAMILIES, digest
 from recipe import Prompt, read_prompts
 from sample import Pipeline
 from support.checkpoint import fingerprint, read_index
+from support.files import made_with
 from support.pictures import open_picture, save
 
 
@@ -25,19 +24,34 @@ def read_cases(paths: list[Path]) -> dict[str, Prompt]:
     files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
     if not files:
         raise ValueError(f"--prompts {paths[0]}: no *.jsonl in it")
-    cases = read_prompts(files)
-    try:
-        return name_cases(cases)
-    except ValueError as error:
-        raise ValueError(f"--prompts {' '.join(map(str, paths))}: {error}") from None
+    return name_cases(read_prompts(files))
+
+
+def name_cases(cases: list[Prompt]) -> dict[str, Prompt]:
+    """Every case under the name of its picture, CATEGORY-HASH.png.
+
+    The hash is of all that the case consists of, so a bench that is sorted again, moved or extended keeps its pictures.
+    ValueError for a case that is there twice, and for an edit without a rubric.
+    """
+    named = {}
+    for case in cases:
+        what = f"{case.task}, {case.category}, {case.prompt!r}"
+        if case.task == "edit" and case.category not in FAMILIES:
+            raise ValueError(f"--prompts: {what}: no rubric is for such edits; categories are {', '.join(FAMILIES)}")
+        sources = [digest(Path(image).read_bytes()) for image in case.images]
+        content = json.dumps([case.task, case.category, case.prompt, sources])
+        word = re.sub(r"\W+", "_", case.category)[:32]
+        name = f"{word}-{digest(content.encode())[:16]}.png"
+        if name in named:
+            raise ValueError(f"--prompts: a case is there twice: {what}")
+        named[name] = case
+    return named
 
 
 def check_folder(folder: Path, cases: dict[str, Prompt], whole: bool) -> None:
     """ValueError for a file that is no case's picture and, if the folder has to be whole, for a picture that is missing."""
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    unfinished = {f".{name}.qwen-image-flash.part" for name in cases}  # of a killed run; drawing again removes them
-    extra = sorted(there - cases.keys() - unfinished)
-    if extra:
+    there = {path.name for path in folder.glob("[!.]*")}  # a killed run's unfinished picture begins with a dot
+    if extra := sorted(there - cases.keys()):
         raise ValueError(f"{folder / extra[0]}: belongs to no case ({len(extra)} such in all); take it away")
     if whole and (missing := sorted(cases.keys() - there)):
         case = cases[missing[0]]
@@ -56,15 +70,14 @@ def draw_cases(cases: dict[str, Prompt], folder: Path, args: argparse.Namespace)
     made["weights"] = fingerprint(args.checkpoint)
     missing = [name for name in cases if not (folder / name).exists()]
     for name in cases.keys() - set(missing):
-        notes = made_by(folder / name) or {}
-        if {key: notes.get(key) for key in made} != made:
+        if {key: notes_in(folder / name).get(key) for key in made} != made:
             raise ValueError(f"{folder / name}: drawn by other weights or settings; name another --out for these")
-    folder.mkdir(parents=True, exist_ok=True)
-    if missing:
-        cuda = torch.cuda.is_available()
-        dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
-        pipeline = Pipeline.from_pretrained(args.checkpoint, dtype, device, args.offload, keep_encoder=True)
-        pipeline.progress = False
+    if not missing:
+        return
+    cuda = torch.cuda.is_available()
+    dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
+    pipeline = Pipeline.from_pretrained(args.checkpoint, dtype, device, args.offload, keep_encoder=True)
+    pipeline.progress = False
     for name in tqdm(missing, desc="draw", unit="picture"):
         began, case, own = time.perf_counter(), cases[name], int(name[-20:-4], 16) % 2**31
         settings = {"steps": made["steps"], "guidance": guidance, "seed": args.seed + own}
@@ -73,20 +86,10 @@ def draw_cases(cases: dict[str, Prompt], folder: Path, args: argparse.Namespace)
         save(picture, folder / name, made | {"prompt": case.prompt, "seconds": seconds})
 
 
-def made_by(path: Path) -> dict | None:
-    """What `draw_cases` noted in a picture; None for a picture from elsewhere. ValueError if it is no picture."""
-    try:
-        with Image.open(path) as image:
-            text = image.info.get("parameters")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
-    try:
-        notes = json.loads(text)
-        steps, guidance, seconds = notes["steps"], notes["guidance"], notes["seconds"]
-        ours = type(steps) is int and steps > 0 and 1 <= guidance < math.inf and 0 <= seconds < math.inf
-    except (ValueError, LookupError, TypeError, RecursionError):  # other programs use this key for text of their own
-        return None
-    return notes if ours else None
+def notes_in(picture: Path) -> dict:
+    """What `draw_cases` noted in a picture; empty for a picture from elsewhere."""
+    notes = made_with(picture)  # other programs use the same place for notes of their own
+    return notes if isinstance(notes, dict) and {"steps", "guidance", "weights", "seconds"} <= notes.keys() else {}
 
 
 def describe(cases: dict[str, Prompt], folder: Path) -> dict:
@@ -95,11 +98,12 @@ def describe(cases: dict[str, Prompt], folder: Path) -> dict:
     ValueError for a picture that cannot be decoded."""
     for name in tqdm(cases, desc="read", unit="picture", leave=False):
         open_picture(folder / name)
-    row, notes = {"nfe": None, "guidance": None, "scale": 5}, [made_by(folder / name) for name in cases]
-    if None not in notes and len({(note["steps"], note["guidance"]) for note in notes}) == 1:
-        row["nfe"], row["guidance"] = notes[0]["steps"] * (2 if notes[0]["guidance"] > 1 else 1), notes[0]["guidance"]
+    row, notes = {"nfe": None, "guidance": None, "scale": 5}, [notes_in(folder / name) for name in cases]
+    if all(notes) and len({(note["steps"], note["guidance"]) for note in notes}) == 1:
+        steps, guidance = notes[0]["steps"], notes[0]["guidance"]
+        row |= {"nfe": steps * (2 if guidance > 1 else 1), "guidance": guidance}
         row["seconds_per_image"] = sum(note["seconds"] for note in notes) / len(notes)
-    return row | {"bench": hashlib.sha256(" ".join(sorted(cases)).encode()).hexdigest()[:16]}
+    return row | {"bench": digest(" ".join(sorted(cases)).encode())[:16]}
 
 
 def open_chats(urls: list[str], args: argparse.Namespace) -> list[Chat]:

@@ -19,7 +19,6 @@ import json
 import random
 import re
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -31,19 +30,15 @@ from urllib.parse import urlsplit
 from PIL import Image
 from tqdm import tqdm
 
+from support.files import parse_json
 from support.pictures import open_picture
 
 ATTEMPTS = 6  # at one question
 GIVE_UP = 10  # unanswered questions in a row
 LONGEST_PAUSE = 120.0  # seconds, whatever a server's Retry-After says
 LONGEST_SIDE = 2048  # in pixels, of a picture that is sent; judges look at smaller ones
-LARGEST_REPLY = 1 << 22  # bytes
 TRANSIENT = {408, 409, 425, 429}  # HTTP statuses after which the question is asked again, as after every 5xx
 HOPELESS = {301, 302, 303, 307, 308, 401, 403, 404}  # every other question would get the same status
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The client
 
 
 class Unanswered(Exception):
@@ -64,7 +59,7 @@ class Chat:
     url: str
     model: str | None = None
     key: str | None = field(default=None, repr=False)
-    timeout: float = 180.0  # seconds, for a whole reply
+    timeout: float = 180.0  # seconds in which a server may send nothing
     pause: float = 2.0  # seconds after the first failure, then twice as long each time
     stop: threading.Event = field(default_factory=threading.Event)  # once set, nothing more is asked
 
@@ -75,9 +70,9 @@ class Chat:
             right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:  # a port that is no number, a bracket that is not closed
             right = False
-        if not right or not self.url.isascii() or not self.url.isprintable() or " " in self.url:
+        if not right or not re.fullmatch("[!-~]+", self.url):
             raise ValueError(f"{self.url}: no address; one like http://localhost:8000/v1 is expected")
-        if self.key and not (self.key.isascii() and self.key.isprintable()):
+        if not re.fullmatch("[ -~]*", self.key or ""):
             raise ValueError(f"{self.url}: the key for it has letters that HTTP cannot send")
         self.opener = urllib.request.build_opener(NoRedirect)
 
@@ -96,7 +91,7 @@ class Chat:
                 break
             pause = self.pause * 2**attempt * random.uniform(0.75, 1.25)  # so that waiting threads spread out
             try:
-                answer = strict_json(bare(self.reply(body)))
+                answer = json_object(self.reply(body))
                 check(answer)
                 return answer
             except urllib.error.HTTPError as error:
@@ -117,25 +112,15 @@ class Chat:
         """The text of the model's answer. ValueError if the reply is no chat completion."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url + "/chat/completions", body, headers)
-        raw, deadline = b"", time.monotonic() + self.timeout
         with self.opener.open(request, timeout=self.timeout) as response:
-            while part := response.read1(1 << 16):  # the socket's own time-out starts again with every byte
-                raw += part
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"no whole reply within {self.timeout:g} seconds")
-                if len(raw) > LARGEST_REPLY:
-                    raise ValueError(f"a reply of more than {LARGEST_REPLY} bytes")
-            if response.length:  # read1 does not report a connection that ends too early
-                raise ConnectionError(f"cut off {response.length} bytes before the end")
+            raw = response.read()
         try:
-            choice = json.loads(raw)["choices"][0]
-            text = choice["message"]["content"]
-        except (ValueError, LookupError, TypeError, RecursionError):
+            choice = parse_json(raw)["choices"][0]
+            text, ended = choice["message"]["content"], choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"no chat completion: {raw[:200]!r}") from None
-        if choice.get("finish_reason") == "length":
-            raise ValueError("the answer was cut off at the server's limit of tokens")
-        if not isinstance(text, str):
-            raise ValueError(f"no answer but {choice['message']}"[:300])
+        if not isinstance(text, str) or ended == "length":
+            raise ValueError(f"no whole answer (finish_reason {ended}): {choice['message']}"[:300])
         return text
 
     def excerpt(self, error: urllib.error.HTTPError) -> str:
@@ -147,34 +132,26 @@ class Chat:
         return " ".join(text.replace(self.key or "\0", "***").split())[:300] or error.reason
 
 
-def bare(text: str) -> str:
-    """The answer without what many models put around it: one finished thought before it, then one code fence around it."""
-    text = text.strip()
-    if not text.startswith("{"):
-        text = text.partition("</think>")[2].strip() if "</think>" in text else text
-    fenced = re.fullmatch(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", text, re.DOTALL)
-    return fenced[1] if fenced else text
-
-
-def strict_json(text: str) -> dict:
-    """Exactly one JSON object, no key twice, no NaN, no half of an emoji; else ValueError."""
-
-    def unique(pairs: list[tuple]) -> dict:
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key is given twice")
-        return dict(pairs)
-
-    def constant(word: str) -> None:
-        raise ValueError(f"{word} is no JSON")
-
+def json_object(text: str) -> dict:
+    """The one JSON object in an answer; ValueError for anything else. What many models put around it is taken off: a
+    finished thought before it, and a code fence around it."""
+    bare = text.strip()
+    if not bare.startswith("{") and "</think>" in bare:
+        bare = bare.partition("</think>")[2].strip()
+    fenced = re.fullmatch(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", bare, re.DOTALL)
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        value = parse_json(fenced[1] if fenced else bare)
         json.dumps(value, ensure_ascii=False).encode()  # finds halves of emoji
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"not the JSON that was asked for ({error}): {text[:200]!r}") from None
     if type(value) is not dict:
         raise ValueError(f"not a JSON object: {text[:200]!r}")
     return value
+
+
+def text_part(text: str) -> dict:
+    """Words as part of a question."""
+    return {"type": "text", "text": text}
 
 
 def image_part(path: Path) -> dict:
@@ -186,14 +163,6 @@ def image_part(path: Path) -> dict:
     flat.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-
-
-def text_part(text: str) -> dict:
-    return {"type": "text", "text": text}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Many questions, and files of answers
 
 
 def in_parallel(chat: Chat, ask: Callable, jobs: list, parallel: int, title: str) -> Iterator[tuple]:
@@ -217,22 +186,3 @@ def in_parallel(chat: Chat, ask: Callable, jobs: list, parallel: int, title: str
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def finish_last_line(path: Path, start: str) -> None:
-    """Repair a file of JSON lines that is appended to, after a run that was killed in the middle of a line.
-
-    start: how every line that this program writes begins. Any other last line is somebody else's, and stays.
-    """
-    content = path.read_bytes() if path.exists() else b""
-    end = content.rfind(b"\n") + 1
-    last = content[end:]
-    if not last or last[: len(start.encode())] != start.encode()[: len(last)]:
-        return
-    with open(path, "r+b") as file:
-        try:
-            json.loads(last)
-            file.seek(0, io.SEEK_END)
-            file.write(b"\n")  # only the line's end is missing
-        except ValueError:
-            file.truncate(end)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from judges.chat import Chat, finish_last_line, in_parallel, text_part
+from judges.chat import Chat, in_parallel, text_part
 from recipe import read_prompts
+from support.files import aside, may_write
 
 AT_ONCE = 20  # prompts asked for in one question
 STALE = 20  # answers in a row without a new prompt
@@ -39,17 +40,20 @@ TURNS = (
 
 
 def write_prompts(chat: Chat, category: str, count: int, out: Path, parallel: int) -> int:
-    """Append prompts to a file of JSON lines until it has `count` of this category, all different; returns how many it has.
+    """Add prompts to a file of JSON lines until it has `count` of this category, all different; returns how many it has.
 
-    A file that exists is continued. ValueError if it holds other prompts, or if the model has no more ideas.
+    After each answer the file is written anew, whole, so a run that was killed goes on. ValueError if it holds other
+    prompts, or if the model has no more ideas.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    finish_last_line(out, json.dumps({"task": "t2i", "category": category}, ensure_ascii=False)[:-1])
-    found = read_prompts([out]) if out.exists() and out.stat().st_size else []
+    may_write(out, overwrite=True)  # to be known before the first question, which costs money
+    content = out.read_bytes() if out.exists() else b""
+    found = read_prompts([out]) if content else []
     for prompt in found:
         if (prompt.task, prompt.category) != ("t2i", category):
             what = f"a {prompt.task} prompt of category {prompt.category!r}"
             raise ValueError(f"{out}: has {what}, {category!r} is expected")
+    if content and not content.endswith(b"\n"):
+        content += b"\n"
     seen = {plain(prompt.prompt) for prompt in found}
     stale, rng = 0, random.Random(len(seen))
 
@@ -64,22 +68,22 @@ def write_prompts(chat: Chat, category: str, count: int, out: Path, parallel: in
         return chat.ask(WRITER, [text_part(turn)], check)
 
     about = f"{AT_ONCE} prompts for {BRIEFS.get(category, 'pictures of the kind: ' + category)}. This time: "
-    bar = tqdm(total=count, initial=len(seen), desc=category, unit="prompt")
-    with bar, open(out, "a", encoding="utf-8") as file:
+    with tqdm(total=count, initial=len(seen), desc=category, unit="prompt") as bar:
         while len(seen) < count:
             some = range(min(parallel, math.ceil((count - len(seen)) / AT_ONCE)))
             turns = [about + "; ".join(rng.choice(words.split(", ")) for words in TURNS) for _ in some]
             for _, answer in in_parallel(chat, ask, turns, parallel, "ask"):
-                before, useful = len(seen), isinstance(answer, dict)
-                for text in answer["prompts"] if useful else ():
+                problem = "only prompts that are there already" if isinstance(answer, dict) else answer
+                before = len(seen)
+                for text in answer["prompts"] if isinstance(answer, dict) else ():
                     if plain(text) not in seen and len(seen) < count:
                         seen.add(plain(text))
                         line = {"task": "t2i", "category": category, "prompt": " ".join(text.split())}
-                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                file.flush()
+                        content += json.dumps(line, ensure_ascii=False).encode() + b"\n"
+                with aside(out) as part:
+                    part.write_bytes(content)
                 bar.update(len(seen) - before)
                 stale = 0 if len(seen) > before else stale + 1
-                problem = "only prompts that are there already" if useful else answer
             if stale >= STALE and len(seen) < count:
                 found = f"{len(seen)} of {count} prompts"
                 raise ValueError(f"{out}: {found}; {stale} answers in a row were no use: {problem}")

@@ -52,3 +52,12 @@ def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CausalBias | None)
     elif mask is not None:
         scores = scores + mask  # (B, H, n, m)
     return scores.softmax(-1) @ v  # (B, H, n, d)
+
+
+def kernels(head_dim: int, dtype: torch.dtype, device: str) -> str:
+    """For the log: the names of the kernels that torch chooses here without a mask, and with one."""
+    q = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device, requires_grad=True)
+    free = SDPBackend(torch._fused_sdp_choice(q, q, q)).name
+    with sdpa_kernel(SAFE_WITH_MASK):
+        masked = SDPBackend(torch._fused_sdp_choice(q, q, q, attn_mask=q.new_zeros(1, 1, 1, 128))).name
+    return f"attention: {free}; where texts are padded: {masked if q.is_cuda else free}"

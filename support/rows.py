@@ -3,12 +3,16 @@
 import hashlib
 import json
 import math
-import os
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from support.files import read_json, write_json
+from support.files import may_write, read_json, write_json
+
+# Student's t at 97.5%, by degrees of freedom from 1 on.
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
 
 
 def averages(scores: dict[str, list[float]]) -> dict[str, float | None]:
@@ -28,6 +32,21 @@ def interval(scores: dict[str, list[float]]) -> float:
     return 1.96 * math.sqrt(sum(variances)) / len(scores)
 
 
+def paired(differences: list[float]) -> tuple[float, float]:
+    """The mean of paired differences, one for each seed, and half the width of its 95% interval by Student's t."""
+    n = len(differences)
+    half = T[min(n - 1, len(T)) - 1] * float(np.std(differences, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    return float(np.mean(differences)), half
+
+
+def verdict(differences: list[tuple[float, float]]) -> str:
+    """Of (mean, half-width of its interval) for each part of a claim. agree: all intervals are above 0; disagree: one is
+    below; else cannot tell."""
+    if any(mean < -half for mean, half in differences):
+        return "disagree"
+    return "agree" if all(mean > half for mean, half in differences) else "cannot tell"
+
+
 def write_row(path: Path, row: dict) -> None:
     """Write a row with a checksum of its numbers and words."""
     write_json(path, row | {"checksum": checksum(row)})
@@ -45,19 +64,14 @@ def checksum(row: dict) -> str:
     return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_place(path: Path, made: dict, overwrite: bool, beside: list[str]) -> None:
+def check_place(path: Path, made: dict, overwrite: bool, beside: Iterable[str] = ()) -> None:
     """Before the work begins: ValueError or OSError if results cannot be written to the JSON file `path`, and to the files
     `beside` it, or if others are there. Results with all the values in `made` are replaced; others only with `overwrite`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent}: no folder that can be written to")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; a file is written there")
-    there = [file for file in (path, *(path.parent / name for name in beside)) if file.exists()]
-    found = read_json(path) if path.exists() and not overwrite else {}
-    differ = [key for key, value in made.items() if found.get(key) != value]
-    if there and differ and not overwrite:
-        raise ValueError(f"{there[0]}: exists, with other {', '.join(differ)}; name another place, or give --overwrite")
+    with suppress(OSError, ValueError):  # no JSON: not ours
+        found = read_json(path)
+        overwrite = overwrite or all(found.get(key) == value for key, value in made.items())
+    for file in (path, *(path.parent / name for name in beside)):
+        may_write(file, overwrite=overwrite)
 
 
 def markdown(lines: list[list[str]]) -> str:

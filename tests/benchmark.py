@@ -260,19 +260,10 @@ class Bench:
                 block.forward = forward
 
 
-def kernels(head_dim: int, dtype: torch.dtype, device: str) -> str:
-    """The names of the kernels that torch chooses here without a mask, and with one."""
-    q = torch.empty(1, 1, 128, head_dim, dtype=dtype, device=device, requires_grad=True)
-    free = SDPBackend(torch._fused_sdp_choice(q, q, q)).name
-    with sdpa_kernel(attention.SAFE_WITH_MASK):
-        masked = SDPBackend(torch._fused_sdp_choice(q, q, q, attn_mask=q.new_zeros(1, 1, 1, 128))).name
-    return f"attention: {free}; where texts are padded: {masked if q.is_cuda else free}"
-
-
 def checks(bench: Bench) -> None:
     """What only a GPU can say before anything is timed."""
     config, z = bench.model.config, bench.noise
-    bench.row(kernels(config.attention_head_dim, bench.dtype, bench.device))
+    bench.row(attention.kernels(config.attention_head_dim, bench.dtype, bench.device))
     # pytorch issue 196678: a mask, 64 queries modulo 128, a very negative logsumexp. Ours must be finite.
     rows, heads, d = (4160 if bench.device == "cuda" else 192), config.num_attention_heads, config.attention_head_dim
     q, k, v = (torch.randn(1, heads, rows, d, device=z.device, dtype=bench.dtype) for _ in range(3))

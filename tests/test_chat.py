@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import eval as evaluation
 from judges import chat, prompts, rubrics
+from judges.bench import name_cases
 from judges.chat import Chat, Unanswered
 from recipe import Prompt, read_prompts
 from sample import Pipeline
@@ -102,7 +103,9 @@ def quick(server: Server, **settings) -> Chat:
 
 def ask(client: Chat, case: Prompt | None = None) -> dict:
     case = case or Prompt("t2i", "portrait", "a man")
-    return client.ask("grade", [chat.text_part("a man")], lambda answer: rubrics.check_verdict(case, answer))
+    return client.ask(
+        "grade", [chat.text_part("a man")], lambda answer: rubrics.check_answer(answer, rubrics.form_of(case))
+    )
 
 
 def text(**changes) -> str:
@@ -171,8 +174,6 @@ def test_one_fence_and_one_finished_thought_are_taken_off(serve, around):
 
 
 def test_too_slow_is_asked_again(serve):
-    """Once silent, once one byte after the other: each byte would start a socket's time-out anew."""
-
     def answer(question, n):
         if n == 0:
             time.sleep(1.0)
@@ -180,26 +181,6 @@ def test_too_slow_is_asked_again(serve):
 
     server = serve(answer)
     assert ask(quick(server, timeout=0.5)) == GOOD and len(server.asked) in (2, 3)  # 3 on a machine that is busy
-
-    class Drip(Handler):
-        def do_POST(self):
-            first, self.wfile = not self.server.asked, (real := self.wfile)
-            if first:
-                content = io.BytesIO()
-                self.wfile = content
-            Handler.do_POST(self)
-            for i in range(0, len(content.getvalue()) if first else 0, 4):
-                try:
-                    real.write(content.getvalue()[i : i + 4])
-                    real.flush()
-                except OSError:
-                    break
-                time.sleep(0.05)
-            self.wfile = real
-
-    server = serve(lambda question, n: text())
-    server.RequestHandlerClass = Drip
-    assert ask(quick(server, timeout=0.5)) == GOOD and len(server.asked) in (2, 3)
 
 
 def test_pauses_double_and_follow_the_server(serve, monkeypatch):
@@ -265,8 +246,8 @@ def bench(tmp_path) -> tuple[dict[str, Prompt], Path]:
     """Four T2I cases and one edit of each category, with their pictures."""
     Image.new("RGBA", (8, 8), (0, 0, 255, 255)).save(tmp_path / "source.png")
     cases = [Prompt("t2i", category, f"{category} {i}") for category in ("portrait", "text") for i in range(2)]
-    cases += [Prompt("edit", category, "do it", [tmp_path / "source.png"]) for category in rubrics.EDIT_RUBRICS]
-    named = rubrics.name_cases(cases)
+    cases += [Prompt("edit", category, "do it", [tmp_path / "source.png"]) for category in rubrics.FAMILIES]
+    named = name_cases(cases)
     (tmp_path / "pictures").mkdir()
     for i, name in enumerate(named):
         Image.new("RGBA", (4, 4), (20 * i, 0, 0, 255)).save(tmp_path / "pictures" / name)
@@ -277,7 +258,7 @@ def about(question: dict) -> str:
     """The case of a question: its words, and the category's title."""
     system, user = (message["content"] for message in question["messages"])
     words = next(part["text"] for part in user if part.get("text", "").startswith(("Prompt: ", "Instruction: ")))
-    titles = [rubric[0] for rubric in rubrics.EDIT_RUBRICS.values() if rubric[0] in system]
+    titles = [family["title"] for family in rubrics.FAMILIES.values() if family["title"] in system]
     return " ".join([words, *titles])
 
 
@@ -287,9 +268,13 @@ def well(question: dict) -> str:
     return form.replace("3.42", "4.5")
 
 
-def score(server: Server, bench: tuple, cache: str = "cache.jsonl", parallel: int = 3) -> tuple[dict, dict]:
+def score(server: Server, bench: tuple, parallel: int = 3) -> tuple[dict, dict]:
     cases, folder = bench
-    return rubrics.judge(quick(server), cases, folder / "pictures", folder / cache, parallel)
+    return rubrics.judge(quick(server), cases, folder / "pictures", folder / "answers", parallel)
+
+
+def kept(folder: Path) -> list[Path]:
+    return sorted((folder / "answers").glob("*.json"))
 
 
 def test_nothing_is_scored_twice_and_nothing_lost(serve, bench):
@@ -307,8 +292,8 @@ def test_nothing_is_scored_twice_and_nothing_lost(serve, bench):
     answers, unscored = score(server, bench)
     assert answers.keys() == cases.keys() - {never} and unscored.keys() == {never}
     assert "rather not" in unscored[never] and all(a["score"] == 4.5 for a in answers.values())
-    kept = [json.loads(line) for line in (folder / "cache.jsonl").read_text().splitlines()]
-    assert sorted(row["picture"] for row in kept) == sorted(answers)
+    assert [file.name[:-38] + ".png" for file in kept(folder)] == sorted(answers)
+    assert [json.loads(file.read_text()) for file in kept(folder)] == [answers[name] for name in sorted(answers)]
 
     def asked_anew() -> list[str]:
         before = len(server.asked)
@@ -328,13 +313,14 @@ def test_nothing_is_scored_twice_and_nothing_lost(serve, bench):
     assert asked_anew() == ["Instruction: do it change of a whole scene"]
     Image.new("RGBA", (8, 8), "red").save(folder / "source.png")  # the source of six edits
     assert len(asked_anew()) == 6
-    # A killed run's half line is asked again; a line that somebody broke is an error.
-    lines = (folder / "cache.jsonl").read_bytes()
-    (folder / "cache.jsonl").write_bytes(lines[:-20])
+    # An answer that somebody broke is an error; without its file it is asked again.
+    broken = kept(folder)[0]
+    for content in ('{"score": 9, "reason": "x"}', '{"score": 1'):
+        broken.write_text(content)
+        with pytest.raises(ValueError, match=f"{broken.name}: not a kept answer .*take the file away"):
+            score(server, bench)
+    broken.unlink()
     assert len(asked_anew()) == 1 and asked_anew() == []
-    (folder / "cache.jsonl").write_bytes(b'{"key": 1}\n' + lines)
-    with pytest.raises(ValueError, match="cache.jsonl, line 1"):
-        score(server, bench)
 
 
 def test_a_dead_endpoint_ends_the_run_and_keeps_the_answers(serve, bench, monkeypatch):
@@ -342,7 +328,7 @@ def test_a_dead_endpoint_ends_the_run_and_keeps_the_answers(serve, bench, monkey
     server = serve(lambda question, n: well(question) if len(server.asked) <= 4 else 503)
     with pytest.raises(ValueError, match="3 questions in a row without an answer, .*HTTP 503"):
         score(server, bench, parallel=1)
-    assert len((bench[1] / "cache.jsonl").read_text().splitlines()) == 4
+    assert len(kept(bench[1])) == 4
     before = len(server.asked)
     assert before - 4 - 3 * chat.ATTEMPTS in (0, 1)  # one more may have been under way
     server.answer = lambda question, n: well(question)
@@ -367,10 +353,11 @@ def test_a_killed_run_goes_on(serve, bench, signal_number):
     # A shell starts background jobs with Ctrl-C ignored, and children inherit that: it is asked for here.
     code = """
 import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
-import sys; from pathlib import Path; from judges import rubrics; from judges.chat import Chat; from recipe import read_prompts
+import sys; from pathlib import Path; from judges import rubrics; from judges.bench import name_cases
+from judges.chat import Chat; from recipe import read_prompts
 folder = Path(sys.argv[2])
-cases = rubrics.name_cases(read_prompts([folder / "cases.jsonl"]))
-rubrics.judge(Chat(sys.argv[1], "judge-1"), cases, folder / "pictures", folder / "cache.jsonl", 2)
+cases = name_cases(read_prompts([folder / "cases.jsonl"]))
+rubrics.judge(Chat(sys.argv[1], "judge-1"), cases, folder / "pictures", folder / "answers", 2)
 """
     process = subprocess.Popen([sys.executable, "-c", code, server.url, str(folder)], cwd=Path(__file__).parents[1])
     while len(server.asked) < 5:
@@ -379,13 +366,13 @@ rubrics.judge(Chat(sys.argv[1], "judge-1"), cases, folder / "pictures", folder /
     process.send_signal(signal_number)
     assert process.wait(20) != 0
     slow.set()
-    kept = len((folder / "cache.jsonl").read_text().splitlines())
+    before = len(kept(folder))
     # Another server, since what the killed process sent last may reach the first one only now.
     again = serve(lambda question, n: well(question))
     answers, _ = score(again, bench)
-    assert len(answers) == len(cases) and len(again.asked) == len(cases) - kept
+    assert len(answers) == len(cases) and len(again.asked) == len(cases) - before
     if signal_number == signal.SIGINT:  # what was under way has been kept, too
-        assert kept == len(server.asked)
+        assert before == len(server.asked)
 
 
 def test_a_question_shows_all_that_counts(serve, bench, tmp_path):
@@ -398,12 +385,8 @@ def test_a_question_shows_all_that_counts(serve, bench, tmp_path):
     score(server, bench, parallel=1)
     question = next(q for q in map(json.loads, server.asked) if "same person" in q["messages"][0]["content"])
     system, user = (message["content"] for message in question["messages"])
-    for words in (
-        *rubrics.EDIT_RUBRICS["identity"][:3],
-        *rubrics.EDIT_RUBRICS["identity"][3].split(),
-        "from 1 to 5",
-        "JSON",
-    ):
+    title, focus, severe, names = rubrics.FAMILIES["identity"].values()
+    for words in (title, focus, severe, *names, "from 1 to 5", "JSON"):
         assert words in system
     kinds = [part.get("text", "picture") for part in user]
     assert kinds == ["Source picture 1:", "picture", "Instruction: do it", "Result:", "picture"]
@@ -440,7 +423,7 @@ def test_edits_are_graded_by_their_own_sub_scores(bench):
     for case in cases.values():
         if case.task == "edit":
             form = forms[case.category] = json.loads(rubrics.system_text(case).rsplit("in this form: ", 1)[1])
-            rubrics.check_verdict(case, form)
+            rubrics.check_answer(form, rubrics.form_of(case))
             for wrong in (
                 form | {"sub_scores": form["sub_scores"] | {"beauty": 5}},
                 form | {"sub_scores": dict(list(form["sub_scores"].items())[1:])},
@@ -451,23 +434,23 @@ def test_edits_are_graded_by_their_own_sub_scores(bench):
                 GOOD,
             ):
                 with pytest.raises(ValueError):
-                    rubrics.check_verdict(case, wrong)
+                    rubrics.check_answer(wrong, rubrics.form_of(case))
     assert len({frozenset(form["sub_scores"]) for form in forms.values()}) == 6
 
 
 def test_names_of_pictures(bench, tmp_path):
     cases, folder = bench
-    again = rubrics.name_cases(list(cases.values())[::-1])
+    again = name_cases(list(cases.values())[::-1])
     assert again == cases  # whatever the order
     with pytest.raises(ValueError, match="twice: t2i, text, 'text 1'"):
-        rubrics.name_cases([*cases.values(), Prompt("t2i", "text", "text 1")])
+        name_cases([*cases.values(), Prompt("t2i", "text", "text 1")])
     (folder / "copy.png").write_bytes((folder / "source.png").read_bytes())
     with pytest.raises(ValueError, match="twice: edit, scene"):  # the same picture under another name
-        rubrics.name_cases([*cases.values(), Prompt("edit", "scene", "do it", [folder / "copy.png"])])
+        name_cases([*cases.values(), Prompt("edit", "scene", "do it", [folder / "copy.png"])])
     with pytest.raises(
-        ValueError, match="edit, motion, 'run': there is no rubric for such edits; categories are scene, enhance"
+        ValueError, match="edit, motion, 'run': no rubric is for such edits; categories are scene, enhance"
     ):
-        rubrics.name_cases([Prompt("edit", "motion", "run", [folder / "source.png"])])
+        name_cases([Prompt("edit", "motion", "run", [folder / "source.png"])])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -534,9 +517,13 @@ def test_prompts_are_written_once_and_gone_on_with(serve, tmp_path, monkeypatch)
     assert "Zoë said “hi” twice" in {p.prompt for p in first}
     before = len(server.asked)
     assert prompts.write_prompts(quick(server), "portrait", 10, out, 3) == 10 and len(server.asked) == before
-    out.write_bytes(out.read_bytes()[:-9])  # killed in the middle of a line
+    lines = out.read_bytes()
+    out.write_bytes(lines[:-9])
+    with pytest.raises(ValueError, match="portrait.jsonl, line 10"):
+        prompts.write_prompts(quick(server), "portrait", 25, out, 3)
+    out.write_bytes(lines[:-1])  # only the line's end is missing
     assert prompts.write_prompts(quick(server), "portrait", 25, out, 3) == 25
-    assert [p.prompt for p in read_prompts([out])][:9] == [p.prompt for p in first][:9]
+    assert [p.prompt for p in read_prompts([out])][:10] == [p.prompt for p in first]
     asked = [json.loads(body)["messages"][1]["content"][0]["text"] for body in server.asked]
     assert len(set(asked)) > len(asked) / 2 and all(prompts.BRIEFS["portrait"] in words for words in asked)
     with pytest.raises(ValueError, match="'portrait', 'text' is expected"):
@@ -609,7 +596,7 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     assert table.count("turbo") == 4 and table.count("| strict/2 | 2.25") == 4
 
     # The pictures are those of the pipeline, from a noise of their own.
-    name, case = next((n, c) for n, c in rubrics.name_cases(read_prompts([cases / "t2i.jsonl"])).items())
+    name, case = next((n, c) for n, c in name_cases(read_prompts([cases / "t2i.jsonl"])).items())
     pipeline = Pipeline.from_pretrained(toy_checkpoint)
     seed = int(name[-20:-4], 16) % 2**31
     with Image.open(out / "pictures" / name) as picture:
@@ -626,7 +613,7 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     fails("drawn by other weights or settings", "--steps", "3")
     fails("two names", "--judge-model", "kind", "kind")
     fails("nowhere", "--prompts", str(tmp_path / "nowhere"))
-    fails("--prompts and --experiment", "--experiment", "teachers")
+    fails("--experiment: not allowed with argument --prompts", "--experiment", "teachers")
     moved = tmp_path / "moved"
     shutil.copytree(out / "pictures", moved)
     (moved / name).unlink()
@@ -642,7 +629,7 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     (cases / "again.jsonl").unlink()
     evaluation.main([*words, "--pictures", str(moved)])  # equal pictures, wherever they lie: known
     assert len(server.asked) == before
-    fails("turbo/row.json: exists, with other name", "--name", "mine")
+    fails("turbo/row.json: exists, and was not made with these", "--name", "mine")
     row = json.loads((out / "row.json").read_text())
     assert (row["nfe"], row["guidance"]) == (4, 2.0)  # they say so themselves
 
@@ -666,7 +653,7 @@ def test_what_lies_beside_the_pictures_stays(toy_checkpoint, cases, tmp_path):
         evaluation.main(words)
     assert (folder / "film.part").read_bytes() == b"mine" and len(list(folder.iterdir())) == 1
     (folder / "film.part").unlink()
-    names = rubrics.name_cases(read_prompts(sorted(cases.glob("*.jsonl"))))
+    names = name_cases(read_prompts(sorted(cases.glob("*.jsonl"))))
     (folder / f".{min(names)}.qwen-image-flash.part").write_bytes(b"half a picture")
     evaluation.main(words)
     assert {path.name for path in folder.iterdir()} == names.keys()
@@ -680,7 +667,7 @@ def test_prompts_from_the_command_line(serve, tmp_path, capsys):
     assert len(read_prompts([out])) == 5 and "5 prompts" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--category"):
         evaluation.main(words[:2])
-    with pytest.raises(ValueError, match="--judge is for --prompts; this command is one of the toy"):
+    with pytest.raises(ValueError, match="--judge is for --prompts, not for the toy"):
         evaluation.main(["--judge", server.url])
 
 
@@ -702,7 +689,7 @@ def test_the_layout_of_a_public_bench(tmp_path, monkeypatch):
     code = next(block.split("```")[0] for block in page.split("```python\n")[1:] if "GEdit-Bench" in block)
     exec(code, {})
     cases = read_prompts([tmp_path / "gedit" / "edit.jsonl"])
-    assert len(cases) == 11 and {case.category for case in cases} <= rubrics.EDIT_RUBRICS.keys()
+    assert len(cases) == 11 and {case.category for case in cases} <= rubrics.FAMILIES.keys()
 
 
 def test_the_pages_commands(toy_checkpoint, cases, serve, monkeypatch, capsys):

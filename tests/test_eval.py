@@ -227,10 +227,8 @@ def test_bad_input_is_one_clear_error(toy_checkpoint, tmp_path):
         ("--list", ""),
         ("--seed", "1"),
     ):
-        fails(
-            f"{flag} is for --.*; this command is one of the toy world's benches", *[flag, value][: 2 if value else 1]
-        )
-    fails("--cases is for the toy world's benches; this command is --experiment", "--experiment", "teachers")
+        fails(f"{flag} is for --.*, not for the toy world's benches", *[flag, value][: 2 if value else 1])
+    fails("--cases is for the toy world's benches, not for --experiment", "--experiment", "teachers")
     fails("is a folder", "--json", str(tmp_path))
     (tmp_path / "file").write_text("mine")
     fails("file", "--out", str(tmp_path / "file"))
@@ -338,7 +336,7 @@ def test_nothing_of_others_is_written_over(toy_checkpoint, tmp_path, capsys):
     first = read_json(tmp_path / "out" / "row.json")
     evaluation.main([*words, "--out", str(tmp_path / "out")])  # its own, again
     other = shutil.copytree(toy_checkpoint, tmp_path / "other")
-    with pytest.raises(ValueError, match="row.json: exists, with other name"):
+    with pytest.raises(ValueError, match="row.json: exists, and was not made with these"):
         evaluation.main([*words, "--checkpoint", str(other), "--out", str(tmp_path / "out")])
     assert read_json(tmp_path / "out" / "row.json")["edit"] == first["edit"]
     evaluation.main([*words, "--checkpoint", str(other), "--out", str(tmp_path / "out"), "--overwrite"])

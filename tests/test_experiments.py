@@ -128,7 +128,7 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     with pytest.raises(ValueError, match="made with other weights; name another --runs"):
         run(tiny, "composition", "--overwrite")
     with pytest.raises(
-        ValueError, match="table.json: exists, with other seeds; name another place, or give --overwrite"
+        ValueError, match="table.json: exists, and was not made with these settings; .*give --overwrite"
     ):
         run(tiny, "composition", "--seeds", "1", "--nfe", "2")
 

@@ -10,21 +10,10 @@ from PIL import Image
 import recipe
 from dmd import rollout
 from flow import add_noise, score_from_velocity
+from support.rows import paired, verdict
 from toy import plane, plane_method
 from toy.experiments import EXPERIMENTS
-from toy.plane_method import (
-    Mixture,
-    Network,
-    Training,
-    World,
-    draw,
-    drawn_by,
-    evaluate,
-    from_samples,
-    measure,
-    ring,
-    train,
-)
+from toy.plane_method import Mixture, Network, Setting, evaluate, from_samples, measure, ring, train
 
 
 @pytest.mark.parametrize("t", [0.2, 0.6, 0.95])
@@ -64,21 +53,21 @@ def test_modes_of_each_seed():
 
 
 def test_student_starts_as_the_base_teacher():
-    rng, world = torch.Generator().manual_seed(0), World()
-    noise, _, source, t = draw(world, 12, rng)
-    for task, category in plane_method.CONDITIONS:
-        student = drawn_by(world, Network(3, rng))(task, category, source)
-        base = world.mixture("base", category, source).velocity
+    rng, setting = torch.Generator().manual_seed(0), Setting(seeds=3)
+    noise, _, source, t = setting.draw(12, rng)
+    for category in plane_method.TASKS:
+        student = Network(setting, rng)(category, source)
+        base = setting.mixture("base", category, source).velocity
         torch.testing.assert_close(student(noise, t), base(noise, t), rtol=0.0, atol=0.0)
 
 
 def test_seeds_are_separate():
     """What one seed draws depends on its own weights and noise alone."""
-    rng, world = torch.Generator().manual_seed(0), World()
-    network = Network(2, rng)
+    rng, setting = torch.Generator().manual_seed(0), Setting(seeds=2)
+    network = Network(setting, rng)
     network.weights[-1] = torch.randn(network.weights[-1].shape, generator=rng)
-    noise, _, source, t = draw(world, 8, rng)
-    v = drawn_by(world, network)("edit", "object", source)
+    noise, _, source, t = setting.draw(8, rng)
+    v = network("object", source)
     before = v(noise, t)
     noise[4:] += 1
     after = v(noise, t)
@@ -97,7 +86,7 @@ def test_measures_of_exact_samples():
     assert missing["precision"].mean().item() > 0.98 and missing["distance"].mean().item() > 0.1
 
 
-class OneMode(World):
+class OneMode(Setting):
     """Base and specialist with one mode each, at other places and of other widths."""
 
     def mixture(self, teacher, category, source):
@@ -108,11 +97,12 @@ def test_student_reaches_mean_and_variance_of_one_mode(monkeypatch):
     """Trained at its last step alone, for a quick test: with all steps in turn it takes many times as long."""
     monkeypatch.setattr(plane_method, "rollout", lambda v, noise, sigmas, k: rollout(v, noise, sigmas, 3))
     row = recipe.Recipe("text", (10, 0), t2i={"text": 1}, specialists=recipe.specialists(1.0, 1.0, 1.0, 1.0))
-    args, world = Training(seeds=2, updates=250, lr=2e-3), OneMode()
-    ((_, student, _),) = train(world, row, args, {250})
-    noise, _, source, _ = draw(world, 4000, torch.Generator().manual_seed(9))
-    before = plane_method.euler(plane_method.teacher(world)("t2i", "text", source), noise, plane_method.SIGMAS)
-    after = plane_method.euler(drawn_by(world, student)("t2i", "text", source), noise, plane_method.SIGMAS)
+    setting = OneMode(seeds=2, updates=250, lr=2e-3)
+    ((_, student, _),) = train(setting, row, {250})
+    noise, _, source, _ = setting.draw(4000, torch.Generator().manual_seed(9))
+    before, after = (
+        plane_method.euler(model("text", source), noise, plane_method.SIGMAS) for model in (setting.teacher(), student)
+    )
     assert before.mean(0).abs().max() < 0.05 and before.std(0).min() > 0.59
     torch.testing.assert_close(after.mean(0), torch.tensor([0.8, -0.4]), atol=0.06, rtol=0.0)
     torch.testing.assert_close(after.std(0), torch.tensor([0.5, 0.5]), atol=0.06, rtol=0.0)
@@ -130,8 +120,8 @@ def test_oracle_is_the_students_own_distribution():
 
 def test_same_seeds_same_digits():
     def weights(seed):
-        args = Training(seeds=2, seed=seed, updates=3)
-        return [network.weights[-1] for _, network, _ in train(World(), recipe.find("flash"), args, {3})][0]
+        setting = Setting(seeds=2, seed=seed, updates=3)
+        return [network.weights[-1] for _, network, _ in train(setting, recipe.find("flash"), {3})][0]
 
     assert torch.equal(weights(0), weights(0))
     assert not torch.equal(weights(0), weights(1))
@@ -139,7 +129,7 @@ def test_same_seeds_same_digits():
 
 def test_rows_are_paired(monkeypatch):
     """Every recipe sees the same draws."""
-    seen = {}
+    seen, draw = {}, Setting.draw
     for name in ("e1-landscape", "flash"):
         seen[name] = []
 
@@ -147,35 +137,39 @@ def test_rows_are_paired(monkeypatch):
             to.append(draw(*args))
             return to[-1]
 
-        monkeypatch.setattr(plane_method, "draw", record)
-        list(train(World(), recipe.find(name), Training(seeds=2, updates=3), set()))
+        monkeypatch.setattr(Setting, "draw", record)
+        list(train(Setting(seeds=2, updates=3), recipe.find(name), set()))
     pairs = list(zip(seen["e1-landscape"], seen["flash"], strict=True))
     assert len(pairs) == 9 and all(torch.equal(a, b) for one, other in pairs for a, b in zip(one, other))
 
 
 def test_xi_moves_along_the_path():
     """The world's edits are of landscapes: their source has the landscape's modes."""
-    _, xi, source, t = draw(World(), 4000, torch.Generator().manual_seed(0))
+    _, xi, source, t = Setting().draw(4000, torch.Generator().manual_seed(0))
     assert (
-        measure(source, World().mixture("truth", "landscape", source), 4, torch.Generator())["precision"].min() > 0.97
+        measure(source, Setting().mixture("truth", "landscape", source), 4, torch.Generator())["precision"].min() > 0.97
     )
     assert add_noise(source, xi, t).shape == source.shape and 0.02 <= t.min() and t.max() <= 0.98
 
 
 def test_verdicts():
-    assert plane.verdict([(0.3, 0.1), (0.2, 0.1)]) == "agree"
-    assert plane.verdict([(0.3, 0.1), (0.05, 0.1)]) == "cannot tell"
-    assert plane.verdict([(0.3, 0.1), (-0.2, 0.1)]) == "disagree"
+    assert paired([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / 3**0.5))  # Student's t with two degrees of freedom
+    assert paired([0.5]) == (0.5, math.inf)
+    assert verdict([(0.3, 0.1), (0.2, 0.1)]) == "agree"
+    assert verdict([(0.3, 0.1), (0.05, 0.1)]) == "cannot tell"
+    assert verdict([(0.3, 0.1), (-0.2, 0.1)]) == "disagree"
 
 
 def test_experiment_and_sweep_with_tiny_numbers(tmp_path, capsys):
     few = ["--seeds", "2", "--updates", "2", "--out", str(tmp_path)]
     plane.main(["--experiment", "composition", *few])
     plane.main(["--experiment", "oracle", *few])
+    plane.main(["--experiment", "sharp", *few, "--seeds", "1"])  # one seed has no interval
+    assert "± inf" in (tmp_path / "sharp.md").read_text() and (tmp_path / "sharp.png").exists()
     table = json.loads((tmp_path / "composition.json").read_text())
     assert list(table["claims"]) == [*plane.PREMISES, *EXPERIMENTS["composition"].claims]
     assert table["claims"]["Four plain steps lose at editing."]["precision"] == "agree"
-    assert "| E3 text |" in (tmp_path / "composition.md").read_text()
+    assert "| E3 text " in (tmp_path / "composition.md").read_text()
     assert "- undistilled" in (tmp_path / "oracle.md").read_text()
     assert Image.open(tmp_path / "oracle.png").width > 100
     assert "written to" in capsys.readouterr().out
@@ -192,8 +186,8 @@ def test_main_job_with_tiny_numbers(tmp_path):
     "words, complaint",
     [
         (["--experiment", "painting"], "invalid choice: 'painting'"),
-        (["--seeds", "0"], "--seeds 0: must be at least 1"),
-        (["--updates", "-3"], "--updates -3: must be at least 1"),
+        (["--seeds", "0"], "--seeds 0: a number in [1"),
+        (["--updates", "-3"], "--updates -3: a number in [1"),
         (["--out", "FILE/plane"], "cannot be written"),
     ],
 )
@@ -206,7 +200,7 @@ def test_bad_input(words, complaint, tmp_path, capsys):
 
 def test_teachers_differ_as_the_world_says():
     """Wider or narrower by its factor, and moved: read off the samples of 40 steps."""
-    world, few = World(blur=3.0, sharp=0.5, displaced=1.0), torch.Generator().manual_seed(0)
+    world, few = Setting(blur=3.0, sharp=0.5, displaced=1.0, seeds=2), torch.Generator().manual_seed(0)
     for name, width, moved in (("truth", 1.0, 0.0), ("base", 3.0, 0.0), ("text", 0.5, 0.12)):
         some = world.mixture(name, "text", torch.zeros(1, 2))
         x = some.sample(20_000, few)
@@ -214,5 +208,5 @@ def test_teachers_differ_as_the_world_says():
         middle = x[(x - torch.tensor([moved, 0.0])).abs().max(1).values < 0.55]
         if name != "base":  # the base's modes run into each other
             assert middle.std(0).mean().item() == pytest.approx(0.12 * width, abs=0.01)
-    scores = evaluate(world, plane_method.teacher(world, specialised=True), plane_method.TEACHER_SIGMAS, 2)
+    scores = evaluate(world, world.teacher(specialised=True), plane_method.TEACHER_SIGMAS)
     assert scores["text"]["precision"].min() > 0.99

@@ -1,6 +1,6 @@
-"""The whole method in two dimensions: a picture is a point in the plane, and a teacher's velocity is a formula.
+"""DMD where a picture is a point in the plane, and a teacher's velocity is a formula.
 
-flow.py, dmd.py and recipe.py are used as they are. For every condition a teacher draws from a mixture of Gaussians, so no
+flow.py, dmd.py and recipe.py are used as they are. For every category a teacher draws from a mixture of Gaussians, so no
 result holds the error of a teacher's network. The commands and the claims are in toy/plane.py.
 
     S        seeds: students that train side by side, each with its own weights and draws, as one batched product
@@ -25,7 +25,8 @@ from recipe import Recipe
 SIGMAS = student_sigmas(4)  # the student's: 1, 0.9, 0.75, 0.5, 0
 TEACHER_SIGMAS = [1 - i / 40 for i in range(41)]
 CATEGORIES = {"t2i": ("landscape", "portrait", "text"), "edit": ("object", "style")}
-CONDITIONS = [(task, category) for task in CATEGORIES for category in CATEGORIES[task]]
+TASKS = {category: task for task, categories in CATEGORIES.items() for category in categories}
+Model = Callable[[str, Tensor], Velocity]  # category, source (N, 2) -> velocity
 
 
 # ---- the world and its teachers ------------------------------------------------------------------------------------
@@ -72,13 +73,25 @@ def ring(modes: int, radius: float, turn: float = 0.0) -> Tensor:
 
 
 @dataclass(frozen=True)
-class World:
-    """What there is to draw, and how each teacher errs. All numbers are ours. These four are knobs."""
+class Setting:
+    """What there is to draw, how teachers err, and how students are trained: all numbers that a sweep may change. Ours."""
 
     blur: float = 2.0  # the base's standard deviation at text, in the truth's
     sharp: float = 0.5  # a specialist's standard deviation, in the truth's
     displaced: float = 0.5  # how far a specialist's modes are moved, in the truth's standard deviations
     open: float = 1.0  # radius of the circle of right answers to an edit; at 0 there is one answer
+    # The training is the same for all rows. Its numbers are from pilots with seed 1; the tables use seed 0.
+    seeds: int = 32
+    seed: int = 0  # of all draws
+    updates: int = 1000  # of the student
+    batch: int = 64  # samples of one seed, all of one category
+    fake_updates: int = 2  # before each of the student
+    lr: float = 1e-3
+    fake_lr: float = 5e-3  # higher, because the fake score has to keep up with the student
+    beta1: float = 0.9  # Adam's
+    ema: float = 0.97  # decay per update of the averaged weights, which are what draws
+    step_aware: bool = False  # the fake score is told k, and so learns each step's pictures and not their pool
+    oracle: bool = False  # the fake score is computed from samples, not learned; T2I only
 
     def mixture(self, teacher: str, category: str, source: Tensor) -> Mixture:
         """What a teacher, or the "truth", draws. source: (N, 2); only edits use it."""
@@ -96,38 +109,47 @@ class World:
             return Mixture(modes, sd * blur, centre)
         return Mixture(modes + torch.tensor([self.displaced * sd, 0.0]), sd * self.sharp, centre)
 
+    def teacher(self, specialised: bool = False) -> Model:
+        """The base teacher; or the specialised ones, each for what it was made for."""
+        who = {"text": "text", "object": "edit", "style": "edit"} if specialised else {}
+        return lambda category, source: self.mixture(who.get(category, "base"), category, source).velocity
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """noise, xi, source (n, 2), t (n,). Every recipe gets the same numbers in the same order, so rows are paired."""
+        noise, xi = torch.randn(2, n, 2, generator=rng)
+        source = self.mixture("truth", "landscape", noise).sample(n, rng)  # an edit changes a landscape
+        return noise, xi, source, shifted_uniform(torch.rand(n, generator=rng), 1.0)
+
 
 # ---- student and fake score ----------------------------------------------------------------------------------------
 
 
 class Network:
-    """S networks at once: the base teacher's velocity plus an MLP whose last layer is zero at the start."""
+    """S networks at once: the base teacher's velocity plus an MLP whose last layer is zero at the start. A Model."""
 
-    def __init__(self, seeds: int, rng: torch.Generator):
-        inputs = 2 + 2 + 8 + len(CONDITIONS) + 2 + 4  # z, the base's v, t, condition, source, step
-        sizes = [inputs, 64, 64, 64, 2]
-        self.seeds, self.weights, self.biases = seeds, [], []
+    def __init__(self, setting: Setting, rng: torch.Generator):
+        sizes = [2 + 2 + 8 + len(TASKS) + 4 + 2, 64, 64, 64, 2]  # z, the base's v, t, category, step, source
+        self.setting, self.weights, self.biases = setting, [], []
         for i, (inside, outside) in enumerate(zip(sizes, sizes[1:])):
-            scale = inside**-0.5 if i < 3 else 0.0
-            self.weights.append(scale * torch.randn(seeds, inside, outside, generator=rng))  # (S, inside, outside)
-            self.biases.append(torch.zeros(seeds, 1, outside))
+            weight = torch.randn(setting.seeds, inside, outside, generator=rng)  # (S, inside, outside)
+            self.weights.append(weight * (inside**-0.5 if i < 3 else 0.0))
+            self.biases.append(torch.zeros(setting.seeds, 1, outside))
+        self.parameters = [p.requires_grad_() for p in self.weights + self.biases]
 
-    def parameters(self) -> list[Tensor]:
-        return self.weights + self.biases
-
-    def velocity(self, base: Mixture, task: str, category: str, source: Tensor, k: int | None = None) -> Velocity:
+    def __call__(self, category: str, source: Tensor, k: int | None = None) -> Velocity:
         """The velocity with its condition bound to it. source: (N, 2). k: a fake score may be told the student's step."""
-        words = torch.zeros(len(source), len(CONDITIONS) + 4)
-        words[:, CONDITIONS.index((task, category))] = 1
+        base = self.setting.mixture("base", category, source)
+        words = torch.zeros(len(source), len(TASKS) + 4)
+        words[:, list(TASKS).index(category)] = 1
         if k is not None:
-            words[:, len(CONDITIONS) + k] = 1
-        condition = torch.cat([words, source * (task == "edit")], dim=1)
+            words[:, len(TASKS) + k] = 1
+        condition = torch.cat([words, source * (TASKS[category] == "edit")], dim=1)
         octaves = math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
             v, waves = base.velocity(z, t), per_sample(t, z) * octaves  # (N, 2), (N, 4)
             h = torch.cat([z, v, waves.sin(), waves.cos(), condition], dim=1)
-            h = h.reshape(self.seeds, -1, h.shape[1])  # (S, N / S, inputs)
+            h = h.reshape(self.setting.seeds, -1, h.shape[1])  # (S, N / S, inputs)
             for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
                 h = torch.baddbmm(bias, silu(h) if i else h, weight)  # (S, N / S, 64), at last 2
             return v + h.reshape(z.shape)
@@ -135,45 +157,7 @@ class Network:
         return velocity
 
 
-Model = Callable[[str, str, Tensor], Velocity]  # task, category, source -> velocity
-
-
-def teacher(world: World, specialised: bool = False) -> Model:
-    """The base teacher; or the specialised ones, each for what it was made for."""
-    who = {"text": "text", "object": "edit", "style": "edit"} if specialised else {}
-    return lambda task, category, source: world.mixture(who.get(category, "base"), category, source).velocity
-
-
-def drawn_by(world: World, student: Network) -> Model:
-    """A student, ready to draw under any condition."""
-    return lambda task, *rest: student.velocity(world.mixture("base", *rest), task, *rest)
-
-
 # ---- training ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Training:
-    """The optimisation: one for all rows. Ours, from pilots with seed 1; the tables use seed 0."""
-
-    seeds: int = 32
-    seed: int = 0  # of all draws
-    updates: int = 1000  # of the student
-    batch: int = 64  # samples of one seed, all of one category
-    fake_updates: int = 2  # before each of the student
-    lr: float = 1e-3
-    fake_lr: float = 5e-3  # higher, because the fake score has to keep up with the student
-    beta1: float = 0.9  # Adam's
-    ema: float = 0.97  # decay per update of the averaged weights, which are what draws
-    step_aware: bool = False  # the fake score is told k, and so learns each step's pictures and not their pool
-    oracle: bool = False  # the fake score is computed from samples, not learned; T2I only
-
-
-def draw(world: World, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """noise, xi, source (n, 2), t (n,). Every recipe gets the same numbers in the same order, so rows are paired."""
-    noise, xi = torch.randn(2, n, 2, generator=rng)
-    source = world.mixture("truth", "landscape", noise).sample(n, rng)  # an edit changes a landscape
-    return noise, xi, source, shifted_uniform(torch.rand(n, generator=rng), 1.0)
 
 
 def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
@@ -183,59 +167,55 @@ def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
     return Mixture(torch.cat([x.reshape(seeds, -1, 2) for x in points], dim=1), 0.1)
 
 
-def train(world: World, recipe: Recipe, args: Training, looks: set[int]) -> Iterator[tuple[int, Network, Network]]:
+def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[int, Network, Network]]:
     """Trains S students; yields (updates done, students with averaged weights, fake scores) at each of the looks."""
-    rng = torch.Generator().manual_seed(args.seed)
+    rng = torch.Generator().manual_seed(setting.seed)
     recipe = recipe.resolve(CATEGORIES, ("text", "edit"))
     lowest = 1 if recipe.first_step_weight else 0  # step 0 then has a loss of its own
-    student, fake, averaged = (Network(args.seeds, rng) for _ in range(3))
-    for mean, start in zip(averaged.parameters(), student.parameters()):
-        mean.copy_(start)
-    optimisers = {}
-    for network, lr in ((student, args.lr), (fake, args.fake_lr)):
-        parameters = [p.requires_grad_() for p in network.parameters()]
-        optimisers[network] = torch.optim.Adam(parameters, lr, (args.beta1, 0.999), fused=True)
+    student, fake, averaged = (Network(setting, rng) for _ in range(3))
+    optimisers = {
+        network: torch.optim.Adam(network.parameters, lr, (setting.beta1, 0.999), fused=True)
+        for network, lr in ((student, setting.lr), (fake, setting.fake_lr))
+    }
 
     def batch(turn: int) -> tuple:
-        """The condition, k, student and fake score under it, and the draws."""
-        task, category, _ = recipe.turn(turn)
-        noise, xi, source, t = draw(world, args.seeds * args.batch, rng)
+        """The category, k, student and fake score under it, and the draws."""
+        _, category, _ = recipe.turn(turn)
+        noise, xi, source, t = setting.draw(setting.seeds * setting.batch, rng)
         k = int(torch.randint(10**6, (), generator=rng)) % (len(SIGMAS) - 1 - lowest) + lowest
-        condition = task, category, source
-        base = world.mixture("base", category, source)
-        seen = fake.velocity(base, *condition, k if args.step_aware else None)
-        return condition, k, student.velocity(base, *condition), seen, noise, xi, t
+        seen = fake(category, source, k if setting.step_aware else None)
+        return category, k, student(category, source), seen, noise, xi, source, t
 
     def update(network: Network, loss: Tensor) -> None:
-        (loss * args.seeds).backward(inputs=network.parameters())  # a sum over seeds: each has its own loss
+        (loss * setting.seeds).backward()  # a sum over seeds: each has its own loss
         optimisers[network].step()
         optimisers[network].zero_grad()
 
-    for step in tqdm(range(args.updates + 1), recipe.name, leave=False):
+    for step in tqdm(range(setting.updates + 1), recipe.name, leave=False):
+        for mean, now in zip(averaged.parameters, student.parameters):
+            mean.detach().lerp_(now.detach(), 1 - setting.ema if step else 1.0)  # at first a copy
         if step in looks:
             yield step, averaged, fake
-        if step == args.updates:
+        if step == setting.updates:
             return
         # 1. The fake score learns what the student draws by now. The student draws, and does not learn.
-        for turn in range(step * args.fake_updates, (step + 1) * args.fake_updates):
-            _, k, drawing, seen, noise, xi, t = batch(turn)
+        for turn in range(step * setting.fake_updates, (step + 1) * setting.fake_updates):
+            _, k, drawing, seen, noise, xi, _, t = batch(turn)
             with torch.no_grad():
                 x_theta = rollout(drawing, noise, SIGMAS, k)
             update(fake, fake_score_loss(seen, x_theta, xi, t).mean())
         # 2. The student learns once.
-        (task, category, source), k, drawing, seen, noise, xi, t = batch(step)
-        weights = recipe.weights(k, len(SIGMAS) - 1, task, category)
-        real = mixture(weights, {name: world.mixture(name, category, source).velocity for name in weights})
-        if args.oracle:
-            seen = from_samples(drawing, torch.randn(4, *noise.shape, generator=rng), args.seeds).velocity
+        category, k, drawing, seen, noise, xi, source, t = batch(step)
+        weights = recipe.weights(k, len(SIGMAS) - 1, TASKS[category], category)
+        real = mixture(weights, {name: setting.mixture(name, category, source).velocity for name in weights})
+        if setting.oracle:
+            seen = from_samples(drawing, torch.randn(4, *noise.shape, generator=rng), setting.seeds).velocity
         x_theta = rollout(drawing, noise, SIGMAS, k)
         loss = surrogate_loss(x_theta, dmd_gradient(real, seen, x_theta, xi, t).g)
         if recipe.first_step_weight:  # imitate the teacher's own four small steps to where the student's first one ends
             near = euler(real, noise, TEACHER_SIGMAS[:5])
             loss = loss + recipe.first_step_weight * first_step_loss(drawing, noise, near, TEACHER_SIGMAS[4]).mean()
         update(student, loss)
-        for mean, now in zip(averaged.parameters(), student.parameters()):
-            mean.lerp_(now.detach(), 1 - args.ema)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -268,11 +248,11 @@ def measure(points: Tensor, truth: Mixture, seeds: int, rng: torch.Generator) ->
     }
 
 
-def evaluate(world: World, model: Model, sigmas: list[float], seeds: int) -> dict[str, dict[str, Tensor]]:
+def evaluate(setting: Setting, model: Model, sigmas: list[float]) -> dict[str, dict[str, Tensor]]:
     """category -> measures, of 400 samples a seed: the same noise, sources and exact samples for every model."""
     rng, scores = torch.Generator().manual_seed(10**6), {}
-    for task, category in CONDITIONS:
-        noise, _, source, _ = draw(world, seeds * 400, rng)
-        points = euler(model(task, category, source), noise, sigmas)
-        scores[category] = measure(points, world.mixture("truth", category, source), seeds, rng)
+    for category in TASKS:
+        noise, _, source, _ = setting.draw(setting.seeds * 400, rng)
+        points = euler(model(category, source), noise, sigmas)
+        scores[category] = measure(points, setting.mixture("truth", category, source), setting.seeds, rng)
     return scores
