@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from judges.chat import Chat
@@ -15,7 +16,6 @@ from judges.rubrics import FAMILIES, digest
 from recipe import Prompt, read_prompts
 from sample import Pipeline
 from support.checkpoint import fingerprint, read_index
-from support.files import made_with
 from support.pictures import open_picture, save
 
 
@@ -88,7 +88,11 @@ def draw_cases(cases: dict[str, Prompt], folder: Path, args: argparse.Namespace)
 
 def notes_in(picture: Path) -> dict:
     """What `draw_cases` noted in a picture; empty for a picture from elsewhere."""
-    notes = made_with(picture)  # other programs use the same place for notes of their own
+    try:
+        with Image.open(picture) as opened:
+            notes = json.loads(opened.info["parameters"])
+    except (OSError, KeyError, ValueError):  # no notes, or those of another program in the same place
+        return {}
     return notes if isinstance(notes, dict) and {"steps", "guidance", "weights", "seconds"} <= notes.keys() else {}
 
 

@@ -34,7 +34,8 @@ from sample import Pipeline
 from support.checkpoint import fingerprint
 from support.conditions import Pool, encode_pool
 from support.files import read_json, write_json
-from support.rows import check_place, markdown
+from support import rows as statistics
+from support.rows import T, check_place, markdown
 from support.run import faster_dtype, find_teachers, open_run, whole_checkpoints
 from toy import bench as benches
 from toy import judge, world
@@ -50,8 +51,6 @@ POOL = {"t2i": 512, "edit": 256}
 STAGES = 4  # a student is scored after each quarter of its steps
 START, TEACHER, SPECIALISTS = "undistilled, same steps", "base teacher", "specialised teachers"  # rows without training
 HALFWAY = ", halfway"  # behind a row's name: after half of its steps
-# Student's t at 97.5%, by degrees of freedom from 1 on.
-T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
 
 
 @dataclass(frozen=True)
@@ -281,14 +280,14 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 def verdict(parts: list[Above], rows: dict[tuple[str, str], list[dict]], seeds: int) -> tuple[str, list[str]]:
     """agree: the whole interval of every part is above 0; disagree: that of some part is below; else cannot tell. And the
     differences that say so."""
-    words, evidence = set(), []
+    differences, evidence = [], []
     for part in parts:
         sides = [values(rows[row, part.bench], part.bench, part.part, part.category) for row in (part.row, part.other)]
         mean, half = difference(*sides)
-        words.add("cannot tell" if seeds < 2 or abs(mean) <= half else "agree" if mean > 0 else "disagree")
+        differences.append((mean, half if seeds > 1 else math.inf))
         what = " ".join(word for word in (part.bench, part.category, part.part) if word not in ("average", "score"))
         evidence.append(f"{part.row} - {part.other}, {what}: {mean:+.3f} ± {half:.3f}")
-    return next(word for word in ("disagree", "cannot tell", "agree") if word in words), evidence
+    return statistics.verdict(differences), evidence
 
 
 def averaged(bench: str, some: list[dict]) -> dict:
