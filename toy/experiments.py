@@ -31,10 +31,10 @@ import recipe as recipes
 import train
 from model import Condition, MMDiT
 from sample import Pipeline
+from support import rows as statistics
 from support.checkpoint import fingerprint
 from support.conditions import Pool, encode_pool
 from support.files import read_json, write_json
-from support import rows as statistics
 from support.rows import T, check_place, markdown
 from support.run import faster_dtype, find_teachers, open_run, whole_checkpoints
 from toy import bench as benches
