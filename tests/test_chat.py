@@ -629,7 +629,7 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     (cases / "again.jsonl").unlink()
     evaluation.main([*words, "--pictures", str(moved)])  # equal pictures, wherever they lie: known
     assert len(server.asked) == before
-    fails("turbo/row.json: exists, and was not made with these", "--name", "mine")
+    fails("turbo/row.json: exists; name another, or give --overwrite", "--name", "mine")
     row = json.loads((out / "row.json").read_text())
     assert (row["nfe"], row["guidance"]) == (4, 2.0)  # they say so themselves
 

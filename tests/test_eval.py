@@ -336,7 +336,7 @@ def test_nothing_of_others_is_written_over(toy_checkpoint, tmp_path, capsys):
     first = read_json(tmp_path / "out" / "row.json")
     evaluation.main([*words, "--out", str(tmp_path / "out")])  # its own, again
     other = shutil.copytree(toy_checkpoint, tmp_path / "other")
-    with pytest.raises(ValueError, match="row.json: exists, and was not made with these"):
+    with pytest.raises(ValueError, match="row.json: exists; name another, or give --overwrite"):
         evaluation.main([*words, "--checkpoint", str(other), "--out", str(tmp_path / "out")])
     assert read_json(tmp_path / "out" / "row.json")["edit"] == first["edit"]
     evaluation.main([*words, "--checkpoint", str(other), "--out", str(tmp_path / "out"), "--overwrite"])
