@@ -40,9 +40,10 @@ from flow import Velocity, add_noise, euler, flow_matching_loss, time_like, x0_f
 def rollout(student: Velocity, noise: Tensor, sigmas: list[float], k: int) -> Tensor:
     """x_theta, (B, ...): the student's clean prediction at its step k, in training as in drawing.
 
-    This is what DMD2 calls backward simulation. Steps 0 to k - 1 run from pure noise on the student's own states. So the student
-    is trained on the states that it meets when it draws, and not on noised data. These steps carry no gradient: a
-    gradient through all of them would cost k + 1 times the memory. Only step k carries gradient (flow.euler has none).
+    This is what DMD2 calls backward simulation. Steps 0 to k - 1 run from pure noise on the student's own states. So the
+    student is trained on the states that it meets when it draws, and not on noised data. These steps carry no gradient
+    (flow.euler has none): the state before step k is taken as given, and the student is not told how earlier steps could
+    have led to a better one. The full gradient would cost k + 1 times the memory.
 
     noise (B, ...); sigmas: flow.student_sigmas, K + 1 numbers; k in 0 .. K - 1. The caller draws k, and must draw the
     same k on all ranks: under sharding, ranks at different steps would wait for each other for ever.

@@ -4,7 +4,7 @@ The paper compares models on two benches (sections 3 and 5, appendix A): T2I-Ben
 Editing-Bench six families of edits. A bench scores a model in four steps:
 
     draw       one picture for each case; its noise follows from the case, so all models start from the same noise
-    judge      one score for each picture, half for compliance with the prompt and half for quality
+    judge      one score for each picture: half compliance and half quality; for edits of files, a verdict by rubric
     mean       over the cases of a category; the AVERAGE is the mean of the categories' means
     interval   1.96 sqrt(sum_c var_c / n_c) / C, half the width of the average's 95% interval; C categories of n_c cases
 
@@ -52,7 +52,8 @@ def score_toy(args: argparse.Namespace) -> None:
     pipeline = bench.open_checkpoint(args.checkpoint)
     guidance = pipeline.guidance if args.guidance is None else args.guidance
     sampler = bench.default_sampler(args.checkpoint.resolve().name, pipeline, args.steps, guidance)
-    files = places(args, sampler.name, ["table.md", "sheet.png"])
+    made = {"name": sampler.name, "nfe": sampler.nfe, "guidance": sampler.guidance}
+    files = places(args, made, ["table.md", "sheet.png"])
     benches = ["t2i", "edit"] if args.bench == "all" else [args.bench]
     row, pictures = bench.evaluate(pipeline, sampler, benches, {b: args.cases or bench.CASES[b] for b in benches})
     for file in files:
@@ -73,7 +74,7 @@ def score_files(args: argparse.Namespace) -> None:
         return print("\n".join(json.dumps({"picture": name, "prompt": case.prompt}) for name, case in cases.items()))
     judges = open_chats(args.judge, args) if args.judge else []
     name = args.name or args.out.resolve().name
-    files = places(args, name)
+    files = places(args, {"name": name})
     folder = args.pictures or args.out / "pictures"
     check_folder(folder, cases, whole=args.pictures is not None)
     if not args.pictures:
@@ -97,12 +98,15 @@ def score_files(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def places(args: argparse.Namespace, name: str, beside: Iterable[str] = ()) -> list[Path]:
-    """Where this model's row may be written: --json, and row.json in --out, `beside` which other files are written."""
+def places(args: argparse.Namespace, made: dict, beside: Iterable[str] = ()) -> list[Path]:
+    """Where the row of a model, drawn as `made` says, may be written.
+
+    These are --json, and row.json in --out, `beside` which other files are written. A row made otherwise is not replaced.
+    """
     wanted = [(args.json, ()), (args.out and args.out / "row.json", beside)]
     for place, others in wanted:
         if place:
-            check_place(place, {"name": name}, args.overwrite, others)
+            check_place(place, made, args.overwrite, others)
     return [place for place, _ in wanted if place]
 
 

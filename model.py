@@ -2,8 +2,8 @@
 
 One sequence holds the prompt's states, the source pictures' latents where the prompt names them, and at the end the
 target's noisy latents. Attention is block-causal: text sees itself and what stands before it, a picture also all of
-itself, the target everything. So nothing in the PREFIX (text and sources) depends on the target, nor with `causal_condition` on the time:
-its keys and values can be computed once and kept, and then only the target is carried through the blocks.
+itself, the target everything. So nothing in the PREFIX (text and sources) depends on the target; with
+`causal_condition` not on the time either. Its keys and values can be computed once and kept, and then only the target is carried through the blocks.
 
 Conventions: z_t = (1 - t) x + t eps, so t = 1 is noise; v = eps - x. Latents are grids (B, 64, h, w) outside, tokens in
 row-major order inside. Parameter names are those of the published files.

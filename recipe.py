@@ -5,6 +5,7 @@
     3. task mixture          the ratio of T2I to editing                                            (section 5)
 
 A recipe is followed exactly, in micro-batches, or the run does not start: a wrong ratio and missing prompts are errors.
+Samples have the same ratio where micro_batch divides batch; where it does not, the run says so.
 There is one exception. Where a checkpoint lacks a teacher, the base teacher takes its weight, and the run says so.
 
 ONE micro-batch has ONE task and ONE category. So lambda is the same for the whole micro-batch, and all processes run the
@@ -42,7 +43,8 @@ class Specialist:
     teacher: str  # its name in the checkpoint's teachers/ folder, or in --teacher NAME=...
     task: str  # the condition c: this task ...
     category: str | None  # ... and this category; None is every category of the task
-    by_quarter: tuple[float, float, float, float]  # lambda in each quarter of the student's steps; with 4, at each
+    # Lambda in each quarter of the student's steps; with 4 steps, one number a step.
+    by_quarter: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ class Recipe:
 
     @property
     def teacher_names(self) -> set[str]:
-        """The specialised teachers whose weight is above 0 somewhere."""
-        return {s.teacher for s in self.specialists if any(s.by_quarter)}
+        """The specialised teachers whose weight is above 0 somewhere, at a task that the ratio has."""
+        parts = dict(zip(TASKS, self.ratio, strict=True))
+        return {s.teacher for s in self.specialists if any(s.by_quarter) and parts[s.task]}
 
     def weights(self, k: int, steps: int, task: str, category: str | None) -> dict[str, float]:
         """lambda_{k,m}(c) (Eq. 5): teacher -> weight, for student step k of 0 .. steps - 1; zeros are left out.

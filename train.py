@@ -23,7 +23,7 @@ Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and 
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import recipe as recipes
@@ -185,6 +185,7 @@ def real_velocity(job: Job, batch: Batch, keep: bool = False) -> flow.Velocity:
 
 def first_step(job: Job, student: flow.Velocity, batch: Batch) -> Tensor:
     """The first-step loss (section 6.1), (). The teacher walks to the end of the student's first step in 5 steps (ours)."""
+    batch = replace(batch, k=0)  # the teachers of that step, whichever one DMD scores
     start, end = job.sigmas[:2]
     walk = [start + (end - start) * i / 5 for i in range(6)]
     z_teacher = flow.euler(real_velocity(job, batch, keep=True), batch.noise, walk)  # (B, 64, h, w)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from support.files import build_config, load_weights, read_json, within
 from support.program import short
+from support.prompts import LONGEST
 
 SYSTEM_TURN = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 USER_TURN = "<|im_start|>user\n{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -43,7 +44,6 @@ PICTURE = "<image{number}><|vision_start|>{slots}<|vision_end|>"
 SLOT = "<|image_pad|>"
 TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", SLOT)  # of the template
 SIDE = 32  # pixels across a slot
-MOST_LETTERS = 8000  # of a prompt; attention's memory grows with the square
 
 
 # ---- Configuration ---------------------------------------------------------------------------------------------------
@@ -452,8 +452,8 @@ class Qwen3VL(nn.Module):
         for prompt in prompts:
             if SLOT in prompt or "<|video_pad|>" in prompt:
                 raise ValueError(f"prompt {prompt!r}: {SLOT} and <|video_pad|> are kept for pictures; remove them")
-            if len(prompt) > MOST_LETTERS:
-                raise ValueError(f"prompt {short(prompt)}: {len(prompt)} letters; at most {MOST_LETTERS} are read")
+            if len(prompt) > LONGEST:
+                raise ValueError(f"prompt {short(prompt)}: {len(prompt)} letters; at most {LONGEST} are read")
         seen = self.look(images) if seen is None else seen  # (1 + J, B, T, C)
 
         # Text is cut into tokens after the slots are written out, special tokens in a user's text included.

@@ -35,7 +35,6 @@ class Batch:
     xi: Tensor  # (B, 64, h, w): noise for x_theta
     t: Tensor  # (B,) in [0, 1]
     times: list[float]  # the same numbers, for messages: reading them from a GPU would wait for it
-    tokens: tuple[int, int]  # of one sample, in the prefix and in the target
     k: int | None = None  # the student's step (dmd)
     fraction: float = 1.0  # of the update's samples that the micro-batch has, on all ranks together
 
@@ -48,9 +47,8 @@ def batches(args, pool: Pool, recipe, purpose: str, update: int) -> Iterator[Bat
     """The micro-batches of one update, this rank's part of each. args: train.Args; recipe: recipe.Recipe, resolved.
 
     Each has one task, one category and one bucket, and for DMD one k. The teachers' weights depend on these, so all ranks
-    run the same networks equally often. Each k and t is drawn by itself. On the plane four k without repetition were worth
-    what four independent ones are (T2I precision +0.018 ± 0.018 and +0.021 ± 0.022 above one k), and stratified t nothing
-    (+0.001 ± 0.018): results/plane/findings.md.
+    run the same networks equally often. Each k and t is drawn by itself; what other draws of them are worth is measured in
+    results/plane/findings.md.
 
     The student's updates and the fake score's (`purpose`) are counted separately. With one count for both, a ratio of 1:1
     and five fake updates for each of the student, the student would have the same task in every update. The step
@@ -139,7 +137,6 @@ def make_batch(
 
     words, empty = [e.states for e in entries], [e.empty for e in entries]
     told = condition(empty if wordless else words)
-    prefix = told.states.shape[1] + sum(3 * (stop - start) for start, stop in told.slots)  # a slot stands for four
     return Batch(
         entries[0].task,
         entries[0].category,
@@ -150,7 +147,6 @@ def make_batch(
         xi,
         t.to(device),
         t.tolist(),
-        (prefix, noise[0, 0].numel()),
         k,
         fraction,
     )

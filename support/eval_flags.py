@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from support.options import TOY
 from support.program import check_range
 
 EXAMPLES = """
@@ -14,7 +15,6 @@ Score a model with T2I-Bench and Editing-Bench, or make one of the paper's table
   python eval.py --experiment composition                                                    a table of the paper
   python eval.py --write-prompts 20000 --category portrait --endpoint http://localhost:8000/v1 --out portrait.jsonl
 """
-TOY = Path(__file__).parents[1] / "toy" / "checkpoint"
 
 
 def word(text: str) -> str:

@@ -10,8 +10,8 @@ import torch
 
 from model import MMDiT, MMDiTConfig
 from support.files import config_from_json
+from support.prompts import TASKS
 
-TASKS = ("t2i", "edit")  # in the order of a recipe's ratio
 TEXT = 200  # tokens of a long prompt with its template, for the plan; real ones differ little in work
 
 

@@ -39,6 +39,9 @@ def settle(args):
         raise ValueError(
             f"{parts} samples, which {ranks()} processes cannot divide equally; take multiples of {ranks()}"
         )
+    if len(set(args.sizes)) > 1:
+        ratio = "the recipe's ratio holds for them, but not for samples"
+        say(f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}: micro-batches differ, {ratio}")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint.open_device(device)
     guidance = float(index["guidance"] if args.guidance is None else args.guidance)

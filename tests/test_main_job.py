@@ -116,7 +116,7 @@ def test_readme_commands(job, toy_checkpoint, tmp_path, monkeypatch):
     for name in {name for line in examples for name in json.loads(line).get("images", [])}:
         Image.open("cat.png").convert("RGB").save(name)
     for name in {json.loads(line)["target"] for line in examples if "target" in line}:
-        Image.open("night.png").save(name)
+        Image.open("hat.png").save(name)
     tiny = ["--checkpoint", str(toy_checkpoint), "--steps", "1", "--batch", "2", "--micro-batch", "1", "--warmup", "0"]
     train.main([*own_prompts, *tiny, "--student-steps", "1"])
     assert (tmp_path / "runs" / "mine" / "student" / "model_index.json").is_file()

@@ -129,7 +129,7 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
     def batches(args, pool, recipe, purpose, update):
         for batch in real["batches"](args, pool, recipe, purpose, update):
             done["batches"].append(
-                [purpose, update, batch.task, batch.category, batch.k, batch.tokens[1], len(batch.t)]
+                [purpose, update, batch.task, batch.category, batch.k, batch.noise[0, 0].numel(), len(batch.t)]
             )
             yield batch
 

@@ -167,6 +167,12 @@ def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
     return Mixture(torch.cat([x.reshape(seeds, -1, 2) for x in points], dim=1), 0.1)
 
 
+def real_velocity(setting: Setting, recipe: Recipe, k: int, category: str, source: Tensor) -> Velocity:
+    """The real score at the student's step k: the teachers, mixed by the recipe's lambdas (Eq. 5)."""
+    weights = recipe.weights(k, len(SIGMAS) - 1, TASKS[category], category)
+    return mixture(weights, {name: setting.mixture(name, category, source).velocity for name in weights})
+
+
 def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[int, Network, Network]]:
     """Trains S students; yields (updates done, students with averaged weights, fake scores) at each of the looks."""
     rng = torch.Generator().manual_seed(setting.seed)
@@ -206,14 +212,13 @@ def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[i
             update(fake, fake_score_loss(seen, x_theta, xi, t).mean())
         # 2. The student learns once.
         category, k, drawing, seen, noise, xi, source, t = batch(step)
-        weights = recipe.weights(k, len(SIGMAS) - 1, TASKS[category], category)
-        real = mixture(weights, {name: setting.mixture(name, category, source).velocity for name in weights})
+        real = real_velocity(setting, recipe, k, category, source)
         if setting.oracle:
             seen = from_samples(drawing, torch.randn(4, *noise.shape, generator=rng), setting.seeds).velocity
         x_theta = rollout(drawing, noise, SIGMAS, k)
         loss = surrogate_loss(x_theta, dmd_gradient(real, seen, x_theta, xi, t).g)
         if recipe.first_step_weight:  # imitate the teacher's own four small steps to where the student's first one ends
-            near = euler(real, noise, TEACHER_SIGMAS[:5])
+            near = euler(real_velocity(setting, recipe, 0, category, source), noise, TEACHER_SIGMAS[:5])
             loss = loss + recipe.first_step_weight * first_step_loss(drawing, noise, near, TEACHER_SIGMAS[4]).mean()
         update(student, loss)
 
