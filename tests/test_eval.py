@@ -335,6 +335,8 @@ def test_nothing_of_others_is_written_over(toy_checkpoint, tmp_path, capsys):
     evaluation.main([*words, "--out", str(tmp_path / "out")])
     first = read_json(tmp_path / "out" / "row.json")
     evaluation.main([*words, "--out", str(tmp_path / "out")])  # its own, again
+    with pytest.raises(ValueError, match="row.json: exists"):  # the same model, drawn otherwise
+        evaluation.main([*words, "--steps", "2", "--out", str(tmp_path / "out")])
     other = shutil.copytree(toy_checkpoint, tmp_path / "other")
     with pytest.raises(ValueError, match="row.json: exists; name another, or give --overwrite"):
         evaluation.main([*words, "--checkpoint", str(other), "--out", str(tmp_path / "out")])

@@ -43,6 +43,11 @@ def test_ratios_and_compositions_are_the_papers():
     assert replace(RECIPES["step-wise"], name="mix-10-0") == RECIPES["mix-10-0"]
 
 
+def test_a_teacher_of_a_task_without_prompts_is_not_opened():
+    names = {name: RECIPES[name].teacher_names for name in ("step-wise", "mix-0-10", "mix-5-5", "base-only")}
+    assert names == {"step-wise": {"text"}, "mix-0-10": {"edit"}, "mix-5-5": {"text", "edit"}, "base-only": set()}
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_lambdas_of_every_recipe(name, steps):

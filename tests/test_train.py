@@ -32,7 +32,7 @@ from recipe import read_prompts
 from sample import Pipeline
 from support import conditions, options, presets, watch
 from support import trainee as trainees_file
-from support.batches import chosen
+from support.batches import chosen, generator, make_batch
 from support.conditions import encode_pool
 from support.files import save_config, write_tensors
 from support.run import settle, whole_checkpoints
@@ -402,6 +402,28 @@ def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp
     assert draws() == draws(micro_batch=8) == draws(micro_batch=3)
     for other in (draws(purpose="student"), draws(update=5), draws(seed=1)):
         assert not set(other) & set(draws())
+
+
+def test_an_uneven_ratio_is_said(checkpoint, tmp_path, capsys):
+    settle(make_args(checkpoint, tmp_path, batch=4, micro_batch=2))
+    assert "does not divide" not in capsys.readouterr().out
+    settle(make_args(checkpoint, tmp_path, batch=5, micro_batch=3))
+    assert "--micro-batch 3 does not divide --batch 5" in capsys.readouterr().out
+
+
+def test_the_first_step_loss_has_the_teachers_of_step_0(checkpoint, pools, tmp_path, monkeypatch):
+    """Whichever step DMD scores in this batch: here 3, where other teachers have weight."""
+    args, asked = settle(make_args(checkpoint, tmp_path, recipe="mix-10-0")), []
+    entry = next(e for e in pools["dmd"].entries if e.task == "t2i")
+    batch = make_batch(args, [entry], [generator(0, 0, 0, "test")], k=3)
+    job = SimpleNamespace(sigmas=[1.0, 0.9, 0.75, 0.5, 0.0])
+
+    def still(z, t):
+        return torch.zeros_like(z)
+
+    monkeypatch.setattr(train, "real_velocity", lambda job, batch, keep: asked.append(batch.k) or still)
+    train.first_step(job, still, batch)
+    assert asked == [0] and batch.k == 3
 
 
 def test_micro_batches_are_not_padded_where_lengths_are_common(checkpoint, pools, tmp_path):
