@@ -66,7 +66,7 @@ def fake_score_loss(fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> T
 # ---- the student's update ------------------------------------------------------------------------------------------
 
 
-def mixture(weights: dict[str, float], teachers: dict[str, Velocity]) -> Velocity:
+def mix_teachers(weights: dict[str, float], teachers: dict[str, Velocity]) -> Velocity:
     """The real score's velocity at one student step: sum over m of lambda_m v_m (Eq. 5).
 
     weights: teacher's name -> lambda >= 0, with a sum of 1 (Eq. 6). They belong to the student step k whose output is

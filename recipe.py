@@ -33,7 +33,7 @@ def categories(prompts: Iterable[Prompt]) -> dict[str, list[str]]:
 
 
 @dataclass(frozen=True)
-class Specialist:
+class Rule:
     """A rule for one specialised teacher: its weight in the real score, lambda_{k,m}(c) of Eq. 5.
 
     If a category has rules of its own, the rules for its whole task do not apply to it. Rules for the same condition add
@@ -55,7 +55,7 @@ class Recipe:
     ratio: tuple[int, int]  # T2I : Edit, in tenths of the micro-batches
     t2i: dict[str, int] = field(default_factory=dict)  # category -> parts; empty: all that have prompts, equally
     edit: dict[str, int] = field(default_factory=dict)  # the same for edits
-    specialists: tuple[Specialist, ...] = ()  # the base teacher, T_0, has the rest of the weight
+    rules: tuple[Rule, ...] = ()  # the base teacher, T_0, has the rest of the weight
     first_step_weight: float = 0.0  # of dmd.first_step_loss; 0 is without (section 6.1)
 
     def __post_init__(self):
@@ -69,13 +69,13 @@ class Recipe:
             wrong = "a composition has whole parts from 1 on; leave a category out to have none of it"
         elif not 0 <= self.first_step_weight < math.inf:
             wrong = f"first_step_weight {self.first_step_weight} must be a number from 0 on"
-        for s in self.specialists:
-            if s.teacher == "base" or s.task not in TASKS or len(s.by_quarter) != 4:
-                wrong = f"{s}: the teacher is not 'base', the task is t2i or edit, and there are four lambdas"
+        for rule in self.rules:
+            if rule.teacher == "base" or rule.task not in TASKS or len(rule.by_quarter) != 4:
+                wrong = f"{rule}: the teacher is not 'base', the task is t2i or edit, and there are four lambdas"
         if wrong:
             raise ValueError(f"recipe {self.name!r}: {wrong}")
         for task in TASKS:
-            for category in (None, *(s.category for s in self.specialists)):  # None: any that has no rule of its own
+            for category in (None, *(rule.category for rule in self.rules)):  # None: any that has no rule of its own
                 for k in range(4):
                     self.weights(k, 4, task, category)  # checks Eq. 6
 
@@ -83,7 +83,7 @@ class Recipe:
     def teacher_names(self) -> set[str]:
         """The specialised teachers whose weight is above 0 somewhere, at a task that the ratio has."""
         parts = dict(zip(TASKS, self.ratio, strict=True))
-        return {s.teacher for s in self.specialists if any(s.by_quarter) and parts[s.task]}
+        return {rule.teacher for rule in self.rules if any(rule.by_quarter) and parts[rule.task]}
 
     def weights(self, k: int, steps: int, task: str, category: str | None) -> dict[str, float]:
         """lambda_{k,m}(c) (Eq. 5): teacher -> weight, for student step k of 0 .. steps - 1; zeros are left out.
@@ -92,10 +92,10 @@ class Recipe:
         first quarter.
         """
         quarter = 4 * k // steps
-        rules = [s for s in self.specialists if s.task == task]
-        own = [s for s in rules if s.category is not None and s.category == category]
+        rules = [rule for rule in self.rules if rule.task == task]
+        own = [rule for rule in rules if rule.category is not None and rule.category == category]
         weights = {}
-        for rule in own or [s for s in rules if s.category is None]:
+        for rule in own or [rule for rule in rules if rule.category is None]:
             weights[rule.teacher] = weights.get(rule.teacher, 0.0) + rule.by_quarter[quarter]
         weights["base"] = 1.0 - sum(weights.values())
         if not all(weight > -1e-9 for weight in weights.values()):  # "not all >" rather than "any <": NaN fails too
@@ -133,8 +133,8 @@ class Recipe:
                 raise ValueError(f"{needs}{of}, but there are {found or 'none'}; add some, or choose another recipe")
             compositions[task] = composition or dict.fromkeys(found, 1)
         teachers = set(teachers)
-        rules = [s if s.teacher in teachers else replace(s, by_quarter=(0.0,) * 4) for s in self.specialists]
-        return replace(self, **compositions, specialists=tuple(rules))
+        rules = [rule if rule.teacher in teachers else replace(rule, by_quarter=(0.0,) * 4) for rule in self.rules]
+        return replace(self, **compositions, rules=tuple(rules))
 
 
 def spread(parts: dict[str, int]) -> list[str]:
@@ -157,16 +157,16 @@ def nth_word(parts: dict[str, int], i: int) -> tuple[str, int]:
 # ---- the named recipes ---------------------------------------------------------------------------------------------
 
 
-def specialists(*by_quarter: float) -> tuple[Specialist, ...]:
+def routing(*by_quarter: float) -> tuple[Rule, ...]:
     """Our two specialised teachers, each for what it was fine-tuned on. The paper does not say how many it has, and for
     what. The strategies below differ only in the steps at which the specialists have weight."""
-    return (Specialist("text", "t2i", "text", by_quarter), Specialist("edit", "edit", None, by_quarter))
+    return (Rule("text", "t2i", "text", by_quarter), Rule("edit", "edit", None, by_quarter))
 
 
 # Section 4: the base teacher alone in the early steps, specialists later. The lambdas are not published; these are ours.
-STEP_WISE = specialists(0.0, 0.0, 0.5, 1.0)
-SPECIALISED_ONLY = specialists(1.0, 1.0, 1.0, 1.0)  # section 4, finding 2a: rises, then degrades
-AVERAGE = specialists(0.5, 0.5, 0.5, 0.5)  # ours: the control that mixes, but not by step
+STEP_WISE = routing(0.0, 0.0, 0.5, 1.0)
+SPECIALISED_ONLY = routing(1.0, 1.0, 1.0, 1.0)  # section 4, finding 2a: rises, then degrades
+AVERAGE = routing(0.5, 0.5, 0.5, 0.5)  # ours: the control that mixes, but not by step
 
 RECIPES = {
     recipe.name: recipe
@@ -179,20 +179,20 @@ RECIPES = {
         Recipe("e5-all", (10, 0), t2i={"landscape": 1, "portrait": 1, "text": 1}),
         # Section 4, table 2: T2I only. From here on the composition is not published; ours: every category, equally.
         Recipe("base-only", (10, 0)),
-        Recipe("specialised-only", (10, 0), specialists=SPECIALISED_ONLY),
-        Recipe("average", (10, 0), specialists=AVERAGE),
-        Recipe("step-wise", (10, 0), specialists=STEP_WISE),
+        Recipe("specialised-only", (10, 0), rules=SPECIALISED_ONLY),
+        Recipe("average", (10, 0), rules=AVERAGE),
+        Recipe("step-wise", (10, 0), rules=STEP_WISE),
         # Section 6.1; the weight is DP-DMD's (arXiv 2602.03139), the paper gives none.
-        Recipe("specialised-first-step", (10, 0), specialists=SPECIALISED_ONLY, first_step_weight=0.05),
+        Recipe("specialised-first-step", (10, 0), rules=SPECIALISED_ONLY, first_step_weight=0.05),
         # Section 5, tables 3 and 4: one budget, five ratios. 0:10 is ours: the other end of the axis.
-        Recipe("mix-10-0", (10, 0), specialists=STEP_WISE),
-        Recipe("mix-9-1", (9, 1), specialists=STEP_WISE),
-        Recipe("mix-7-3", (7, 3), specialists=STEP_WISE),
-        Recipe("mix-5-5", (5, 5), specialists=STEP_WISE),
-        Recipe("mix-0-10", (0, 10), specialists=STEP_WISE),
+        Recipe("mix-10-0", (10, 0), rules=STEP_WISE),
+        Recipe("mix-9-1", (9, 1), rules=STEP_WISE),
+        Recipe("mix-7-3", (7, 3), rules=STEP_WISE),
+        Recipe("mix-5-5", (5, 5), rules=STEP_WISE),
+        Recipe("mix-0-10", (0, 10), rules=STEP_WISE),
         # The default, what the paper ends with: ratio 5:5 (section 5) and step-wise routing (section 4). Its composition
         # is not published; ours: every category, equally.
-        Recipe("flash", (5, 5), specialists=STEP_WISE),
+        Recipe("flash", (5, 5), rules=STEP_WISE),
     ]
 }
 

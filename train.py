@@ -180,7 +180,7 @@ def real_velocity(job: Job, batch: Batch, keep: bool = False) -> flow.Velocity:
         guided[name] = job.teachers[name].velocity(batch.condition, keep)
         if w != 1:  # the unconditional side of guidance has the same sources, but no words
             guided[name] = flow.guided(guided[name], job.teachers[name].velocity(batch.empty, keep), w)
-    return dmd.mixture(weights, guided)
+    return dmd.mix_teachers(weights, guided)
 
 
 def first_step(job: Job, student: flow.Velocity, batch: Batch) -> Tensor:

@@ -117,7 +117,7 @@ def describe(args, recipe, gpus: int, teachers: dict[str, Path]) -> str:
     """The plan as a table. A sample is a square of args.resolution with TEXT tokens; an edit has one source of that size."""
     config = read_config(args.checkpoint)
     tokens = (args.resolution // 16) ** 2
-    recipe = replace(recipe, specialists=tuple(s for s in recipe.specialists if s.teacher in teachers))
+    recipe = replace(recipe, rules=tuple(rule for rule in recipe.rules if rule.teacher in teachers))
     frozen = 1 + sum(teachers[name].is_dir() for name in recipe.teacher_names)
     frozen = frozen if args.objective == "dmd" else int(args.lora_rank > 0)
     tasks = [task for task, parts in zip(TASKS, recipe.ratio, strict=True) if parts]

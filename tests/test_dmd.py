@@ -68,7 +68,7 @@ def test_k_out_of_range():
 def test_mixture_of_scores_is_the_score_of_the_mixed_velocity():
     z, t = draw(4, 3, 2), torch.tensor([0.02, 0.3, 0.7, 0.98])
     base, text = gaussian_velocity(0.7, 0.4), flow.guided(gaussian_velocity(-1.0, 0.1), lambda z, t: z.cos(), 2.5)
-    mixed = dmd.mixture({"base": 0.3, "text": 0.7}, {"base": base, "text": text})
+    mixed = dmd.mix_teachers({"base": 0.3, "text": 0.7}, {"base": base, "text": text})
     scores = 0.3 * flow.score_from_velocity(z, base(z, t), t) + 0.7 * flow.score_from_velocity(z, text(z, t), t)
     torch.testing.assert_close(flow.score_from_velocity(z, mixed(z, t), t), scores, rtol=1e-4, atol=1e-4)
 
@@ -77,10 +77,10 @@ def test_a_zero_weight_and_a_guidance_of_one_cost_no_forward():
     calls = {"base": [], "empty": [], "text": []}
     base = flow.guided(counted(Affine(), calls["base"]), counted(Affine(), calls["empty"]), 1.0)
     teachers = {"base": base, "text": counted(Affine(), calls["text"])}
-    dmd.mixture({"base": 1.0, "text": 0.0}, teachers)(draw(2, 3), torch.ones(2))
+    dmd.mix_teachers({"base": 1.0, "text": 0.0}, teachers)(draw(2, 3), torch.ones(2))
     assert [len(made) for made in calls.values()] == [1, 0, 0]
     guided = {"base": flow.guided(counted(Affine(), calls["base"]), counted(Affine(), calls["empty"]), 2.0)}
-    dmd.mixture({"base": 1.0}, guided)(draw(2, 3), torch.ones(2))
+    dmd.mix_teachers({"base": 1.0}, guided)(draw(2, 3), torch.ones(2))
     assert [len(made) for made in calls.values()] == [2, 1, 0]
 
 
@@ -89,7 +89,7 @@ def test_a_zero_weight_and_a_guidance_of_one_cost_no_forward():
 )
 def test_weights_that_do_not_add_up(weights):
     with pytest.raises(ValueError, match="sum to 1"):
-        dmd.mixture(weights, {"a": Affine(), "b": Affine()})
+        dmd.mix_teachers(weights, {"a": Affine(), "b": Affine()})
 
 
 # ---- the two losses ----
@@ -126,7 +126,7 @@ def test_surrogate_has_the_hand_written_gradient():
 def test_each_loss_touches_its_own_network_alone():
     student, fake, base, text = Affine(), Affine(0.1), Affine(0.2), Affine(0.4)
     noise, xi, t = draw(2, 3), draw(2, 3, seed=1), torch.tensor([0.3, 0.6])
-    real = dmd.mixture({"base": 0.5, "text": 0.5}, {"base": base, "text": text})
+    real = dmd.mix_teachers({"base": 0.5, "text": 0.5}, {"base": base, "text": text})
 
     x_theta = dmd.rollout(student, noise, SIGMAS, 2)
     dmd.fake_score_loss(fake, x_theta, xi, t).mean().backward()
@@ -197,7 +197,7 @@ def test_gaussian_teacher_moves_the_student_to_its_mean_and_variance(steps):
     sigmas = flow.student_sigmas(steps)
     student = Steps(sigmas)
     fake = nn.ParameterDict({"mean": nn.Parameter(torch.zeros(steps)), "std": nn.Parameter(torch.ones(steps))})
-    real = dmd.mixture({"base": 1.0}, {"base": gaussian_velocity(0.7, 0.4)})
+    real = dmd.mix_teachers({"base": 1.0}, {"base": gaussian_velocity(0.7, 0.4)})
     optimisers = [torch.optim.Adam(network.parameters(), lr=0.02, betas=(0.5, 0.99)) for network in (student, fake)]
     rates = [torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, 300 * steps) for optimiser in optimisers]
 

@@ -246,7 +246,7 @@ def test_peak_of_a_lora_update_of_the_7b_is_the_plans(monkeypatch):
         for role, ema in (("student", args.ema), ("fake", 0.0)):
             add_role(model, role, new_lora(model, args.lora_rank))
             trainees.append(train.Trainee(role, train.Network(model, role), args, 0.0, args.lr, ema))
-        found = replace(recipe.find("mix-0-10"), specialists=())
+        found = replace(recipe.find("mix-0-10"), rules=())
         job = train.Job(args, None, found, flow.student_sigmas(4), {"base": train.Network(model)}, *trainees)
         monkeypatch.setattr(train, "batches", lambda *arguments: iter([large_edit(args.micro_batch, 1, "meta")]))
         with Held() as held:
@@ -289,7 +289,7 @@ def test_exchanges_of_one_of_eight_processes(monkeypatch):
     monkeypatch.setattr(train, "batches", lambda *arguments: iter([large_edit(1, k, "cpu")]))
     network.prefix_segments((8, (64, 64), 192))
     args = train.Args(**presets.LARGE | dict(guidance=1.0, device="cpu"))
-    found = replace(recipe.find("mix-0-10"), specialists=())
+    found = replace(recipe.find("mix-0-10"), rules=())
     mesh = device_mesh.init_device_mesh  # reads values of the ranks' numbers, which are not to be fake
     monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *a: unset_fake_temporarily()(mesh)(*a))
     torch.distributed.init_process_group("fake", rank=0, world_size=8, store=FakeStore())

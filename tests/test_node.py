@@ -116,7 +116,7 @@ def in_processes(number: int | None, work: Callable[[], None]) -> None:
 def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **numbers) -> None:
     """One training run of this rank, which leaves a note of what it did and how it ended."""
     done = {"calls": 0, "batches": [], "teachers": [], "updates": [], "unrounded": [], "ended": "finished"}
-    real = {"batches": train.batches, "mixture": dmd.mixture, "gradient": dmd.dmd_gradient}
+    real = {"batches": train.batches, "mix": dmd.mix_teachers, "gradient": dmd.dmd_gradient}
     real |= {"update": train.Trainee.update, "forward": MMDiT.forward, "with_prefix": MMDiT.with_prefix}
 
     def counted(name: str):
@@ -133,9 +133,9 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
             )
             yield batch
 
-    def mixture(weights, teachers):
+    def mix(weights, teachers):
         done["teachers"].append(weights)
-        return real["mixture"](weights, teachers)
+        return real["mix"](weights, teachers)
 
     def update(self, rate):
         if wrong == "signal" and train.rank() == 1 and self.name == "student":
@@ -154,7 +154,7 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
     patch = pytest.MonkeyPatch()
     for where, name, what in [
         (train, "batches", batches),
-        (dmd, "mixture", mixture),
+        (dmd, "mix_teachers", mix),
         (dmd, "dmd_gradient", gradient),
         (train.Trainee, "update", update),
         (MMDiT, "forward", counted("forward")),

@@ -86,7 +86,7 @@ def test_measured_peak_is_within_15_percent(checkpoint, tmp_path, monkeypatch, w
     with Held() as held:
         train.train(args, pool, None)
     found = recipe.find("mix-0-10")
-    found = replace(found, specialists=())
+    found = replace(found, rules=())
     layouts = {"edit": (WORDS + SIDE * SIDE, SIDE * SIDE)}
     planned = plan.make_plan(args, SMALL, found, gpus=1, frozen=1, layouts=layouts)
     assert abs(planned.peak / held.most - 1) < 0.15, (planned.bytes, planned.peak, held.most)

@@ -96,7 +96,7 @@ class OneMode(Setting):
 def test_student_reaches_mean_and_variance_of_one_mode(monkeypatch):
     """Trained at its last step alone, for a quick test: with all steps in turn it takes many times as long."""
     monkeypatch.setattr(plane_method, "rollout", lambda v, noise, sigmas, k: rollout(v, noise, sigmas, 3))
-    row = recipe.Recipe("text", (10, 0), t2i={"text": 1}, specialists=recipe.specialists(1.0, 1.0, 1.0, 1.0))
+    row = recipe.Recipe("text", (10, 0), t2i={"text": 1}, rules=recipe.routing(1.0, 1.0, 1.0, 1.0))
     setting = OneMode(seeds=2, updates=250, lr=2e-3)
     ((_, student, _),) = train(setting, row, {250})
     noise, _, source, _ = setting.draw(4000, torch.Generator().manual_seed(9))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import recipe
-from recipe import RECIPES, Recipe, Specialist
+from recipe import RECIPES, Recipe, Rule
 from support.prompts import fingerprint
 
 FAMILIES = ["scene", "enhance", "object", "text", "identity", "style"]
@@ -156,7 +156,7 @@ def test_a_missing_teachers_weight_goes_to_the_base():
 
 
 def rule(*by_quarter, teacher="text", task="t2i", category="text"):
-    return Specialist(teacher, task, category, by_quarter)
+    return Rule(teacher, task, category, by_quarter)
 
 
 @pytest.mark.parametrize(
@@ -171,15 +171,15 @@ def rule(*by_quarter, teacher="text", task="t2i", category="text"):
         ({"edit": {"a": -1}}, "whole parts from 1 on"),
         ({"first_step_weight": -0.1}, "first_step_weight -0.1"),
         ({"first_step_weight": float("nan")}, "first_step_weight nan"),
-        ({"specialists": (rule(0, 0, 0.5, 1.2),)}, "category text, quarter 3.*sum of 1"),
-        ({"specialists": (rule(0, -0.5, 0.5, 1),)}, "category text, quarter 1.*>= 0"),
-        ({"specialists": (rule(0, 0, float("nan"), 1),)}, "quarter 2.*sum of 1"),
-        ({"specialists": (rule(0, 0, 0.5), rule(0, 0, 0.5, 1))}, "four lambdas"),
-        ({"specialists": (rule(0, 0, 0, 1, teacher="base"),)}, "not 'base'"),
-        ({"specialists": (rule(0, 0, 0, 1, task="video"),)}, "'video'.*the task is t2i or edit"),
+        ({"rules": (rule(0, 0, 0.5, 1.2),)}, "category text, quarter 3.*sum of 1"),
+        ({"rules": (rule(0, -0.5, 0.5, 1),)}, "category text, quarter 1.*>= 0"),
+        ({"rules": (rule(0, 0, float("nan"), 1),)}, "quarter 2.*sum of 1"),
+        ({"rules": (rule(0, 0, 0.5), rule(0, 0, 0.5, 1))}, "four lambdas"),
+        ({"rules": (rule(0, 0, 0, 1, teacher="base"),)}, "not 'base'"),
+        ({"rules": (rule(0, 0, 0, 1, task="video"),)}, "'video'.*the task is t2i or edit"),
         # Each is right on its own; under the one condition that both have, they sum to 1.2.
         (
-            {"specialists": (rule(0, 0.6, 0, 0), rule(0, 0.6, 0, 0, teacher="b"))},
+            {"rules": (rule(0, 0.6, 0, 0), rule(0, 0.6, 0, 0, teacher="b"))},
             "quarter 1.*base': -0.2",
         ),
     ],
@@ -190,7 +190,7 @@ def test_what_does_not_add_up_is_refused(change, complaint):
 
 
 def test_two_specialists_may_share_a_condition():
-    r = Recipe("mine", (5, 5), specialists=(rule(0, 0.5, 0, 0.5), rule(0, 0.25, 0, 0.5, teacher="sharp")))
+    r = Recipe("mine", (5, 5), rules=(rule(0, 0.5, 0, 0.5), rule(0, 0.25, 0, 0.5, teacher="sharp")))
     assert r.weights(1, 4, "t2i", "text") == {"base": 0.25, "text": 0.5, "sharp": 0.25}
     assert r.weights(3, 4, "t2i", "text") == {"text": 0.5, "sharp": 0.5}
     assert r.weights(3, 4, "t2i", "portrait") == {"base": 1}
@@ -200,8 +200,8 @@ def test_two_specialists_may_share_a_condition():
 @pytest.mark.parametrize("first", [True, False])
 def test_the_specific_rule_goes_before_the_general_one(rules, base, first):
     """In any order; the base keeps its part, and a teacher that is missing leaves its part to the base, not to others."""
-    style = Specialist("style", "edit", "style", tuple(1 - part for part in base))
-    r = Recipe("mine", (5, 5), specialists=(style, *rules) if first else (*rules, style))
+    style = Rule("style", "edit", "style", tuple(1 - part for part in base))
+    r = Recipe("mine", (5, 5), rules=(style, *rules) if first else (*rules, style))
     for k in range(4):
         for category, teacher in (("style", "style"), ("scene", "edit")):
             expected = {"base": base[k], teacher: 1 - base[k]}

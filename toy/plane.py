@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from dmd import dmd_gradient
 from flow import Velocity, add_noise, euler
-from recipe import RECIPES, Recipe, specialists
+from recipe import RECIPES, Recipe, routing
 from support.files import may_write, write_json
 from support.program import check_range
 from support.rows import markdown, paired, verdict
@@ -32,7 +32,7 @@ MEASURES = {"score": "precision", "attributes": "precision", "fidelity": "fine",
 BASE, SPECIAL, AVERAGE, STEPS, REVERSED = "base only", "specialised only", "average", "step-wise", "reversed"
 LAST, EDITS_BASE = "last step alone", "5:5, base only"
 LAMBDAS = {LAST: (0, 0, 0, 1), "last three": (0, 0.5, 1, 1), "first step alone": (1, 0, 0, 0), REVERSED: (1, 0.5, 0, 0)}
-OURS = {row: Recipe(row, (10, 0), specialists=specialists(*LAMBDAS[row])) for row in LAMBDAS}
+OURS = {row: Recipe(row, (10, 0), rules=routing(*LAMBDAS[row])) for row in LAMBDAS}
 OURS[EDITS_BASE] = Recipe(EDITS_BASE, (5, 5))
 RECIPE_OF = {
     row: name for table in EXPERIMENTS.values() for row, name in table.rows.items()

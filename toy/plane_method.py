@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, silu
 from tqdm import tqdm
 
-from dmd import dmd_gradient, fake_score_loss, first_step_loss, mixture, rollout, surrogate_loss
+from dmd import dmd_gradient, fake_score_loss, first_step_loss, mix_teachers, rollout, surrogate_loss
 from flow import Velocity, euler, per_sample, shifted_uniform, student_sigmas
 from recipe import Recipe
 
@@ -170,7 +170,7 @@ def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
 def real_velocity(setting: Setting, recipe: Recipe, k: int, category: str, source: Tensor) -> Velocity:
     """The real score at the student's step k: the teachers, mixed by the recipe's lambdas (Eq. 5)."""
     weights = recipe.weights(k, len(SIGMAS) - 1, TASKS[category], category)
-    return mixture(weights, {name: setting.mixture(name, category, source).velocity for name in weights})
+    return mix_teachers(weights, {name: setting.mixture(name, category, source).velocity for name in weights})
 
 
 def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[int, Network, Network]]:
