@@ -27,14 +27,13 @@ A ROW is the result for one model. In JSON:
 Rows become tables with --table. The paper's three experiments, from training to verdict: toy/experiments.py.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from support import program
-from support.eval_flags import parse
+from support.eval_flags import Args, parse
 
 if __name__ == "__main__":
     program.start("eval.py", parse)  # before torch is imported, which takes seconds
@@ -47,7 +46,7 @@ from toy import bench, experiments
 from toy.figures import contact_sheet
 
 
-def score_toy(args: argparse.Namespace) -> None:
+def score_toy(args: Args) -> None:
     """Score a model on the toy world's benches. Prints the table; writes the row, and the table with a contact sheet."""
     pipeline = bench.open_checkpoint(args.checkpoint)
     guidance = pipeline.guidance if args.guidance is None else args.guidance
@@ -64,7 +63,7 @@ def score_toy(args: argparse.Namespace) -> None:
         contact_sheet({sampler.name: pictures}, 2, args.out / "sheet.png")
 
 
-def score_files(args: argparse.Namespace) -> None:
+def score_files(args: Args) -> None:
     """Score a model on your own cases. All that can be wrong is looked at before the first question, which costs money.
 
     SystemExit(1) at the end if something could not be scored. The same command then asks for that, and for nothing else.
@@ -98,7 +97,7 @@ def score_files(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def places(args: argparse.Namespace, made: dict, beside: Iterable[str] = ()) -> list[Path]:
+def places(args: Args, made: dict, beside: Iterable[str] = ()) -> list[Path]:
     """Where the row of a model, drawn as `made` says, may be written.
 
     These are --json, and row.json in --out, `beside` which other files are written. A row made otherwise is not replaced.

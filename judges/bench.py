@@ -1,6 +1,5 @@
 """The bench of files, without its judge: cases from JSON lines, pictures drawn once and kept, and what is said of them."""
 
-import argparse
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from judges.rubrics import FAMILIES, digest
 from recipe import Prompt, read_prompts
 from sample import Pipeline
 from support.checkpoint import fingerprint, read_index
+from support.eval_flags import Args
 from support.pictures import open_picture, save
 
 
@@ -59,7 +59,7 @@ def check_folder(folder: Path, cases: dict[str, Prompt], whole: bool) -> None:
         raise ValueError(f"{folder / missing[0]}: missing ({len(missing)} in all); {what}")
 
 
-def draw_cases(cases: dict[str, Prompt], folder: Path, args: argparse.Namespace) -> None:
+def draw_cases(cases: dict[str, Prompt], folder: Path, args: Args) -> None:
     """Draw the cases that have no picture in the folder yet. A case's noise is the same for every model.
 
     Every picture has in it what made it. ValueError for pictures of other weights or settings: a bench is of one model.
@@ -110,7 +110,7 @@ def describe(cases: dict[str, Prompt], folder: Path) -> dict:
     return row | {"bench": digest(" ".join(sorted(cases)).encode())[:16]}
 
 
-def open_chats(urls: list[str], args: argparse.Namespace) -> list[Chat]:
+def open_chats(urls: list[str], args: Args) -> list[Chat]:
     """The judges, or the one that writes. The last of the addresses, and of the keys, serves all further models."""
     models, variables = args.judge_model or [None], args.judge_key or []
     if unset := [variable for variable in variables if variable not in os.environ]:

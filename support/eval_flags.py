@@ -1,14 +1,6 @@
-"""The command line of eval.py: its flags, what each is for, and the ranges of its numbers. Torch is not imported here."""
+"""Score a model with T2I-Bench and Editing-Bench, or make one of the paper's tables in the toy world.
 
-import argparse
-from pathlib import Path
-
-from support.options import TOY
-from support.program import check_range
-
-EXAMPLES = """
-Score a model with T2I-Bench and Editing-Bench, or make one of the paper's tables in the toy world.
-
+examples:
   python eval.py --checkpoint toy/checkpoint --json teacher.json --out results/teacher       the toy world's benches
   python eval.py --checkpoint DIR --prompts bench --out results/mine --judge http://localhost:8000/v1      your cases
   python eval.py --table results/mine/row.json results/other/row.json                        rows as one table
@@ -16,100 +8,99 @@ Score a model with T2I-Bench and Editing-Bench, or make one of the paper's table
   python eval.py --write-prompts 20000 --category portrait --endpoint http://localhost:8000/v1 --out portrait.jsonl
 """
 
+from dataclasses import dataclass, fields
+from pathlib import Path
 
-def word(text: str) -> str:
-    """A flag's text: not empty, and what can stand in a file and be shown."""
-    if not text.strip() or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text[:60]!r} is empty, or has letters that cannot be shown")
-    return text
+from support import options
+from support.options import TOY, Options, flag, option
 
-
-def file(text: str) -> Path:
-    return Path(word(text))
-
-
-class Parser(argparse.ArgumentParser):
-    """Errors are ValueErrors of one line; argparse would print the usage too."""
-
-    def error(self, message: str) -> None:
-        raise ValueError(message if len(message) < 500 else f"{message[:200]}...")
+# What the command does, as the `use` of a flag says it: "toy" is the toy world's benches, the others are flags.
+MODES = ("prompts", "table", "experiment", "write_prompts")
+SCORES, MODEL, ASKED = "toy prompts experiment", "toy prompts", "prompts write_prompts"
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags. ValueError names the flag that is wrong, that is missing, or that is not for what was asked."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = Parser("eval.py", "eval.py [flags]", EXAMPLES, formatter_class=layout, allow_abbrev=False)
-    group = parser.add_argument_group("what to do (without one of these: the toy world's benches)")
-    group = group.add_mutually_exclusive_group()
-    rules = {}  # flag's name -> what it is for, and a number's range
+@dataclass
+class Args(Options):
+    """The options of eval.py."""
 
-    def add(flag: str, use: str, text: str, within: str | None = None, **settings) -> None:
-        rules[group.add_argument(flag, help=text, **settings).dest] = use.split(), within
-
-    many, number = {"type": file, "nargs": "+"}, {"type": int, "metavar": "N"}
-    add("--prompts", "prompts", "draw and judge your own cases: JSON lines, or folders of them", **many)
-    add("--table", "table", "print rows that were written before as one table", metavar="FILE", **many)
-    add("--experiment", "experiment", "train and score a table", choices=["composition", "teachers", "mixture"])
-    add("--write-prompts", "write_prompts", "until --out FILE.jsonl has N", "[1, 1e7]", **number)
-    modes = list(rules)
-
-    group = parser.add_argument_group("a model")
-    scores = "toy prompts experiment"
-    add(
-        "--checkpoint", scores, "folder in the published layout [toy/checkpoint]", type=file, default=TOY, metavar="DIR"
+    # What to do. Without one of these: the toy world's benches.
+    prompts: tuple[Path, ...] = option((), "draw and judge your own cases: JSON lines, or folders of them")
+    table: tuple[Path, ...] = option((), "print rows that were written before as one table")
+    experiment: str | None = option(None, "train and score a table", "composition | teachers | mixture")
+    write_prompts: int | None = option(
+        None, "write prompts for training until --out FILE.jsonl has so many", "[1, 1e7]"
     )
-    steps = "default: the checkpoint's own sigmas, else 40; with --experiment the students' updates, 80"
-    add("--steps", scores, steps, "[1, 100000]", **number)
-    add("--guidance", "toy prompts", "1 is off; default: the checkpoint's own", "[1, 1e6]", type=float, metavar="W")
-    out = "folder for table and pictures; default: with --experiment results/NAME, else none"
-    add("--out", scores + " write_prompts", out, type=file, metavar="DIR")
-    add("--json", "toy prompts", "file for the row; default: row.json in --out", type=file, metavar="FILE")
-    add("--overwrite", scores, "replace results of other settings", action="store_true")
 
-    group = parser.add_argument_group("the toy world's benches")
-    add("--bench", "toy", "t2i, edit or all [all]", choices=["t2i", "edit", "all"], default="all")
-    add("--cases", "toy", "in each category [64 of t2i, 48 of edit]", "[2, 100000]", **number)
+    checkpoint: Path = option(TOY, "folder in the published layout", use=SCORES)
+    steps: int | None = option(None, "default: the checkpoint's own sigmas, else 40; with --experiment the students' "
+                               "updates, 80", "[1, 100000]", SCORES)  # fmt: skip
+    guidance: float | None = option(None, "1 is off; default: the checkpoint's own", "[1, 1e6]", MODEL)
+    out: Path | None = option(None, "folder for table and pictures; default: with --experiment results/NAME, else none",
+                              use=SCORES + " write_prompts")  # fmt: skip
+    json: Path | None = option(None, "file for the row; default: row.json in --out", use=MODEL)
+    overwrite: bool = option(False, "replace results of other settings", use=SCORES)
 
-    group = parser.add_argument_group("your own cases (--prompts)")
-    asked = "prompts write_prompts"
-    add("--list", "prompts", "print each case with its picture's name and do nothing else", action="store_true")
-    add("--pictures", "prompts", "judge these, which something else drew", type=file, metavar="DIR")
-    add("--seed", "prompts", "of the pictures' noise [0]", "[0, 9e18]", default=0, **number)
-    add("--offload", "prompts", "the networks take turns on the GPU: half the memory, slower", action="store_true")
-    add("--name", "prompts", "the model's name in tables; default: that of --out", type=word)
-    add("--judge", "prompts", "chat endpoints, such as http://localhost:8000/v1", type=word, nargs="+", metavar="URL")
-    add("--judge-model", asked, "names of the models there", type=word, nargs="+", metavar="NAME")
-    keys = "environment variables with the endpoints' keys [JUDGE_API_KEY]"
-    add("--judge-key", asked, keys, type=word, nargs="+", metavar="VARIABLE")
-    add("--parallel", asked, "questions under way at once [8]", "[1, 1000]", default=8, **number)
-    silent = "seconds in which an endpoint may send nothing [180]"
-    add("--timeout", asked, silent, "(0, 86400]", type=float, default=180.0, metavar="S")
+    bench: str = option("all", "which of the toy world's", "t2i | edit | all", "toy")
+    cases: int | None = option(None, "in each category; default: 64 of t2i, 48 of edit", "[2, 100000]", "toy")
 
-    group = parser.add_argument_group("prompts for training (--write-prompts)")
-    add("--category", "write_prompts", "landscape, portrait, text, or other words that say what to describe", type=word)
-    add("--endpoint", "write_prompts", "the chat endpoint that writes", type=word, metavar="URL")
+    list: bool = option(
+        False, "with --prompts: print each case with its picture's name and do nothing else", use="prompts"
+    )
+    pictures: Path | None = option(
+        None, "with --prompts: a folder: judge these, which something else drew", use="prompts"
+    )
+    seed: int = option(0, "with --prompts: of the pictures' noise", "[0, 9e18]", "prompts")
+    offload: bool = option(
+        False, "with --prompts: the networks take turns on the GPU: half the memory, slower", use="prompts"
+    )
+    name: str | None = option(None, "with --prompts: the model's name in tables; default: that of --out", use="prompts")
+    judge: tuple[str, ...] = option(
+        (), "with --prompts: chat endpoints, such as http://localhost:8000/v1", use="prompts"
+    )
+    judge_model: tuple[str, ...] = option((), "names of the models there", use=ASKED)
+    judge_key: tuple[str, ...] = option((), "environment variables with the endpoints' keys; default: JUDGE_API_KEY",
+                                        use=ASKED)  # fmt: skip
+    parallel: int = option(8, "questions under way at once", "[1, 1000]", ASKED)
+    timeout: float = option(180.0, "seconds in which an endpoint may send nothing", "(0, 86400]", ASKED)
 
-    group = parser.add_argument_group("the paper's tables (--experiment)")
-    add("--seeds", "experiment", "students a row [3]", "[1, 100]", default=3, **number)
-    add("--nfe", "experiment", "the students' number of steps [4]", "[1, 1000]", default=4, **number)
-    runs = "where students and scores are kept [runs/experiments]"
-    add("--runs", "experiment", runs, type=file, default=Path("runs/experiments"), metavar="DIR")
+    category: str | None = option(
+        None,
+        "with --write-prompts: landscape, portrait, text, or other words for what to describe",
+        use="write_prompts",
+    )
+    endpoint: str | None = option(None, "with --write-prompts: the chat endpoint that writes", use="write_prompts")
 
-    args = parser.parse_args(argv)
-    mode = next((name for name in modes if vars(args)[name] is not None), "toy")
-    words = {name: f"--{name.replace('_', '-')}" for name in rules} | {"toy": "the toy world's benches"}
-    for name, (use, within) in rules.items():
-        value = vars(args)[name]
-        if value != parser.get_default(name) and mode not in use:
-            raise ValueError(f"{words[name]} is for {' and '.join(words[m] for m in use)}, not for {words[mode]}")
-        if within and value is not None:
-            check_range(words[name], value, within)
+    seeds: int = option(3, "with --experiment: students a row", "[1, 100]", "experiment")
+    nfe: int = option(4, "with --experiment: the students' number of steps", "[1, 1000]", "experiment")
+    runs: Path = option(
+        Path("runs/experiments"), "with --experiment: where students and scores are kept", use="experiment"
+    )
+
+
+def check(args: Args) -> None:
+    """ValueError names the flag that is wrong, that is missing, or that is not for what was asked."""
+    given = [name for name in MODES if getattr(args, name)]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(map(flag, given))}: give one of them")
+    mode, what = given[0] if given else "toy", {"toy": "the toy world's benches"} | {m: flag(m) for m in MODES}
+    for f in fields(args):
+        value, use = getattr(args, f.name), (f.metadata["use"] or " ".join(MODES)).split()
+        if value != f.default and mode not in use:
+            raise ValueError(f"{flag(f.name)} is for {' and '.join(what[m] for m in use)}, not for {what[mode]}")
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str | Path) and not str(text).isprintable():
+                raise ValueError(f"{flag(f.name)} {str(text)[:60]!r}: has letters that cannot be shown")
     if mode == "write_prompts" and not (args.category and args.endpoint and args.out):
         raise ValueError("--write-prompts needs --category, --endpoint URL and --out FILE.jsonl")
     if mode == "prompts" and not (args.list or args.out):
         raise ValueError("--prompts needs --out DIR, for pictures and answers")
     if mode == "prompts" and not args.judge and (args.judge_model or args.judge_key):
         raise ValueError("--judge-model and --judge-key need --judge URL")
-    if args.experiment and args.steps == 1:
+    if mode == "experiment" and args.steps == 1:
         raise ValueError("--steps 1: an experiment looks at half of its steps, so at least 2 are needed")
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    args = options.parse(argv, Args, __doc__)
+    check(args)
     return args

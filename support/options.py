@@ -24,6 +24,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def file(text: str) -> Path:
+    """A flag's file or folder. The empty text, which a shell makes of an unset variable, would be the folder at hand."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is empty")
+    return Path(text)
+
+
 @dataclass
 class Options:
     """A program's options. ValueError, with the flag's name, for a value outside of its range."""
@@ -70,8 +77,9 @@ def parse(argv: list[str] | None, kind: type[Options], about: str, defaults=lamb
             parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
         else:
             one = next((t for t in get_args(f.type) if t is not NoneType), f.type)  # X | None, tuple[X, ...] -> X
+            one = file if one is Path else one
             nargs, within = "+" if isinstance(f.default, tuple) else None, f.metadata["within"] or ""
-            shown = within.replace(" ", "") if "|" in within else one.__name__.upper()
+            shown = within.replace(" ", "") if "|" in within else "PATH" if one is file else one.__name__.upper()
             parser.add_argument(flag(f.name), type=one, nargs=nargs, help=text, metavar=shown)
     given = vars(parser.parse_args(argv))
     wants_help = given.pop("help", False)

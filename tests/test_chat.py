@@ -613,7 +613,7 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     fails("drawn by other weights or settings", "--steps", "3")
     fails("two names", "--judge-model", "kind", "kind")
     fails("nowhere", "--prompts", str(tmp_path / "nowhere"))
-    fails("--experiment: not allowed with argument --prompts", "--experiment", "teachers")
+    fails("--prompts and --experiment: give one of them", "--experiment", "teachers")
     moved = tmp_path / "moved"
     shutil.copytree(out / "pictures", moved)
     (moved / name).unlink()

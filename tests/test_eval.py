@@ -218,7 +218,7 @@ def test_bad_input_is_one_clear_error(toy_checkpoint, tmp_path):
             fails(f"{flag} .*a number in", flag, value)
     fails("invalid int value", "--cases", "many")
     fails("unrecognized arguments: --case", "--case", "2")  # no abbreviations: a later flag would change their meaning
-    fails("--video|invalid choice", "--bench", "video")
+    fails("--bench video: expected is t2i or edit or all", "--bench", "video")
     fails("--out: '' is empty", "--out", "")
     for flag, value in (
         ("--seeds", "2"),

@@ -10,7 +10,6 @@ words, each as comparisons of rows. They were written down before any table was 
 cannot tell. Everything is kept on the way (Workshop), so a killed run goes on where it was.
 """
 
-import argparse
 import fcntl
 import hashlib
 import math
@@ -34,6 +33,7 @@ from sample import Pipeline
 from support import rows as statistics
 from support.checkpoint import fingerprint
 from support.conditions import Pool, encode_pool
+from support.eval_flags import Args
 from support.files import read_json, write_json
 from support.rows import T, check_place, markdown
 from support.run import faster_dtype, find_teachers, open_run, whole_checkpoints
@@ -348,7 +348,7 @@ def measure(shop: Workshop, plan: Experiment, seeds: int) -> Scores:
     return scores
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: Args) -> dict:
     """One experiment, from the prompts to the verdicts. Writes table.md, table.json, sheet.png and curve.png to --out."""
     name, seeds, steps = args.experiment, args.seeds, args.steps or STUDENT.steps
     out = args.out or Path("results") / (name if args.nfe == 4 else f"{name}-{args.nfe}nfe")
