@@ -15,15 +15,17 @@ What DMD does. Two networks look at the same noised picture x_t and guess the cl
 its own model draws often: the real score's towards the teacher's pictures, the fake score's towards the student's. g is
 the difference of the guesses, which is a difference of scores (flow.score_from_velocity). A step along -g leads away from
 what the student draws too often, towards what it draws too rarely. Where the two agree for every x_t and t, g is 0 and
-the student's pictures have the teacher's distribution.
+the student's pictures have the teacher's distribution. In other words: up to a positive factor at each t, g is the
+gradient of a reverse KL divergence, KL(student || teacher) (Eq. 3).
 
 All networks are callables velocity(z, t) -> v with the condition bound to them (flow.py: noise is at t = 1, guidance
-w = 1 is off). So this file knows nothing of prompts, optimisers, devices or ranks.
+w = 1 is off). Their guess of the clean picture is x0_from_velocity. A picture is here what the networks see of it, its
+latent. So this file knows nothing of prompts, optimisers or devices.
 
 One round of training is several updates of the fake score on fresh rollouts, then one update of the student. Several,
 because g is a difference of two scores: if the fake score lags behind, g describes an earlier student. One fake score
 serves all student steps, as in DMD2. It is not told k. So the pictures of all steps taken together are matched to the
-teacher, and not those of each step alone.
+teacher, and not those of each step alone. With another teacher at each step there is no exact match (results/plane/).
 
 References: Yin et al. (DMD2), arXiv 2405.14867; Qwen-Image-Flash, arXiv 2606.03746, sections 2.2 and 4 (Eq. 3 to 7);
 DP-DMD, arXiv 2602.03139 (the first-step loss).
@@ -90,7 +92,7 @@ def mix_teachers(weights: dict[str, float], teachers: dict[str, Velocity]) -> Ve
 class Gradient(NamedTuple):
     """What one evaluation of the DMD gradient gives; all (B, ...), all without gradient of their own."""
 
-    g: Tensor  # normalised: 1 means that x0_fake is as far from x0_real as x_theta is
+    g: Tensor  # normalised: where its mean |g| is 1, x0_fake is as far from x0_real as x_theta is
     x0_real: Tensor  # the teachers' clean prediction from x_t, for the panels
     x0_fake: Tensor  # the fake score's clean prediction from x_t
 
@@ -102,7 +104,6 @@ def dmd_gradient(real: Velocity, fake: Velocity, x_theta: Tensor, xi: Tensor, t:
     Eq. 4 (Eq. 7 with mixed teachers) has s_stu - s_real, which equals (1 - t) / t^2 (x0_fake - x0_real). The factor in
     front runs from 0.02 to 2450 over p(t), so it is replaced (DMD, DMD2): each sample's difference is divided by
     mean |x_theta - x0_real|, its distance from the teacher's prediction. The direction stays, and all times count alike.
-    The value of the loss is no measure of progress: it also depends on how well the fake score keeps up.
 
     FloatingPointError: g is not finite. It is never replaced by zeros, which would hide the fault and train on.
     """
@@ -126,6 +127,8 @@ def surrogate_loss(x_theta: Tensor, g: Tensor) -> Tensor:
     take the squared distance to a fixed target, target = x_theta - g. The target is detached, so the derivative of
     1/2 (x_theta - target)^2 is x_theta - target = g; the mean divides it by numel. Autograd carries it on into theta:
     this is the factor d x_theta / d theta of Eq. 4.
+
+    The value of this loss is no measure of progress: it also depends on how well the fake score keeps up.
     """
     target = (x_theta - g).detach()
     return 0.5 * (x_theta - target).square().mean()
@@ -137,7 +140,8 @@ def first_step_loss(student: Velocity, noise: Tensor, z_teacher: Tensor, t_teach
     The teacher walks from the same noise to z_teacher, at time t_teacher < 1. The straight line from the noise to
     z_teacher has the velocity that the student should have at t = 1. This is a regression, so every noise keeps its own
     mode; the reverse KL alone may drop modes. DP-DMD gives the first step only this loss, with weight 0.05, and draws k
-    from 1 .. K - 1 for DMD. The paper found steadier structure and slightly less visual quality.
+    from 1 .. K - 1 for DMD. So does support/batches.py. The paper found steadier structure and slightly less visual
+    quality.
     """
     chord = (noise.float() - z_teacher.float()) / (1 - t_teacher)
     v = student(noise, time_like(noise, 1.0)).float()

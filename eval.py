@@ -4,7 +4,7 @@ The paper compares models on two benches (sections 3 and 5, appendix A): T2I-Ben
 Editing-Bench six families of edits. A bench scores a model in four steps:
 
     draw       one picture for each case; its noise follows from the case, so all models start from the same noise
-    judge      one score for each picture: half compliance and half quality; for edits of files, a verdict by rubric
+    judge      one score for each picture: half compliance and half fidelity; for edits of files, a verdict by rubric
     mean       over the cases of a category; the AVERAGE is the mean of the categories' means
     interval   1.96 sqrt(sum_c var_c / n_c) / C, half the width of the average's 95% interval; C categories of n_c cases
 
@@ -24,7 +24,8 @@ A ROW is the result for one model. In JSON:
     of files                     scale, 5; bench, a hash of the cases; judges, scores and intervals of each judge
     checksum                     of all the rest: a row that was changed is no measurement, and --table refuses it
 
-Rows become tables with --table. The paper's three experiments, from training to verdict: toy/experiments.py.
+Rows become tables with --table. The paper's three experiments, from training to verdict: toy/experiments.py. Commands:
+eval.py --help.
 """
 
 import json
@@ -100,7 +101,8 @@ def score_files(args: Args) -> None:
 def places(args: Args, made: dict, beside: Iterable[str] = ()) -> list[Path]:
     """Where the row of a model, drawn as `made` says, may be written.
 
-    These are --json, and row.json in --out, `beside` which other files are written. A row made otherwise is not replaced.
+    These are --json and OUT/row.json. beside: names of further files in OUT. A row that was made with other settings is
+    replaced only with --overwrite.
     """
     wanted = [(args.json, ()), (args.out and args.out / "row.json", beside)]
     for place, others in wanted:

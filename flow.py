@@ -1,7 +1,7 @@
 """Flow matching: the path between data and noise, its loss, the times, and the samplers that walk along it.
 
-Everything here is a pure function of tensors, floats and one callable, `velocity(z, t) -> v`. It may be a network under
-one prompt, or a formula (as in the tests and in toy/plane_method.py).
+Everything here is a pure function of tensors, floats and callables `velocity(z, t) -> v`. A velocity may be a network
+under one prompt, or a formula (as in the tests and in toy/plane_method.py).
 
     x, eps   data and Gaussian noise, any shape (B, ...)
     t        time, (B,), in [0, 1]: t = 1 is NOISE, t = 0 is DATA (some codebases have it the other way round)
@@ -9,7 +9,7 @@ one prompt, or a formula (as in the tests and in toy/plane_method.py).
     v        velocity dz/dt = eps - x, the shape of x: what the network predicts
     sigma    a time at which a sampler stops; on this path sigma and t are the same number
 
-Guidance is v_uncond + w (v_cond - v_uncond), so w = 1 is off. (Code that writes v_cond + w (...) calls our 4 a 3.)
+Guidance is v_uncond + w (v_cond - v_uncond), so w = 1 is off. (In code that writes v_cond + w (...), w is ours minus 1.)
 
 The path is computed in fp32 whatever the network's dtype. Near t = 1 the data's part of z is (1 - t) x, and the 8 bits
 of a bf16 number would round it away. A network in bf16 casts z when it reads it; the state itself stays in fp32.
@@ -127,8 +127,8 @@ def teacher_sigmas(
     steps: how many, evenly spaced before the shift; or the sigmas themselves (a checkpoint's sample_sigmas, without
         the final 0), which pass through the same shift and stretch.
     tokens: of the picture to draw; larger pictures need more of their steps near the noise.
-    The other names are keys of scheduler_config.json, the defaults the 7B's. A few-step student is published with the
-    identity: use_dynamic_shifting False, shift 1, shift_terminal None.
+    The other names are keys of scheduler_config.json; the defaults are those of the 7B. A few-step student is published
+    with the identity: use_dynamic_shifting False, shift 1, shift_terminal None.
     """
     sigmas = [1 - i / steps for i in range(steps)] if isinstance(steps, int) else steps
     if use_dynamic_shifting:  # log a is linear in the number of tokens, and goes on beyond both ends
@@ -167,7 +167,7 @@ def time_like(z: Tensor, sigma: float) -> Tensor:
 def euler(velocity: Velocity, z: Tensor, sigmas: Iterable[float]) -> Tensor:
     """Integrates dz/dt = v from sigmas[0] to sigmas[-1] in straight steps; z (B, ...) is the state at sigmas[0].
 
-    The whole list goes from noise to data; a part of it stops on the way. tqdm(sigmas) shows a bar.
+    The whole list goes from noise to data; a part of it stops on the way.
     """
     z = z.float()
     for sigma, sigma_next in pairwise(sigmas):

@@ -3,7 +3,8 @@
 One sequence holds the prompt's states, the source pictures' latents where the prompt names them, and at the end the
 target's noisy latents. Attention is block-causal: text sees itself and what stands before it, a picture also all of
 itself, the target everything. So nothing in the PREFIX (text and sources) depends on the target; with
-`causal_condition` not on the time either. Its keys and values can be computed once and kept, and then only the target is carried through the blocks.
+`causal_condition` not on the time either. Its keys and values can be computed once and kept, and then only the target
+is carried through the blocks. MMDiT: multimodal diffusion transformer.
 
 Conventions: z_t = (1 - t) x + t eps, so t = 1 is noise; v = eps - x. Latents are grids (B, 64, h, w) outside, tokens in
 row-major order inside. Parameter names are those of the published files.
@@ -30,7 +31,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from support.attention import attend, rotate
 from support.files import config_from_json, load_weights, save_config, save_weights, within
 
-KeysValues = tuple[Tensor, Tensor]  # 2 x (B, H, n, d)
+KeysValues = tuple[Tensor, Tensor]  # 2 x (B, H, S, d), of a kept prefix 2 x (B, H, P, d)
 Prefix = list[KeysValues]  # of every block, for text and sources
 
 
@@ -67,8 +68,9 @@ class MMDiTConfig:
 class Condition:
     """What the network is told: the language model's states of the prompt, and the source pictures' latents.
 
-    One layout serves the batch: slots and source sizes are the same in every sample. Each source replaces its run of
-    `<|image_pad|>` states, four latent tokens to a slot. ValueError where the fields do not fit each other.
+    How prompt and pictures become a condition: the head of sample.py. One layout serves the batch: slots and source sizes
+    are the same in every sample. Each source replaces its run of `<|image_pad|>` states, four latent tokens to a slot.
+    ValueError where the fields do not fit each other.
     """
 
     states: Tensor  # (B, L, context_in_dim), zero-padded on the right
@@ -146,7 +148,7 @@ def rotations(layout: tuple, axes: tuple[int, int, int], device: torch.device) -
 
 @lru_cache(maxsize=64)
 def prefix_segments(layout: tuple) -> list[Segment]:
-    """The block-causal structure of text and sources, `layout` as above; kept likewise. No mask is written out for it.
+    """The block-causal structure of text and sources, `layout` as above; cached, too. No mask is written out for it.
 
     Padding needs no mask here: it stands last, where only padding looks back at it, and no such query is without a key.
     """
@@ -162,10 +164,10 @@ def prefix_segments(layout: tuple) -> list[Segment]:
 @dataclass
 class Part:
     """What every block needs beside its tokens: those of the whole sequence, or the target's alone. All blocks share the
-    modulation. Not a tuple, on purpose: FSDP's mixed precision casts the tensors it finds in
-    tuples, and would ruin the angles."""
+    modulation. Not a tuple, on purpose: FSDP's mixed precision casts the tensors it finds in tuples, and would ruin the
+    angles."""
 
-    scale1: Tensor  # (B, n or 1, D), or (1, 1, D) at t = 0; the 1 of (1 + scale) is in it
+    scale1: Tensor  # (B, n, D), or (B, 1, D) where all tokens have one time; the 1 of (1 + scale) is in it
     gate1: Tensor  # the same; the tanh is in it
     scale2: Tensor
     gate2: Tensor
@@ -210,10 +212,9 @@ class Attention(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)  # (B, H, S, d)
         # Block-causal: each segment's queries meet the keys up to their own segment's end.
-        rows = q.split([rows for rows, _, _ in part.segments], 2)  # each (B, H, rows, d)
-        out = [
-            attend(q, k[:, :, :end], v[:, :, :end], mask) for q, (_, end, mask) in zip(rows, part.segments, strict=True)
-        ]
+        queries = q.split([n for n, _, _ in part.segments], 2)  # each (B, H, n of the segment, d)
+        pairs = zip(queries, part.segments, strict=True)
+        out = [attend(q, k[:, :, :end], v[:, :, :end], mask) for q, (_, end, mask) in pairs]
         out = [o.transpose(1, 2).flatten(2) for o in out]  # each (B, rows, D)
         out = torch.cat(out, 1) if len(out) > 1 else out[0]  # (B, n, D)
         return self.to_out[0](out), (k, v)  # (B, n, D), 2 x (B, H, S, d)
@@ -258,7 +259,8 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: Tensor) -> Tensor:
         dtype = self.linear_1.weight.dtype
         frequencies = torch.exp(-math.log(10000.0) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
-        # t is rounded to the weights' type, as the published networks do: near 1, bf16 knows only steps of 1/256.
+        # t is rounded to the weights' type, as the published networks do: near 1, bf16 knows only steps of 1/256. Callers
+        # have rounded it before (flow.network_time), and to round twice changes nothing.
         angles = 1000.0 * t.to(dtype).float()[:, None] * frequencies  # (B, 128)
         waves = torch.cat([angles.cos(), angles.sin()], -1).to(dtype)  # (B, 256)
         return self.linear_2(F.silu(self.linear_1(waves)))  # (B, D)

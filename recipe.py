@@ -2,11 +2,12 @@
 
     1. data composition      which categories of prompts the student sees, and in which ratio       (section 3)
     2. teacher routing       which teacher scores which student step, under which condition         (section 4)
-    3. task mixture          the ratio of T2I to editing                                            (section 5)
+    3. task mixture          the ratio of T2I (text to image, drawing) to editing                   (section 5)
 
-A recipe is followed exactly, in micro-batches, or the run does not start: a wrong ratio and missing prompts are errors.
-Samples have the same ratio where micro_batch divides batch; where it does not, the run says so.
-There is one exception. Where a checkpoint lacks a teacher, the base teacher takes its weight, and the run says so.
+A micro-batch is a few samples that run through the networks at once. Counted in micro-batches, a recipe is followed
+exactly, or the run does not start: a wrong ratio and missing prompts are errors. Samples have the same ratio where
+micro_batch divides batch; where it does not, the run says so. There is one exception. Where a checkpoint lacks a
+teacher, the base teacher takes its weight, and the run says so.
 
 ONE micro-batch has ONE task and ONE category. So lambda is the same for the whole micro-batch, and all processes run the
 same teachers. Nothing here is random: the task and category of the i-th micro-batch follow from i alone.
@@ -107,13 +108,13 @@ class Recipe:
     def turn(self, i: int) -> tuple[str, str, int]:
         """(task, category, n) of the i-th micro-batch, of a resolved recipe.
 
-        n counts the earlier micro-batches of this task and category. It chooses the prompts: after each epoch of a
-        category all its prompts were seen equally often, as far as a micro-batch can be (`batches.chosen` says where it
-        cannot). Any ten turns in a row hold the ratio of tasks exactly. Within a task, any full round of its composition
-        does. Both are spread evenly. The student's micro-batches and the fake score's are counted separately.
+        n counts the earlier micro-batches of this task and category. It chooses the prompts, so that at any time all
+        prompts of a category were seen equally often, or once less (exceptions: `chosen` in support/batches.py). Any ten
+        turns in a row hold the ratio of tasks exactly. Within a task, any full round of its composition does. Both are
+        spread evenly. The student's micro-batches and the fake score's are counted separately.
         """
-        task, of_task = nth_word(dict(zip(TASKS, self.ratio, strict=True)), i)
-        category, n = nth_word({"t2i": self.t2i, "edit": self.edit}[task], of_task)
+        task, of_task = nth_name(dict(zip(TASKS, self.ratio, strict=True)), i)
+        category, n = nth_name({"t2i": self.t2i, "edit": self.edit}[task], of_task)
         return task, category, n
 
     def resolve(self, available: dict[str, Iterable[str]], teachers: Iterable[str]) -> "Recipe":
@@ -138,20 +139,20 @@ class Recipe:
 
 
 def spread(parts: dict[str, int]) -> list[str]:
-    """The shortest round with these parts, spread evenly: each turn goes to the word that is furthest behind its part.
+    """The shortest round with these parts, spread evenly: each turn goes to the name that is furthest behind its part.
     {"t2i": 7, "edit": 3} -> t e t t t e t t e t; 5 and 5 -> t e."""
     common, total, order = math.gcd(*parts.values()), sum(parts.values()), []
     for i in range(1, total // common + 1):
-        order.append(max(parts, key=lambda word: parts[word] * i - order.count(word) * total))
+        order.append(max(parts, key=lambda name: parts[name] * i - order.count(name) * total))
     return order
 
 
-def nth_word(parts: dict[str, int], i: int) -> tuple[str, int]:
-    """The i-th word when the round is repeated without end, and how often the word came before."""
+def nth_name(parts: dict[str, int], i: int) -> tuple[str, int]:
+    """The i-th task or category when the round is repeated without end, and how often it came before."""
     order = spread(parts)
     rounds, place = divmod(i, len(order))
-    word = order[place]
-    return word, rounds * order.count(word) + order[:place].count(word)
+    name = order[place]
+    return name, rounds * order.count(name) + order[:place].count(name)
 
 
 # ---- the named recipes ---------------------------------------------------------------------------------------------
@@ -159,13 +160,15 @@ def nth_word(parts: dict[str, int], i: int) -> tuple[str, int]:
 
 def routing(*by_quarter: float) -> tuple[Rule, ...]:
     """Our two specialised teachers, each for what it was fine-tuned on. The paper does not say how many it has, and for
-    what. The strategies below differ only in the steps at which the specialists have weight."""
-    return (Rule("text", "t2i", "text", by_quarter), Rule("edit", "edit", None, by_quarter))
+    what. The strategies below differ only in the specialists' weight at each step."""
+    text = Rule(teacher="text", task="t2i", category="text", by_quarter=by_quarter)
+    return (text, Rule(teacher="edit", task="edit", category=None, by_quarter=by_quarter))
 
 
 # Section 4: the base teacher alone in the early steps, specialists later. The lambdas are not published; these are ours.
 STEP_WISE = routing(0.0, 0.0, 0.5, 1.0)
-SPECIALISED_ONLY = routing(1.0, 1.0, 1.0, 1.0)  # section 4, finding 2a: rises, then degrades
+# Section 4, finding 2a: rises, then degrades. Landscapes and portraits have no specialist: the base alone.
+SPECIALISED_ONLY = routing(1.0, 1.0, 1.0, 1.0)
 AVERAGE = routing(0.5, 0.5, 0.5, 0.5)  # ours: the control that mixes, but not by step
 
 RECIPES = {

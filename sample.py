@@ -1,9 +1,10 @@
 """Draw and edit with any checkpoint in the published layout: words and source pictures in, RGBA pictures out.
 
-What a condition is. The MMDiT sees neither words nor pictures. It sees one sequence of tokens, and all but the last of
-them, the noisy target's, are the condition:
+What a condition is. The MMDiT sees neither words nor pictures. It sees one sequence of tokens. Its last tokens are the
+noisy target, and all tokens before them are the condition:
 
-    words      the language model reads the prompt inside a fixed template; its states, one for each token, are the text
+    words      the language model (Qwen3-VL, here the encoder) reads the prompt inside a fixed template; its states, one
+               for each token, are the text
                (taken before its last norm, and why: encoders/qwen3vl.py)
     sources    enter twice. The language model looks at them as it reads, so that "the red one" finds its red one; of
                these states the MMDiT sees nothing directly, only what the words took from them. And the VAE encodes
@@ -18,8 +19,8 @@ Symbols: B prompts; H, W the picture's sides in pixels; h, w = H/16, W/16 the la
 picture; guidance is negative + w (positive - negative), off at w = 1. Reference for behaviour: `QwenImage21Pipeline`
 of diffusers 0.42.1; tests/test_sample.py holds every picture to 1/255 of the reference's.
 
-A call goes through the networks in turn, and only the one at work needs to be in memory: the encoder reads the words
-and looks at the sources and is freed, the MMDiT walks from noise to latents, the VAE makes pixels of them.
+A call goes through the networks in turn: the encoder reads the words, looks at the sources, and is freed; the MMDiT
+walks from noise to latents; the VAE makes pixels of them.
 
     python sample.py --prompt "A landscape of hills under a clear day sky with a house on the left." --out house.png
     python sample.py --prompt "Make it night." --image house.png --out night.png
@@ -64,9 +65,10 @@ from support.trainee import Network
 class Pipeline:
     """A checkpoint in the published layout, ready to draw; `from_pretrained` opens one.
 
-    Its three networks are read from the disk at their first use, and any may be replaced by assignment. A call frees the
-    condition encoder, the largest of them, before it reads the MMDiT, so that they never share the memory; the next call
-    reads it again. `keep_encoder` is for those with the memory and many calls to make.
+    Its three networks are read from the disk at their first use, and any may be replaced by assignment. The first call
+    frees the encoder, the largest of them, before it reads the MMDiT, so these two do not share the memory. The MMDiT
+    stays, and a second call reads the encoder again beside it. For many pictures in little memory make all `conditions`
+    first and then `draw`, as `main` below does, or use `offload`. `keep_encoder` is for those with the memory.
     """
 
     directory: Path
@@ -154,7 +156,7 @@ class Pipeline:
         return mmdit
 
     def free_encoder(self) -> None:
-        """Unless it is to be kept. Its next use reads it from the disk again."""
+        """Drop the encoder from memory, unless keep_encoder is set. Its next use reads it from the disk again."""
         if not self.keep_encoder and "encoder" in vars(self):
             del self.encoder
             torch.cuda.empty_cache()  # what torch keeps of it in pieces would not fit what comes next
@@ -290,7 +292,8 @@ class Pipeline:
         seed: int = 0,
         noise: Tensor | None = None,
     ) -> list[Image.Image]:
-        """The second half: B pictures from the conditions of B prompts. The arguments are those of a call."""
+        """The second half: B pictures. conditions: one, or with guidance two, each of B prompts. The other arguments are
+        those of a call."""
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed}: a number from 0 to 2^63 - 1 is expected")
         conditions = [condition.to(self.device, self.dtype) for condition in conditions]
@@ -354,7 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
     if width and height:
         latent_grid(height, width, pipeline.resolution)  # what is wrong with the size is said before the work
     settings = {
-        "steps": len(pipeline.sigmas(args.steps, tokens=1)) - 1,
+        "steps": len(pipeline.sigmas(args.steps, tokens=1)) - 1,  # their number is the same for all sizes
         "guidance": pipeline.guidance if args.guidance is None else args.guidance,
         "height": height,
         "width": width,

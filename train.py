@@ -8,7 +8,8 @@
 Every prompt is encoded once, before the first update; then the encoders are freed. A STEP of training is one update of
 the student (or, with the flow objective, of the teacher). The student's own steps, from noise to picture, are counted
 by k. A MICRO-BATCH has one task, one category and one k; each process has an equal part of it. Every random number
-follows from (seed, step, sample, purpose), so a resumed run needs only its step.
+follows from (seed, step, sample, purpose), so a resumed run needs no saved state of random generators. A picture is
+here its latent from the VAE, (B, 64, h, w).
 
     python train.py                                                  the laptop run
     python train.py --prompts mine.jsonl --out runs/mine             your own prompts and pictures
@@ -18,7 +19,8 @@ follows from (seed, step, sample, purpose), so a resumed run needs only its step
     python train.py --lora-rank 32 --checkpoint DIR --prompts mine.jsonl              LoRA roles on one GPU
 
 Exit status: 0 finished; 2 bad input; 1 a value is not finite; 130 and 143 after Ctrl-C and SIGTERM, which save the run.
-Paper: Qwen-Image-Flash, arXiv 2606.03746. Symbols and conventions: flow.py and dmd.py.
+Paper: Qwen-Image-Flash, arXiv 2606.03746; "2.0 report": the technical report of its teacher, Qwen-Image-2.0. Symbols and
+conventions: flow.py and dmd.py.
 """
 
 import time
@@ -40,27 +42,31 @@ class Args(Options):
     distillation. A teacher, or a network of billions, gets others: support/presets.py."""
 
     objective: str = option("dmd", "dmd: distil a few-step student; flow: train a teacher", "dmd | flow")
-    checkpoint: Path = option(TOY, "folder in the published layout, from which every network starts")
+    checkpoint: Path = option(TOY, "folder laid out as Qwen-Image-2.1 is published; every network starts from it")
     prompts: tuple[Path, ...] = option((), "files of JSON lines; without any, the toy world's own prompts")
     pool: int = option(1024, "without --prompts: number of toy prompts for each task", "[1, 1e6]")
     recipe: str = option("flash", "composition, ratio and teachers: " + ", ".join(recipes.RECIPES))
     out: Path | None = option(None, "folder of this run; default: runs/OBJECTIVE-RECIPE")
     cache: Path | None = option(None, "folder of encoded prompts, for several runs; default: OUT/conditions")
     teacher: tuple[str, ...] = option((), "NAME=FOLDER_OR_LORA: specialised teachers besides the checkpoint's own")
-    lora_rank: int = option(0, "train LoRAs of this rank on one copy of the weights; 0: all weights", "[0, 4096]")
+    lora_rank: int = option(
+        0, "student and fake score become LoRAs of this rank on one copy of the weights; 0: off", "[0, 4096]"
+    )
     guidance: float | None = option(None, "the teachers' guidance w, 1 is off; default: the checkpoint's", "[1, 100]")
     resolution: int | None = option(None, "side of the pictures' area; default: the checkpoint's", "[32, 16384]")
     fit: str = option("stretch", "where sources and targets must change their shape", "stretch | crop | pad")
-    aspects: bool = option(False, "draw T2I prompts in five aspects (their words decide), not as squares alone")
+    aspects: bool = option(False, "draw T2I prompts in five aspects (a hash of the words picks one), not as squares")
     student_steps: int = option(4, "number of steps of the student, its NFE", "[1, 1000]")
     steps: int = option(500, "updates of the student", "[1, 1e9]")
     batch: int = option(12, "samples in an update, over all its micro-batches", "[1, 1e6]")
     micro_batch: int = option(6, "samples that run at once, over all processes", "[1, 1e6]")
     seed: int = option(0, "every random number follows from it", "[-9e18, 9e18]")
     resume: bool = option(False, "go on from the newest checkpoint in --out")
-    redraw: int | None = option(None, "a step that gets other random numbers, as it was not finite", "[1, 1e9]")
+    redraw: int | None = option(
+        None, "give this step other random numbers, after it ended the run as not finite", "[1, 1e9]"
+    )
     save_every: int = option(50, "steps between two checkpoints", "[1, 1e9]")
-    panel_every: int = option(50, "steps between two panels", "[1, 1e9]")
+    panel_every: int = option(50, "steps between two panels, pictures of x_theta and both predictions", "[1, 1e9]")
     device: str | None = option(None, "cpu, mps, cuda or cuda:NUMBER; default: cuda if there is one")
     dtype: str | None = option(None, "of the working weights; default: the faster one", "bfloat16 | float32")
     compile: bool = option(False, "torch.compile every block; the first step takes minutes")
@@ -73,16 +79,16 @@ class Args(Options):
     # The optimisation. Ours, from a prototype of the laptop's size, unless a source is named.
     muon_lr: float = option(0.002, "Muon, for the blocks' matrices; 0: AdamW for those too", "[0, 1]")
     lr: float = option(2e-4, "AdamW, for all other tensors", "[0, 1]")
-    fake_muon_lr: float = option(0.005, "of the fake score, higher because it has to keep up", "[0, 1]")
-    fake_lr: float = option(5e-4, "of the fake score", "[0, 1]")
+    fake_muon_lr: float = option(0.005, "Muon of the fake score, higher because it has to keep up", "[0, 1]")
+    fake_lr: float = option(5e-4, "AdamW of the fake score", "[0, 1]")
     beta1: float = option(0.9, "AdamW's momentum, of student and fake score", "[0, 1)")
     fake_updates: int = option(2, "updates of the fake score before each of the student; DMD2: 5", "[1, 1000]")
     warmup: int = option(10, "steps over which the learning rates rise from 0", "[0, 1e9]")
-    decay: float = option(0.4, "last part of the run, in which they fall to 0", "[0, 1]")
+    decay: float = option(0.4, "last part of the run, in which the learning rates fall to 0", "[0, 1]")
     clip: float = option(1.0, "largest norm of a gradient (2.0 report, section 4)", "(0, 1e9]")
     ema: float = option(0.97, "decay of the averaged weights, which are exported; 0: no average", "[0, 1)")
     time_shift: float = option(1.5, "moves p(t) towards noise; 1: not at all", "[0.01, 100]")
-    text_dropout: float = option(0.1, "flow: part of the samples without words (2.0 report, section 4)", "[0, 1]")
+    text_dropout: float = option(0.1, "flow: part of the micro-batches without words (2.0 report, section 4)", "[0, 1]")
 
     @property
     def home(self) -> Path:
@@ -98,7 +104,8 @@ def parse(argv: list[str] | None = None) -> Args:
     return options.parse(argv, Args, __doc__, presets.of_run)
 
 
-if __name__ == "__main__":  # here already, and not at the end: --help and a mistyped flag do not wait for torch
+# Here already, and not at the end: --help and a mistyped flag do not wait for torch. The work begins in main().
+if __name__ == "__main__":
     program.start("train.py", parse)
 
 import torch
@@ -115,6 +122,8 @@ from support.export import export_run
 from support.ranks import by_first, everyone, joined, rank, ranks, say, together
 from support.run import find_teachers, located, noted_signals, open_run, restore, save, settle
 from support.trainee import Network, Trainee, frozen, learner
+
+# In `with together()` an error on one rank ends all. `located` says where an error was. `by_first` has rank 0 do it.
 
 # ---- the updates -----------------------------------------------------------------------------------------------------
 

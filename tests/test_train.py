@@ -541,7 +541,7 @@ def test_non_finite_stops_before_the_update(checkpoint, pools, tmp_path, monkeyp
     elif where == "student loss":
         spoil(dmd, "surrogate_loss", lambda loss: loss * torch.inf)
     elif where == "real score":
-        spoil(dmd, "mixture", lambda v: lambda z, t: v(z, t) / 0)
+        spoil(dmd, "mix_teachers", lambda v: lambda z, t: v(z, t) / 0)
     else:
 
         def poisoned(self, losses, batch):
