@@ -19,8 +19,8 @@ the student's pictures have the teacher's distribution. In other words: up to a 
 gradient of a reverse KL divergence, KL(student || teacher) (Eq. 3).
 
 All networks are callables velocity(z, t) -> v with the condition bound to them (flow.py: noise is at t = 1, guidance
-w = 1 is off). Their guess of the clean picture is x0_from_velocity. A picture is here what the networks see of it, its
-latent. So this file knows nothing of prompts, optimisers or devices.
+w = 1 is off). So this file knows nothing of prompts, optimisers or devices. A network's guess of the clean picture is
+x0_from_velocity; a picture is here what the networks see of it, its latent.
 
 One round of training is several updates of the fake score on fresh rollouts, then one update of the student. Several,
 because g is a difference of two scores: if the fake score lags behind, g describes an earlier student. One fake score

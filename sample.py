@@ -4,8 +4,7 @@ What a condition is. The MMDiT sees neither words nor pictures. It sees one sequ
 noisy target, and all tokens before them are the condition:
 
     words      the language model (Qwen3-VL, here the encoder) reads the prompt inside a fixed template; its states, one
-               for each token, are the text
-               (taken before its last norm, and why: encoders/qwen3vl.py)
+               for each token, are the text (taken before its last norm, and why: encoders/qwen3vl.py)
     sources    enter twice. The language model looks at them as it reads, so that "the red one" finds its red one; of
                these states the MMDiT sees nothing directly, only what the words took from them. And the VAE encodes
                them: these latents carry the pixels, and stand in the sequence where the language model had its image

@@ -88,8 +88,8 @@ def check(args: Args) -> None:
         if value != f.default and mode not in use:
             raise ValueError(f"{flag(f.name)} is for {' and '.join(what[m] for m in use)}, not for {what[mode]}")
         for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str | Path) and not str(text).isprintable():
-                raise ValueError(f"{flag(f.name)} {str(text)[:60]!r}: has letters that cannot be shown")
+            if isinstance(text, str | Path) and not (str(text).strip() and str(text).isprintable()):
+                raise ValueError(f"{flag(f.name)}: {str(text)[:60]!r} is empty, or has letters that cannot be shown")
     if mode == "write_prompts" and not (args.category and args.endpoint and args.out):
         raise ValueError("--write-prompts needs --category, --endpoint URL and --out FILE.jsonl")
     if mode == "prompts" and not (args.list or args.out):

@@ -220,6 +220,9 @@ def test_bad_input_is_one_clear_error(toy_checkpoint, tmp_path):
     fails("unrecognized arguments: --case", "--case", "2")  # no abbreviations: a later flag would change their meaning
     fails("--bench video: expected is t2i or edit or all", "--bench", "video")
     fails("--out: '' is empty", "--out", "")
+    with pytest.raises(ValueError, match="--judge: '' is empty"):
+        evaluation.main(["--prompts", "cases.jsonl", "--out", str(tmp_path / "out"), "--judge", ""])
+    fails("letters that cannot be shown", "--json", "a\x07.json")
     for flag, value in (
         ("--seeds", "2"),
         ("--judge", "http://a"),
