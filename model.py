@@ -308,7 +308,7 @@ class MMDiT(nn.Module):
     def reset_parameters(self) -> None:
         """Fresh weights: linears keep their input's variance; gates at 0 make each block begin as the identity, v as 0."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and not module.weight.is_meta:  # there a file's weights follow
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         for module in (self.modulation[1], self.norm_out["linear"], self.proj_out):
             nn.init.zeros_(module.weight)
