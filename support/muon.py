@@ -35,21 +35,12 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(g: Tensor) -> Tensor:
     """(rows, columns) -> nearly U V^T of its singular value decomposition U S V^T: the singular values come near 1 (0.7 to
-    1.2), by Newton-Schulz iterations, which need products of matrices alone.
-
-    An iteration is X <- P X, with P = a I + B and B = b X X^T + c (X X^T)^2. All P are polynomials of the same gram matrix.
-    So they are multiplied with each other, as scale I + rest, and with X once at the end: a third quicker.
-    """
+    1.2), by Newton-Schulz iterations, which need products of matrices alone."""
     a, b, c = COEFFICIENTS
     tall = g.shape[0] > g.shape[1]
     x = g.float().T if tall else g.float()  # (n, m), n <= m: the smaller side first makes the gram matrix small
     x = x / x.norm().clamp(min=1e-7)  # (n, m), singular values <= 1, where the iteration converges
-    gram = x @ x.T  # (n, n)
-    scale, rest = a, (B := torch.addmm(gram, gram, gram, beta=b, alpha=c))  # (n, n)
-    for _ in range(ITERATIONS - 1):
-        half = torch.addmm(gram, B, gram, beta=a)  # (n, n), P gram
-        gram = torch.addmm(half, B, half, beta=a)  # (n, n), P gram P: the gram matrix of P X, for P is symmetric
-        B = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # (n, n)
-        scale, rest = a * scale, torch.addmm(a * rest + scale * B, B, rest)  # P (scale I + rest)
-    x = torch.addmm(x, rest, x, beta=scale)  # (n, m); each iteration made of a singular value S: a S + b S^3 + c S^5
+    for _ in range(ITERATIONS):
+        gram = x @ x.T  # (n, n)
+        x = a * x + (b * gram + c * gram @ gram) @ x  # (n, m); S <- a S + b S^3 + c S^5
     return x.T if tall else x  # (rows, columns)
