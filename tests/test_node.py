@@ -199,17 +199,20 @@ def runs(checkpoint, pool, tmp_path_factory) -> Path:
     """The folder of all runs: one-* by one process, two-* by two, and notes of what their ranks did."""
     folder = tmp_path_factory.mktemp("runs")
     first = dict(recipe="specialised-first-step", recompute=True, steps=1)
+    muon = dict(muon_lr=0.01, fake_muon_lr=0.01, steps=2)  # its step needs whole matrices, of which a rank has rows
 
     def alone():
         run(checkpoint, pool, folder / "one", steps=3)
         run(checkpoint, pool, folder / "one-lora", steps=2, lora_rank=4)
         run(checkpoint, pool, folder / "one-first", **first)
+        run(checkpoint, pool, folder / "one-muon", **muon)
 
     def both():
         run(checkpoint, pool, folder / "two", steps=2, pictures=True)
         run(checkpoint, pool, folder / "two-from-one", steps=3, resume=True)
         run(checkpoint, pool, folder / "two-lora", steps=2, lora_rank=4)
         run(checkpoint, pool, folder / "two-first", **first)
+        run(checkpoint, pool, folder / "two-muon", **muon)
         run(checkpoint, pool, folder / "two-bf16", steps=1, dtype="bfloat16")
         run(checkpoint, pool, folder / "two-wrong", "value", steps=3, save_every=1)
         run(checkpoint, pool, folder / "two-stopped", "signal", steps=3)
@@ -237,6 +240,7 @@ def test_two_processes_follow_the_trajectory_of_one(runs):
     assert_same_trajectory(runs / "one", runs / "two", 2)
     assert_same_trajectory(runs / "one-lora", runs / "two-lora", 2)
     assert_same_trajectory(runs / "one-first", runs / "two-first", 1)  # two forwards before one backward, recomputed
+    assert_same_trajectory(runs / "one-muon", runs / "two-muon", 2)
     a, b = states(runs / "one", 2), states(runs / "one", 3)
     assert sum(torch.equal(a[name], b[name]) for name in a) == 0  # everything moves, and the scale of it is not 1e-5
     assert (a["student master proj_out.weight"] - b["student master proj_out.weight"]).abs().max() > 1e-4
@@ -256,7 +260,7 @@ def test_resumed_on_another_number_of_processes(runs):
 
 def test_ranks_do_the_same(runs):
     """The same tasks, categories, k, teachers and sizes in the same order, and the same number of forwards."""
-    for name in ("two", "two-lora", "two-first", "two-bf16"):
+    for name in ("two", "two-lora", "two-first", "two-muon", "two-bf16"):
         first, second = noted(runs, name)
         assert first["ended"] == second["ended"] == "finished"
         assert first["calls"] == second["calls"] > 0 and first["batches"] == second["batches"]
