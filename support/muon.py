@@ -3,8 +3,8 @@
 AdamW scales each number by its own history. Muon changes a matrix equally in all directions, so the rare directions of a
 gradient are learnt as fast as the common ones. The toy's networks need a fraction of AdamW's steps with it.
 
-`torch.optim.Muon` does the same (tests/test_muon.py compares the two), but in bfloat16. On a processor without bfloat16
-units that takes 5.3 seconds, and 0.3 in fp32: more than everything else in a step of the toy.
+`torch.optim.Muon` does the same (tests/test_muon.py compares the two), but always in bfloat16. On a processor without
+bfloat16 units that takes 5.3 seconds, and 0.3 in fp32: more than everything else in a step of the toy.
 """
 
 from collections.abc import Iterable
@@ -18,10 +18,12 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices (rows, columns); W <- W - lr sqrt(max(1, rows / columns)) orthogonal(momentum), without weight decay."""
+    """For matrices (rows, columns); W <- W - lr sqrt(max(1, rows / columns)) orthogonal(momentum), without weight decay.
+    dtype: that of the products, which are all of its time; gradients, momentum and weights keep their own."""
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float):
+    def __init__(self, matrices: Iterable[Tensor], lr: float, dtype: torch.dtype = torch.float32):
         super().__init__(matrices, {"lr": lr})
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -29,17 +31,18 @@ class Muon(torch.optim.Optimizer):
             for w in group["params"]:
                 momentum = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))  # (rows, columns)
                 momentum.lerp_(w.grad, 1 - MOMENTUM)
-                direction = orthogonal(w.grad.lerp(momentum, MOMENTUM))  # Nesterov's: where the momentum will be
+                g = w.grad.lerp(momentum, MOMENTUM)  # Nesterov's: where the momentum will be
+                direction = orthogonal(g, self.dtype).to(w.dtype)
                 w.sub_(direction, alpha=group["lr"] * max(1, w.shape[0] / w.shape[1]) ** 0.5)
 
 
-def orthogonal(g: Tensor) -> Tensor:
+def orthogonal(g: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(rows, columns) -> nearly U V^T of its singular value decomposition U S V^T: the singular values come near 1 (0.7 to
     1.2), by Newton-Schulz iterations, which need products of matrices alone."""
     a, b, c = COEFFICIENTS
     tall = g.shape[0] > g.shape[1]
-    x = g.float().T if tall else g.float()  # (n, m), n <= m: the smaller side first makes the gram matrix small
-    x = x / x.norm().clamp(min=1e-7)  # (n, m), singular values <= 1, where the iteration converges
+    x = g.float() / g.float().norm().clamp(min=1e-7)  # singular values <= 1, where the iteration converges
+    x = (x.T if tall else x).to(dtype)  # (n, m), n <= m: the smaller side first makes the gram matrix small
     for _ in range(ITERATIONS):
         gram = x @ x.T  # (n, n)
         x = a * x + (b * gram + c * gram @ gram) @ x  # (n, m); S <- a S + b S^3 + c S^5

@@ -143,7 +143,7 @@ class Trainee:
             (muon if matrices and m.ndim == 2 and n.startswith("transformer_blocks.") else rest).append(m)
         self.optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(args.beta1, 0.999), weight_decay=0.0, fused=True)]
         if muon:
-            self.optimizers.append(Muon(muon, lr=muon_lr))
+            self.optimizers.append(Muon(muon, muon_lr, getattr(torch, args.dtype)))
         self.lrs = [o.param_groups[0]["lr"] for o in self.optimizers]
         self.contents: list[str] = []  # of the gradient, for an error: task, k and t
 

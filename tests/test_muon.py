@@ -32,3 +32,14 @@ def test_orthogonal_keeps_directions_and_evens_their_sizes(shape):
     sizes = turned.diagonal()
     assert (turned - sizes.diag()).abs().max() < 1e-4
     assert s.max() / s.min() > 2 and sizes.min() > 0.6 and sizes.max() < 1.25
+
+
+def test_in_bfloat16_it_is_nearly_the_same():
+    """The rounding of bfloat16 grows with each iteration; the weights keep their own type."""
+    g = torch.randn(72, 24, generator=torch.Generator().manual_seed(2))
+    exact, rough = orthogonal(g), orthogonal(g, torch.bfloat16).float()
+    assert 1e-4 < (exact - rough).norm() / exact.norm() < 0.1
+    w = torch.nn.Parameter(torch.zeros(72, 24))
+    w.grad = 0.5 * g  # its size plays no part
+    Muon([w], 0.02, torch.bfloat16).step()
+    assert w.dtype == torch.float32 and (w + 0.02 * 3**0.5 * rough).norm() < 0.1 * w.norm()
