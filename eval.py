@@ -20,7 +20,7 @@ A ROW is the result for one model. In JSON:
     nfe                          network evaluations for one picture: the steps, and twice as many with guidance
     t2i, edit                    {"portrait": mean, ..., "average": mean of the means}
     t2i_interval, edit_interval  the +- of the average
-    of the toy world             t2i_compliance, t2i_fidelity, ... like t2i; diversity; cases, their number in a category
+    of the toy world             t2i_compliance, t2i_fidelity, ... like t2i; t2i_diversity; cases, in a category
     of files                     scale, 5; bench, a hash of the cases; judges, scores and intervals of each judge
     checksum                     of all the rest: a row that was changed is no measurement, and --table refuses it
 
@@ -61,7 +61,7 @@ def score_toy(args: Args) -> None:
     print(bench.table([row]))
     if args.out:
         (args.out / "table.md").write_text(bench.table([row]) + "\n")
-        contact_sheet({sampler.name: pictures}, 2, args.out / "sheet.png")
+        contact_sheet({sampler.name: pictures}, bench.SHOWN, args.out / "sheet.png")
 
 
 def score_files(args: Args) -> None:

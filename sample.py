@@ -21,8 +21,8 @@ of diffusers 0.42.1; tests/test_sample.py holds every picture to 1/255 of the re
 A call goes through the networks in turn: the encoder reads the words, looks at the sources, and is freed; the MMDiT
 walks from noise to latents; the VAE makes pixels of them.
 
-    python sample.py --prompt "A landscape of hills under a clear day sky with a house on the left." --out house.png
-    python sample.py --prompt "Make it night." --image house.png --out night.png
+    python sample.py --prompt "A landscape of hills, clear day sky, house on the left." --out house.png
+    python sample.py --prompt "This house at night, by the sea." --image house.png --out night.png
     python sample.py --help                                                         everything else, with examples
 """
 

@@ -57,7 +57,7 @@ class Args(Options):
     fit: str = option("stretch", "where sources and targets must change their shape", "stretch | crop | pad")
     aspects: bool = option(False, "draw T2I prompts in five aspects (a hash of the words picks one), not as squares")
     student_steps: int = option(4, "number of steps of the student, its NFE", "[1, 1000]")
-    steps: int = option(500, "updates of the student", "[1, 1e9]")
+    steps: int = option(320, "updates of the student", "[1, 1e9]")
     batch: int = option(12, "samples in an update, over all its micro-batches", "[1, 1e6]")
     micro_batch: int = option(6, "samples that run at once, over all processes", "[1, 1e6]")
     seed: int = option(0, "every random number follows from it", "[-9e18, 9e18]")

@@ -55,6 +55,7 @@ class Entry:
     sources: list[Tensor]  # (64, h_i, w_i) each
     target: Tensor | None  # (64, h, w), for the flow objective
     size: tuple[int, int]  # (h, w) of what is to be drawn
+    words: str = ""  # the prompt, for whoever looks at a picture
 
     @property
     def bucket(self) -> tuple:
@@ -133,7 +134,7 @@ def make_pool(prompts: Iterable[Prompt], found: list[dict], resolution: int, asp
     entries = []
     for prompt, parts in zip(prompts, found, strict=True):
         size = drawn_size(prompt.prompt, parts, resolution, aspects)
-        entries.append(Entry(prompt.task, prompt.category, **parts, size=size))
+        entries.append(Entry(prompt.task, prompt.category, **parts, size=size, words=prompt.prompt))
     return Pool(entries)
 
 

@@ -33,7 +33,7 @@ class Args(Options):
 
     checkpoint: Path = option(TOY, "folder in the published layout", use=SCORES)
     steps: int | None = option(None, "default: the checkpoint's own sigmas, else 40; with --experiment the students' "
-                               "updates, 80", "[1, 100000]", SCORES)  # fmt: skip
+                               "updates, 100", "[1, 100000]", SCORES)  # fmt: skip
     guidance: float | None = option(None, "1 is off; default: the checkpoint's own", "[1, 1e6]", MODEL)
     out: Path | None = option(None, "folder for table and pictures; default: with --experiment results/NAME, else none",
                               use=SCORES + " write_prompts")  # fmt: skip
@@ -41,7 +41,7 @@ class Args(Options):
     overwrite: bool = option(False, "replace results of other settings", use=SCORES)
 
     bench: str = option("all", "which of the toy world's", "t2i | edit | all", "toy")
-    cases: int | None = option(None, "in each category; default: 64 of t2i, 48 of edit", "[2, 100000]", "toy")
+    cases: int | None = option(None, "in each category; default: 192 of t2i, 96 of edit", "[2, 100000]", "toy")
 
     list: bool = option(
         False, "with --prompts: print each case with its picture's name and do nothing else", use="prompts"
@@ -70,7 +70,7 @@ class Args(Options):
     )
     endpoint: str | None = option(None, "with --write-prompts: the chat endpoint that writes", use="write_prompts")
 
-    seeds: int = option(3, "with --experiment: students a row", "[1, 100]", "experiment")
+    seeds: int = option(5, "with --experiment: students a row", "[1, 100]", "experiment")
     nfe: int = option(4, "with --experiment: the students' number of steps", "[1, 1000]", "experiment")
     runs: Path = option(
         Path("runs/experiments"), "with --experiment: where students and scores are kept", use="experiment"

@@ -5,8 +5,9 @@ import math
 import os
 import resource
 import sys
+import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,25 +94,47 @@ def memory(device: str) -> float:
     return round((torch.cuda.max_memory_allocated() if device.startswith("cuda") else kept) / 1e9, 2)
 
 
+@dataclass
+class Block:
+    """Rows of latents to be decoded, (64, h, w) each. Each row has its name on the left, each column its words above."""
+
+    rows: dict[str, list[Tensor]]
+    heads: list[str]
+
+
 @torch.no_grad()
-def paint(vae: Path, device: str, rows: dict[str, Iterable[Tensor]], heads: list[str], path: Path) -> None:
-    """Decode rows of latents, (64, h, w) each, into one picture: each row has its name on the left, each column its head
-    above (heads may be empty). Rows without latents are left out. The VAE is not kept in memory between two pictures."""
+def paint(vae: Path, device: str, blocks: list[Block], path: Path) -> None:
+    """Decode blocks into one picture, one below the other. Rows and blocks without latents are left out. The VAE is not
+    kept in memory between two pictures."""
     decoder = VAE.from_pretrained(vae, device=device)
-    decoded = {name: [to_pictures(decoder.decode(z[None].float()))[0] for z in row] for name, row in rows.items()}
-    shown = {name: row for name, row in decoded.items() if row}
-    width, height = (max(sides) for sides in zip(*(picture.size for row in shown.values() for picture in row)))
-    font = ImageFont.load_default(height // 8)
-    left, top = int(max(font.getlength(name) for name in shown)) + 8, font.size + 8 if heads else 0
-    size = left + width * max(map(len, shown.values())), top + height * len(shown)
+
+    def decoded(latents: list[Tensor]) -> list[Image.Image]:
+        return [to_pictures(decoder.decode(z[None].float()))[0] for z in latents]
+
+    shown = [({name: decoded(row) for name, row in block.rows.items() if row}, block.heads) for block in blocks]
+    shown = [(rows, heads) for rows, heads in shown if rows]
+    sizes = [picture.size for rows, _ in shown for row in rows.values() for picture in row]
+    width, height = map(max, zip(*sizes, strict=True))
+    font, small = ImageFont.load_default(height // 8), ImageFont.load_default(max(10, height // 13))
+    columns = int(1.7 * width / small.size)  # letters of a line above a picture, about
+    heads = [
+        "\n".join(textwrap.wrap(head, columns, max_lines=6, placeholder=" ...")) for _, some in shown for head in some
+    ]
+    left = int(max(font.getlength(name) for rows, _ in shown for name in rows)) + 8
+    top = int(1.3 * small.size * (1 + max(head.count("\n") for head in heads))) + 4
+    size = left + width * max(len(some) for _, some in shown), sum(top + height * len(rows) for rows, _ in shown)
     canvas = Image.new("RGBA", size, "white")
-    pen = ImageDraw.Draw(canvas)
-    for i, (name, row) in enumerate(shown.items()):
-        pen.text((4, top + i * height + height // 2), name, fill="black", font=font, anchor="lm")
-        for j, picture in enumerate(row):
-            canvas.alpha_composite(picture, (left + j * width, top + i * height))
-    for j, head in enumerate(heads):
-        pen.text((left + j * width + width // 2, top // 2), head, fill="black", font=font, anchor="mm")
+    pen, y = ImageDraw.Draw(canvas), 0
+    for rows, some in shown:
+        for j in range(len(some)):
+            x = left + j * width + 2
+            pen.multiline_text((x, y + top - 2), heads.pop(0), fill="black", font=small, anchor="ld", spacing=1)
+        y += top
+        for name, row in rows.items():
+            pen.text((4, y + height // 2), name, fill="black", font=font, anchor="lm")
+            for j, picture in enumerate(row):
+                canvas.alpha_composite(picture, (left + j * width, y))
+            y += height
     path.parent.mkdir(exist_ok=True)
     canvas.convert("RGB").save(path)
 
@@ -120,7 +143,8 @@ def paint(vae: Path, device: str, rows: dict[str, Iterable[Tensor]], heads: list
 def draw_pictures(args, pool: Pool, network, record: Record, step: int) -> None:
     """Write panels/STEP.png, from the record's last micro-batch, and grid.png: two prompts of every category, edits below
     their last source. The weights may be divided among the ranks, so all of them draw; the first one decodes."""
-    flows, grid = args.objective == "flow", {"t2i": [], "source": [], "edit": []}
+    flows = args.objective == "flow"
+    t2i, edit = Block({"t2i": []}, []), Block({"source": [], "edit": []}, [])
     sigmas = flow.student_sigmas(20 if flows else args.student_steps)
     chosen = [entry for place in pool.places.values() for entry in place[:2]]
     for number, entry in enumerate(chosen):
@@ -128,11 +152,14 @@ def draw_pictures(args, pool: Pool, network, record: Record, step: int) -> None:
         velocity = network.velocity(one.condition, keep=True)
         if flows and args.guidance != 1:
             velocity = flow.guided(velocity, network.velocity(one.empty, keep=True), args.guidance)
-        grid["source"] += [source[0] for source in one.condition.sources[-1:]]  # (64, h, w)
-        grid[entry.task].append(flow.euler(velocity, one.noise, sigmas)[0])  # (64, h, w)
+        block = edit if entry.task == "edit" else t2i
+        block.heads.append(entry.words)
+        block.rows[entry.task].append(flow.euler(velocity, one.noise, sigmas)[0])  # (64, h, w)
+        if entry.task == "edit":
+            block.rows["source"].append(one.condition.sources[-1][0])  # (64, h, w)
     k = "" if flows else f"k {record.batch.k}, "  # the student's step
     heads = [f"{k}t {t:.2f}" for t in record.batch.times[:8]]
-    rows = {name: z[:8] for name, z in record.panel.items()}
-    pictures = {args.out / "panels" / f"{step:06d}.png": (rows, heads), args.out / "grid.png": (grid, [])}
+    panel = Block({name: list(z[:8]) for name, z in record.panel.items()}, heads)
+    pictures = {args.out / "panels" / f"{step:06d}.png": [panel], args.out / "grid.png": [t2i, edit]}
     vae = args.checkpoint / "vae"
-    by_first(lambda: [paint(vae, args.device, *what, path) for path, what in pictures.items()] and None)
+    by_first(lambda: [paint(vae, args.device, blocks, path) for path, blocks in pictures.items()] and None)

@@ -1,36 +1,12 @@
-"""How the toy checkpoint is made: what its stages must leave as it was, with tiny numbers."""
+"""How the toy checkpoint is made, with tiny numbers."""
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from model import Condition, MMDiT, MMDiTConfig
 from support.files import read_json
 from toy import build, train_vae
-
-
-@torch.no_grad()
-def test_a_grown_teacher_draws_the_same(tmp_path):
-    torch.manual_seed(0)
-    small = MMDiT(MMDiTConfig(**build.TEACHER | {"num_layers": max(build.GROWN_AFTER) + 1}))
-    for parameter in small.parameters():  # a fresh network's gates are shut
-        parameter.normal_(0, 0.1)
-    small.save_pretrained(tmp_path / "shallow", torch.float32)
-    for _ in range(2):  # a killed build may do it again
-        blocks = build.grow(tmp_path / "shallow", tmp_path)["blocks"]
-    grown = MMDiT.from_pretrained(tmp_path / "transformer")
-    assert len(grown.transformer_blocks) == blocks == len(small.transformer_blocks) + len(build.GROWN_AFTER)
-    states, z = torch.randn(2, 7, 128), torch.randn(2, 64, 8, 8)
-    condition = Condition(states, torch.ones(2, 7, dtype=torch.bool), [torch.randn(2, 64, 4, 4)], [(1, 5)])
-    t = torch.tensor([0.3, 0.8])
-    assert torch.equal(grown(z, t, condition), small(z, t, condition))
-    # and what is new can learn: the zero matrices' gradients are not zero
-    with torch.enable_grad():
-        grown(z, t, condition).square().sum().backward()
-    new = grown.transformer_blocks[build.GROWN_AFTER[0] + 1]
-    assert new.attn.to_out[0].weight.grad.abs().max() > 0 and new.img_mlp.out.weight.grad.abs().max() > 0
 
 
 @pytest.fixture
@@ -52,32 +28,86 @@ def test_autoencoder_training_resumes(tiny, tmp_path):
     assert files(tmp_path / "resumed") == files(tmp_path / "straight") != files(tmp_path / "half")
 
 
-def test_scores_of_the_autoencoder(toy_checkpoint, monkeypatch):
-    """The right answers through it and back: judged without a picture that the judge could not read."""
-    monkeypatch.setattr(build.benches, "CATEGORIES", {"t2i": ("text",), "edit": ("style",)})
-    monkeypatch.setattr(build.benches, "CASES", {"t2i": 2, "edit": 2})
-    row = build.score_autoencoder(toy_checkpoint)
-    assert row["t2i_fidelity"]["text"] == row["edit_fidelity"]["style"] == 0  # an untrained one draws nothing
-
-
-def test_a_stage_trains_with_its_own_recipe_and_numbers(toy_checkpoint, tmp_path, monkeypatch):
-    """One step of the stage `finish`: its recipe, its learning rates, and the result in the checkpoint's place."""
-    monkeypatch.setattr(build, "TEACHERS", {"finish": ("finish", 1, 0.7)})
+def test_the_whole_chain(tiny, tmp_path, monkeypatch):
+    """python -m toy.build, killed when a teacher is trained but not yet logged, and called again. Then the premises are in the
+    checkpoint's log."""
+    stages = {name: replace(s, steps=1, pool=dict.fromkeys(s.pool, 2)) for name, s in build.STAGES.items()}
+    monkeypatch.setattr(build, "STAGES", stages)
+    monkeypatch.setattr(build, "VAE_STEPS", 1)
     monkeypatch.setattr(build, "BATCH", 2)
     monkeypatch.setattr(build, "MICRO_BATCH", 2)
-    monkeypatch.setattr(build, "POOL", {"t2i": 1, "edit": 1})
+    monkeypatch.setattr(build, "TEACHER", build.TEACHER | {"num_layers": 1, "num_attention_heads": 1})
     monkeypatch.setattr(build.train.watch, "draw_pictures", lambda *_: None)
     monkeypatch.setattr(build.recipes, "RECIPES", dict(build.recipes.RECIPES))
-    folder = shutil.copytree(toy_checkpoint, tmp_path / "checkpoint")
-    before = MMDiT.from_pretrained(folder / "transformer").state_dict()
-    pool = build.build_pool(folder, tmp_path / "pool.pt")
-    assert len(pool.entries) == 3 + 6 and all(entry.target is not None for entry in pool.entries)
-    log = build.train_teacher("finish", folder, tmp_path / "finish", pool, compile=False)
-    used = read_json(tmp_path / "finish" / "args.json")["arguments"]
-    assert (used["recipe"], used["steps"], used["batch"], used["guidance"]) == ("finish", 1, 2, build.GUIDANCE)
-    assert (used["muon_lr"], used["lr"]) == pytest.approx((0.7 * 0.02, 0.7 * 2e-3)) and log["steps"] == 1
-    recipe = build.recipes.find("finish")
-    assert recipe.ratio == (6, 4) and recipe.t2i == {"landscape": 2, "portrait": 1, "text": 3}
-    assert recipe.edit == {"scene": 2, "enhance": 2, "object": 1, "text": 3, "identity": 1, "style": 1}
-    after = MMDiT.from_pretrained(folder / "transformer").state_dict()
-    assert any(not torch.equal(after[name], before[name]) for name in before)
+    monkeypatch.setattr(build.benches, "CASES", {"t2i": 2, "edit": 2})
+    monkeypatch.setattr(build.benches, "CATEGORIES", {"t2i": ("landscape", "text"), "edit": ("object",)})
+    monkeypatch.setattr(build.benches, "VARIETY", (1, 2))
+    monkeypatch.setattr(build.judge, "judge", lambda pictures, *_: [build.judge.Verdict({}, {}, 0.5) for _ in pictures])
+    full = build.benches.default_sampler
+    monkeypatch.setattr(build.benches, "default_sampler", lambda name, pipeline, steps, w: full(name, pipeline, 1, w))
+    real = build.train_teacher
+
+    def killed(name, *arguments):
+        done = real(name, *arguments)
+        if name == "edit":
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(build, "train_teacher", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build.main(["--out", str(tmp_path / "toy")])
+    folder = tmp_path / "toy" / "checkpoint"
+    base, edit = files(folder / "transformer"), files(tmp_path / "toy" / "edit" / "transformer")
+    assert base == files(tmp_path / "toy" / "more" / "transformer") != files(tmp_path / "toy" / "base" / "transformer")
+    monkeypatch.setattr(build, "train_teacher", real)
+    build.main(["--out", str(tmp_path / "toy")])
+    assert files(folder / "transformer") == base and files(folder / "teachers" / "edit") == edit
+    assert edit != files(folder / "teachers" / "text")
+    log = read_json(folder / "build.json")
+    assert set(log) >= {"language", "vae", "base", "more", "text", "edit", "score base", "premises"}
+    assert (
+        len(log["premises"]["premises"]) == 9
+        and build.benches.build_log(folder) == log
+        and log["score base"]["rows"][0]["nfe"] == 2
+    )
+    used = read_json(tmp_path / "toy" / "edit" / "args.json")["arguments"]
+    assert (used["recipe"], used["steps"], used["batch"], used["guidance"]) == ("edit", 1, 2, build.GUIDANCE)
+    assert (used["muon_lr"], used["lr"]) == pytest.approx((0.5 * 0.02, 0.5 * 2e-3))
+
+
+def row(name: str, t2i: dict[str, float], edit: float, apart: float) -> dict:
+    """A teacher's row with these scores, the same in all of a category's cases."""
+    found = {"name": name}
+    for bench, scores in (("t2i", t2i), ("edit", dict.fromkeys(build.world.FAMILIES, edit))):
+        found[bench] = scores | {"average": sum(scores.values()) / len(scores)}
+        found[f"{bench}_each"] = {"score": {category: [score] * 4 for category, score in scores.items()}}
+        found[f"{bench}_diversity"] = {"distance": dict.fromkeys(scores, apart)}
+    return found
+
+
+def test_premises_of_known_rows():
+    """All hold; then each is broken alone, and is the only one that does not."""
+    good = {
+        "base": row("teacher", {"landscape": 0.6, "portrait": 0.6, "text": 0.3}, 0.5, 0.2),
+        "euler": row("Euler", {"landscape": 0.4, "portrait": 0.4, "text": 0.2}, 0.4, 0.2),
+        "renoise": row("re-noising", {"landscape": 0.5, "portrait": 0.5, "text": 0.2}, 0.45, 0.2),
+        "text": row("text teacher", {"text": 0.5}, 0.0, 0.1),
+        "edit": row("edit teacher", {"text": 0.0}, 0.7, 0.1),
+    }
+    worse = [  # what breaks a premise, in the order of the premises
+        {"euler": row("Euler", {"landscape": 0.6, "portrait": 0.6, "text": 0.2}, 0.4, 0.2)},
+        {"renoise": row("re-noising", {"landscape": 0.6, "portrait": 0.6, "text": 0.2}, 0.45, 0.2)},
+        {"euler": row("Euler", {"landscape": 0.4, "portrait": 0.4, "text": 0.2}, 0.45, 0.2)},
+        {"renoise": row("re-noising", {"landscape": 0.5, "portrait": 0.5, "text": 0.2}, 0.49, 0.2)},
+        {"base": row("teacher", {"landscape": 0.35, "portrait": 0.8, "text": 0.36}, 0.5, 0.2)},
+        {"text": row("text teacher", {"text": 0.38}, 0.0, 0.1)},
+        {"text": row("text teacher", {"text": 0.5}, 0.0, 0.3)},
+        {"edit": row("edit teacher", {"text": 0.0}, 0.58, 0.1)},
+        {"edit": row("edit teacher", {"text": 0.0}, 0.7, 0.3)},
+    ]
+    for broken in [None, *range(len(worse))]:
+        rows = good | (worse[broken] if broken is not None else {})
+        log = {"score base": {"rows": [rows["base"], rows["euler"], rows["renoise"]]}}
+        log |= {f"score {name}": {"rows": [rows[name]]} for name in ("text", "edit")}
+        holds = [one["holds"] for one in build.premises(log)]
+        assert [i for i, held in enumerate(holds) if not held] == ([] if broken is None else [broken])

@@ -224,7 +224,7 @@ def things(tmp_path_factory) -> dict[str, Path]:
     row = {"name": "a", "nfe": 4, "guidance": 1.0, "seconds_per_image": 0.1, "cases": {"t2i": 2}, "t2i_interval": 0.1}
     for part in ("t2i", "t2i_compliance", "t2i_attributes", "t2i_fidelity"):
         row[part] = {"landscape": 0.5, "portrait": 0.5, "text": 0.5, "average": 0.5}
-    row["diversity"] = {"distance": 0.1, "modes": 2.0, "of": 8}
+    row["t2i_diversity"] = {"distance": {"average": 0.1}, "modes": {"average": 2.0}, "of": 8}
     write_row(home / "row.json", row)
     return {"home": home, "checkpoint": checkpoint, "words": words}
 

@@ -67,7 +67,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("way", ["weights", "weights recomputed", "bf16", "LoRA"])
 def test_measured_peak_is_within_15_percent(checkpoint, tmp_path, monkeypatch, way):
-    numbers = dict(steps=2, batch=8, micro_batch=4, recipe="mix-0-10", muon_lr=0.0, fake_muon_lr=0.0, device="cpu")
+    numbers = dict(steps=2, batch=4, micro_batch=4, recipe="mix-0-10", muon_lr=0.0, fake_muon_lr=0.0, device="cpu")
     numbers |= dict(dtype="bfloat16" if way in ("bf16", "LoRA") else "float32", recompute=way == "weights recomputed")
     numbers |= dict(lora_rank=8 if way == "LoRA" else 0, panel_every=100, save_every=100, fake_updates=1)
     args, _ = train.open_run(train.Args(checkpoint=checkpoint, out=tmp_path / "run", **numbers))

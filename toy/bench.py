@@ -1,7 +1,7 @@
 """The toy world's T2I-Bench and Editing-Bench, and the comparison of a student with its teacher.
 
-The cases are fixed and held out: no training prompt has the attributes of a benched one (toy/world.py). Every model starts
-from the same noise. The judge is exact (toy/judge.py). What a row is: eval.py.
+The cases are fixed and held out: no training prompt has a benched case's source, or the picture that it was made from
+(toy/world.py). Every model starts from the same noise. The judge is exact (toy/judge.py). What a row is: eval.py.
 """
 
 import time
@@ -20,8 +20,8 @@ from tqdm import tqdm
 import flow
 from model import Condition, MMDiT
 from sample import Pipeline
-from support.checkpoint import read_index
-from support.files import write_json
+from support.checkpoint import fingerprint, read_index
+from support.files import read_json, write_json
 from support.pictures import to_pictures
 from support.rows import averages, interval, markdown
 from toy import judge, world
@@ -30,17 +30,15 @@ from toy.world import Case
 
 RESOLUTION = world.SIDE * world.ENLARGE  # of the toy world's pictures, in pixels
 BATCH = 32  # pictures drawn at once
-CASES = {
-    "t2i": 64,
-    "edit": 48,
-}  # in a category; the average is then known to about 0.03 (arithmetic, from results/main)
-COMPARED = {"t2i": 24, "edit": 16}  # for `compare`, which ends a run of minutes: about 0.05 and 0.06
+CASES = {"t2i": 192, "edit": 96}  # in a category or family
+COMPARED = {"t2i": 48, "edit": 24}  # for `compare`, which ends a run of minutes
 CATEGORIES = dict(world.BENCHES)
+SHOWN = {"t2i": 4, "edit": 2}  # in the contact sheet
 VARIETY = (2, 8)  # prompts in a category, and pictures of each, from which diversity is measured
 PARTS: dict[str, Callable[[judge.Verdict], float]] = {  # what a row has the means of
     "score": lambda v: v.score,
     "compliance": lambda v: float(v.compliance),
-    "attributes": lambda v: sum(v.right.values()) / len(v.right),
+    "attributes": lambda v: sum(v.right.values()) / max(1, len(v.right)),
     "fidelity": lambda v: v.fidelity,
 }
 
@@ -131,20 +129,25 @@ def reconstruct(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
 
 
 def evaluate(
-    pipeline: Pipeline, sampler: Sampler, benches: list[str], cases: dict[str, int] = CASES, each: bool = False
+    pipeline: Pipeline,
+    sampler: Sampler,
+    benches: list[str],
+    cases: dict[str, int] = CASES,
+    each: bool = False,
+    only: tuple[str, ...] = (),
 ) -> tuple[dict, dict[str, list[Image.Image]]]:
     """Score one model: its row, and its pictures by bench and category.
 
     each: the row also has the numbers of every single case. All models draw the same cases, so that the difference of two
-    models can be taken case by case.
+    models can be taken case by case. only: these categories; (): all.
     """
     row = {"name": sampler.name, "nfe": sampler.nfe, "guidance": sampler.guidance}
-    row |= {"seconds_per_image": 0.0, "cases": cases}
+    row |= {"seconds_per_image": 0.0, "cases": {bench: cases[bench] for bench in benches}}
     shown, seconds, count = {}, 0.0, 0
-    with tqdm(total=sum(len(CATEGORIES[bench]) for bench in benches), desc=sampler.name, leave=False) as bar:
+    with tqdm(total=sum(len(only or CATEGORIES[bench]) for bench in benches), desc=sampler.name, leave=False) as bar:
         for bench in benches:
             verdicts = {}
-            for category in CATEGORIES[bench]:
+            for category in only or CATEGORIES[bench]:
                 some = world.bench(bench, category, cases[bench])
                 pictures, spent = draw_cases(pipeline, sampler, some, list(range(len(some))))
                 verdicts[category] = judge.judge(pictures, some, lambda x: reconstruct(pipeline, x))
@@ -154,8 +157,7 @@ def evaluate(
             row |= summary(bench, verdicts)
             if each:
                 row[f"{bench}_each"] = {part: numbers(part, verdicts) for part in PARTS}
-    if "t2i" in benches:
-        row["diversity"] = diversity(pipeline, sampler)
+            row[f"{bench}_diversity"] = diversity(pipeline, sampler, bench, only)
     row["seconds_per_image"] = seconds / count
     return row, shown
 
@@ -168,33 +170,31 @@ def numbers(part: str, verdicts: dict[str, list[judge.Verdict]]) -> dict[str, li
 def summary(bench: str, verdicts: dict[str, list[judge.Verdict]]) -> dict:
     """A bench's part of a row: the means of score, compliance, attributes and fidelity, and the score's interval."""
     out = {bench if part == "score" else f"{bench}_{part}": averages(numbers(part, verdicts)) for part in PARTS}
-    kept = [v.kept for some in verdicts.values() for v in some if v.kept is not None]
-    if kept:
-        out["edit_kept"] = float(np.mean(kept))
-    out[f"{bench}_interval"] = interval(numbers("score", verdicts))
-    letters = [v.right[name] for v in verdicts.get("text", []) for name in v.right if name.startswith("letter")]
-    if letters:
-        out[f"{bench}_letters"] = float(np.mean(letters))
-    return out
+    return out | {f"{bench}_interval": interval(numbers("score", verdicts))}
 
 
-def diversity(pipeline: Pipeline, sampler: Sampler) -> dict:
+def diversity(pipeline: Pipeline, sampler: Sampler, bench: str, only: tuple[str, ...] = ()) -> dict:
     """How different several pictures of ONE prompt are. A student that always draws the same picture loses both numbers.
 
-    distance   between two of them, root mean square over large pixels, 0 to 1
-    modes      how many of them differ in what the prompt leaves open, 1 to `of`
+    distance   between two of them, root mean square over large pixels, 0 to 1; by category, and their average
+    modes      how many of them differ in what the prompt leaves open, 1 to `of`; the same
     """
     prompts, samples = VARIETY
-    distances, modes = [], []
-    for category in world.CATEGORIES:
-        cases = [case for case in world.bench("t2i", category, prompts) for _ in range(samples)]
+    distances, modes = {}, {}
+    for category in only or CATEGORIES[bench]:
+        some = [case for case in world.bench(bench, category, 4 * prompts) if case.free][:prompts]
+        cases = [case for case in some for _ in range(samples)]
         pictures, _ = draw_cases(pipeline, sampler, cases, [10**6 + i for i in range(len(cases))])
         small = [world.shrink(picture) for picture in pictures]
-        found = [judge.fit_open(picture, case) for picture, case in zip(small, cases)]
-        for i in range(0, len(cases), samples):
-            distances += [np.sqrt(np.square(a - b).mean()) for a, b in combinations(small[i : i + samples], 2)]
-            modes.append(len(set(found[i : i + samples])))
-    return {"distance": float(np.mean(distances)), "modes": float(np.mean(modes)), "of": samples}
+        found = [judge.fit_free(picture, case) for picture, case in zip(small, cases)]
+        groups = range(0, len(cases), samples)
+        distances[category] = [_spread(small[i : i + samples]) for i in groups]
+        modes[category] = [len(set(found[i : i + samples])) for i in groups]
+    return {"distance": averages(distances), "modes": averages(modes), "of": samples}
+
+
+def _spread(pictures: list[np.ndarray]) -> float:
+    return float(np.mean([np.sqrt(np.square(a - b).mean()) for a, b in combinations(pictures, 2)]))
 
 
 # ----------------------------------------------------------------------------- rows in tables and files
@@ -204,7 +204,7 @@ def table(rows: list[dict]) -> str:
     """Markdown, one model in a column. What a row does not have is "-" there."""
 
     def line(title: str, key: str, name: str = "average") -> list[str]:
-        return [title, *(f"{row[key][name]:.3f}" if key in row else "-" for row in rows)]
+        return [title, *(f"{row[key][name]:.3f}" if name in row.get(key, ()) else "-" for row in rows)]
 
     lines = [["", *(row["name"] for row in rows)], ["network evaluations", *(str(row["nfe"]) for row in rows)]]
     for bench, title in (("t2i", "T2I"), ("edit", "edit")):
@@ -216,10 +216,11 @@ def table(rows: list[dict]) -> str:
             ]
             lines.append([f"**{title} average**", *scores])
             lines += [line(f"{title} {half}", f"{bench}_{half}") for half in ("compliance", "fidelity")]
-    if any("diversity" in row for row in rows):
-        found = [row.get("diversity") for row in rows]
-        lines.append(["modes", *(f"{some['modes']:.1f} of {some['of']}" if some else "-" for some in found)])
-        lines.append(line("distance", "diversity", "distance"))
+            found = [row.get(f"{bench}_diversity") for row in rows]
+            shown = [f"{some['modes']['average']:.1f} of {some['of']}" if some else "-" for some in found]
+            lines.append([f"{title} modes", *shown])
+            shown = [f"{some['distance']['average']:.3f}" if some else "-" for some in found]
+            lines.append([f"{title} distance", *shown])
     return markdown([*lines, ["seconds per image", *(f"{row['seconds_per_image']:.4f}" for row in rows)]])
 
 
@@ -242,25 +243,68 @@ def default_sampler(name: str, pipeline: Pipeline, steps: int | None, guidance: 
     return Sampler(name, pipeline.sigmas(steps, (pipeline.resolution // 16) ** 2), guidance)
 
 
+def teacher_samplers(pipeline: Pipeline, short: list[float]) -> list[Sampler]:
+    """A teacher at 80 NFE, and in the student's few steps by both samplers."""
+    few = len(short) - 1
+    return [
+        default_sampler("teacher", pipeline, 40, pipeline.guidance),
+        Sampler(f"teacher, {few} Euler steps", short),
+        Sampler(f"teacher, {few} re-noising steps", short, renoise=True),
+    ]
+
+
+def build_log(checkpoint: Path) -> dict:
+    """What `python -m toy.build` measured of this checkpoint. Empty where it did not make it, or where weights were changed
+    since."""
+    file = checkpoint / "build.json"
+    log = read_json(file) if file.is_file() else {}
+    return log if log.get("fingerprint") == fingerprint(checkpoint) else {}
+
+
+def recorded(teacher: Path, cases: dict[str, int]) -> dict[str, dict]:
+    """The rows of a checkpoint's own teacher in its log, by name, over the first of their cases: those of this bench."""
+    log = build_log(teacher)
+    rows = {}
+    for row in log["score base"]["rows"] if log else []:
+        row = dict(row) | {"cases": cases}
+        for bench, count in cases.items():
+            each = row.pop(f"{bench}_each")
+            first = {part: {name: some[:count] for name, some in found.items()} for part, found in each.items()}
+            row |= {bench if part == "score" else f"{bench}_{part}": averages(found) for part, found in first.items()}
+            row[f"{bench}_interval"] = interval(first["score"])
+        rows[row["name"]] = row
+    return rows
+
+
 def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = COMPARED) -> list[dict]:
     """What a distillation was for: the teacher at 80 NFE, the same teacher in the student's few steps by both samplers,
-    and the student. Writes out/comparison.json, .md and .png, and prints the table."""
+    and the student. Writes out/comparison.json, .md and .png, and prints the table.
+
+    Of the toy's own teacher only the pictures of the contact sheet are drawn: what it scores was measured when it was made.
+    """
     base, pupil = open_checkpoint(teacher), open_checkpoint(student)
     short = default_sampler("", pupil, None, 1.0).sigmas
-    few = len(short) - 1
-    runs = [
-        (base, default_sampler("teacher", base, 40, base.guidance)),
-        (base, Sampler(f"teacher, {few} Euler steps", short)),
-        (base, Sampler(f"teacher, {few} re-noising steps", short, renoise=True)),
-        (pupil, Sampler(f"student, {few} steps", short)),
-    ]
-    rows, models = [], {}
+    runs = [(base, sampler) for sampler in teacher_samplers(base, short)]
+    runs.append((pupil, Sampler(f"student, {len(short) - 1} steps", short)))
+    rows, models, known = [], {}, recorded(teacher, cases)
     for pipeline, sampler in runs:
-        row, models[sampler.name] = evaluate(pipeline, sampler, ["t2i", "edit"], cases)
-        rows.append(row)
+        models[sampler.name], seconds = first_pictures(pipeline, sampler)
+        row = known.get(sampler.name) or evaluate(pipeline, sampler, ["t2i", "edit"], cases)[0]
+        rows.append(row | {"seconds_per_image": seconds})
     write_json(out / "comparison.json", rows)
     (out / "comparison.md").write_text(table(rows) + "\n")
-    contact_sheet(models, 2, out / "comparison.png")
+    contact_sheet(models, SHOWN, out / "comparison.png")
     print(table(rows))
     print(f"pictures side by side: {out / 'comparison.png'}")
     return rows
+
+
+def first_pictures(pipeline: Pipeline, sampler: Sampler) -> tuple[dict[str, list[Image.Image]], float]:
+    """The pictures that the contact sheet shows, by bench and category, and the seconds that each took."""
+    shown, seconds = {}, 0.0
+    for bench, categories in CATEGORIES.items():
+        for category in categories:
+            cases = world.bench(bench, category, SHOWN[bench])
+            shown[f"{bench} {category}"], spent = draw_cases(pipeline, sampler, cases, list(range(len(cases))))
+            seconds += spent
+    return shown, seconds / sum(map(len, shown.values()))

@@ -1,20 +1,16 @@
-"""Makes a checkpoint like toy/checkpoint: `python -m toy.build --out runs/toy` (about eight hours of two cores).
+"""Makes the checkpoint in toy/checkpoint: `python -m toy.build --out runs/toy` (hours of two cores: toy/README.md).
 
 Stages. Each is done once; a killed build goes on where it was:
 
-    language    tokenizer trained on the captions; a random, frozen Qwen3-VL                              seconds
-    vae         the autoencoder (toy/train_vae.py)                                                        an hour
-    pool        captions, sources and targets, encoded once                                               minutes
-    shallow     the base teacher with six blocks, from random weights, by train.py's flow objective       35 minutes
-    grow, base  two blocks more, and more steps                                                           70 minutes
-    spelling    more steps, mostly on words, where it was still bad                                       an hour
-    finish      on words, landscapes and wordy edits                                                      two hours
-    editing     mostly on edits                                                                           an hour
-    text, edit  the specialised teachers, from the base, each on its own task alone                       an hour and a half
-    scores      of the autoencoder, and of every teacher at 80 NFE                                        minutes
+    language     tokenizer trained on the captions; a random, frozen Qwen3-VL
+    vae          the autoencoder (toy/train_vae.py)
+    base         the base teacher, from random weights, by train.py's flow objective
+    more         the same network goes on, with more edits and more words
+    text, edit   the specialised teachers, from the base, each on its own task alone and on narrower pictures
+    scores       what the autoencoder and every teacher reach, and whether the paper's premises hold
 
 OUT/checkpoint has the published layout. OUT/build.json, with a copy in the checkpoint, is the log: steps, seconds, losses,
-scores. How the committed checkpoint differs: toy/README.md.
+scores.
 """
 
 import argparse
@@ -22,8 +18,7 @@ import json
 import random
 import shutil
 import time
-from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -31,17 +26,21 @@ import numpy as np
 import torch
 from PIL import Image
 
+import flow
 import recipe as recipes
 import train
 from model import MMDiT, MMDiTConfig
+from recipe import Prompt, Recipe
 from sample import Pipeline
 from support import presets
-from support.checkpoint import Scheduler
+from support.checkpoint import Scheduler, fingerprint
 from support.conditions import Pool, encode_pool
+from support.conditions import fingerprint as encoders
 from support.files import write_json
 from support.run import open_run
 from toy import bench as benches
 from toy import judge, language, world
+from toy.experiments import difference
 from toy.figures import answer
 from toy.train_vae import train_vae
 
@@ -54,32 +53,53 @@ TEACHER = dict(
 SCHEDULER = Scheduler(shift_terminal=0.02)  # as published
 GUIDANCE = 2.0  # of the teachers; ours
 TIME_SHIFT = 1.65  # of the teachers' p(t): e^0.5, about the schedule's shift for 64 tokens
-VAE_STEPS = 8250  # nearly two cycles of train_vae.CYCLE
-POOL = {"t2i": 16000, "edit": 8000}  # prompts in a category
+VAE_STEPS = 3600
 BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more and noisier steps get further in the same time here
-GROWN_AFTER = (2, 5)  # blocks of the shallow teacher after which a new one is put
-# The base teacher's last recipes, with more of what it was still bad at.
-OWN_RECIPES = {
-    "spelling": ((7, 3), (1, 1, 5), (2, 2, 2, 3, 1, 1)),  # ratio, parts of world.CATEGORIES, parts of world.FAMILIES
-    "finish": ((6, 4), (2, 1, 3), (2, 2, 1, 3, 1, 1)),
-    "editing": ((4, 6), (1, 1, 2), (2, 3, 3, 4, 1, 1)),
-}
-# name -> (recipe, steps, scale of the learning rates). The base begins shallow, which is cheaper, and grows once.
-TEACHERS = {
-    "shallow": ("flash", 3400, 1.0),
-    "base": ("mix-7-3", 4900, 1.0),
-    "spelling": ("spelling", 1500, 0.5),
-    "finish": ("finish", 2800, 0.7),
-    "editing": ("editing", 1400, 0.5),
-    "text": ("e3-text", 1200, 0.5),
-    "edit": ("mix-0-10", 1800, 0.5),
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of a teacher."""
+
+    recipe: Recipe
+    steps: int
+    scale: float  # of the learning rates
+    pool: dict[str, int]  # prompts in each category or family
+    narrow: bool  # world.draw_spec
+
+    def categories(self, task: str) -> list[str]:
+        return list((self.recipe.t2i if task == "t2i" else self.recipe.edit) or world.BENCHES[task])
+
+    def prompts(self, most: int) -> list[Prompt]:
+        """What the stage learns from; of each category at most so many."""
+        found = []
+        for task, count in self.pool.items():
+            for category in self.categories(task):
+                found += world.training_prompts(task, category, min(most, count), SEED, narrow=self.narrow)
+        return found
+
+
+# First the base sees few posters and few edits, then more of both, and not enough for either: so it is worst at text, and a
+# specialised teacher can be better than it. These are the paper's premises. A specialised teacher learns from narrower
+# pictures, as after training on chosen ones.
+STAGES = {
+    "base": Stage(
+        Recipe("base", (7, 3), t2i={"landscape": 3, "portrait": 3, "text": 2}),
+        3400,
+        1.0,
+        {"t2i": 6000, "edit": 2500},
+        False,
+    ),
+    "more": Stage(Recipe("more", (4, 6)), 2400, 0.7, {"t2i": 6000, "edit": 2500}, False),
+    "text": Stage(Recipe("text", (10, 0), t2i={"text": 1}), 500, 0.5, {"t2i": 6000}, True),
+    "edit": Stage(Recipe("edit", (0, 10)), 1000, 0.5, {"edit": 2500}, True),
 }
 
 
 def build_language(folder: Path) -> None:
     rng = random.Random(SEED)
     captions = [world.caption(world.draw_spec(c, rng)) for c in world.CATEGORIES for _ in range(2000)]
-    captions += [world.draw_edit(f, rng).instruction for f in world.FAMILIES for _ in range(1000)]
+    captions += [world.draw_edit(f, rng).prompt for f in world.FAMILIES for _ in range(1000)]
     language.build_tokenizer(captions, folder)
     language.build_text_encoder(folder, SEED)
     scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | asdict(SCHEDULER)
@@ -95,60 +115,47 @@ def build_language(folder: Path) -> None:
     write_json(folder / "model_index.json", index | classes)
 
 
-def build_pool(folder: Path, cache: Path) -> Pool:
-    """Every prompt that the teachers learn from, encoded: 96,000 of them, about 2.5 GB in memory."""
+def build_pool(folder: Path, stage: Stage, home: Path) -> Pool:
+    """Every prompt that a teacher learns from, encoded: 33,000 of the base's, about 0.8 GB in memory."""
+    # Two stages may have the same pool. Its name says what it was made from.
+    made_from = [world.digest(stage.prompts(4)), *map(str, stage.pool.values()), encoders(folder)]
+    cache = home / f"{'-'.join(made_from)}.pool"
     if cache.exists():
         return Pool(torch.load(cache, weights_only=False))
     pipeline = Pipeline.from_pretrained(folder)
     pipeline.vae.to(memory_format=torch.channels_last)  # half again as fast on a CPU
-    prompts = world.prompts(POOL, SEED, targets=True)
-    pool = encode_pool(pipeline, prompts, RESOLUTION, targets=True)
+    pool = encode_pool(pipeline, stage.prompts(10**6), RESOLUTION, targets=True)
     torch.save(pool.entries, cache.with_suffix(".part"))
     cache.with_suffix(".part").replace(cache)
     return pool
 
 
-def grow(shallow: Path, folder: Path) -> dict:
-    """Write the transformer in `shallow` with more blocks, as folder/transformer. A new block is a copy of the one before it,
-    with zeros in the two matrices that write to the stream. So the network draws what it drew, and can learn more (as in
-    LLaMA Pro, arXiv 2401.02415)."""
-    model, blocks = MMDiT.from_pretrained(shallow), []
-    for i, block in enumerate(model.transformer_blocks):
-        blocks.append(block)
-        if i in GROWN_AFTER:
-            blocks.append(deepcopy(block))
-            torch.nn.init.zeros_(blocks[-1].attn.to_out[0].weight)
-            torch.nn.init.zeros_(blocks[-1].img_mlp.out.weight)
-    model.transformer_blocks = torch.nn.ModuleList(blocks)
-    model.config = replace(model.config, num_layers=len(blocks))
-    model.save_pretrained(folder / "transformer", torch.float32)
-    return {"blocks": len(blocks)}
+def train_teacher(name: str, folder: Path, out: Path, compile: bool) -> dict:
+    """One run of train.py's flow objective from folder/transformer, as STAGES says; the log's entry.
 
-
-def train_teacher(name: str, folder: Path, out: Path, pool: Pool, compile: bool) -> dict:
-    """One run of train.py's flow objective from folder/transformer, as TEACHERS says; the log's entry.
-
-    The result replaces folder/transformer (the base) or becomes folder/teachers/NAME. p(t) is shifted as the teacher's own
-    steps are: most times lie where a picture's parts find their places.
+    p(t) is shifted as the teacher's own steps are: most times lie where a picture's parts find their places.
     """
-    recipe, steps, scale = TEACHERS[name]
-    if recipe in OWN_RECIPES:  # not on import: for everyone else the table stays the paper's
-        ratio, t2i, edit = OWN_RECIPES[recipe]
-        t2i, edit = dict(zip(world.CATEGORIES, t2i, strict=True)), dict(zip(world.FAMILIES, edit, strict=True))
-        recipes.RECIPES[recipe] = recipes.Recipe(recipe, ratio, t2i=t2i, edit=edit)
+    stage = STAGES[name]
+    pool = build_pool(folder, stage, out.parent)
     args = train.Args(
-        **presets.FLOW | {"batch": BATCH, "micro_batch": MICRO_BATCH, "time_shift": TIME_SHIFT, "steps": steps}
+        **presets.FLOW | {"batch": BATCH, "micro_batch": MICRO_BATCH, "time_shift": TIME_SHIFT, "steps": stage.steps}
     )
-    args = replace(args, checkpoint=folder, out=out, recipe=recipe, guidance=GUIDANCE, seed=SEED, compile=compile)
-    args = replace(args, muon_lr=scale * args.muon_lr, lr=scale * args.lr, resume=(out / "args.json").exists())
-    args, state = open_run(args)
-    result = train.train(args, pool, state)
-    place = folder / "teachers" / name if name in ("text", "edit") else folder / "transformer"
-    shutil.copytree(result, place, dirs_exist_ok=True)
+    args = replace(args, checkpoint=folder, out=out, recipe=stage.recipe.name, guidance=GUIDANCE, seed=SEED)
+    args = replace(args, muon_lr=stage.scale * args.muon_lr, lr=stage.scale * args.lr, compile=compile, save_every=100)
+    recipes.RECIPES[stage.recipe.name] = stage.recipe  # not on import: for everyone else the table stays the paper's
+    args, state = open_run(replace(args, resume=(out / "args.json").exists()))
+    train.train(args, pool, state)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     every = max(1, len(lines) // 20)
     curve = [{"step": line["step"], "loss": round(line["loss"], 4)} for line in lines[every - 1 :: every]]
-    return {"steps": steps, "seconds": round(sum(line["seconds"] for line in lines)), "curve": curve}
+    return {"steps": stage.steps, "seconds": round(sum(line["seconds"] for line in lines)), "curve": curve}
+
+
+def put_in_place(name: str, folder: Path, out: Path) -> None:
+    """The trained network replaces folder/transformer (base and more) or becomes folder/teachers/NAME. This is a stage of its
+    own: killed on the way, it is done again, while the network's training is known to be over."""
+    place = folder / "transformer" if name in ("base", "more") else folder / "teachers" / name
+    shutil.copytree(out / "transformer", place, dirs_exist_ok=True)
 
 
 def score_autoencoder(folder: Path) -> dict:
@@ -166,22 +173,51 @@ def score_autoencoder(folder: Path) -> dict:
     return row
 
 
-def score(folder: Path, name: str) -> dict:
-    """The row of a teacher at 80 NFE."""
+def score(folder: Path, name: str) -> list[dict]:
+    """The rows of a teacher: at 80 NFE, and of the base also in the student's four steps, by both samplers. A specialised one is
+    scored at what it was trained for."""
     pipeline = benches.open_checkpoint(folder)
+    samplers, tasks, only = benches.teacher_samplers(pipeline, flow.student_sigmas(4)), ["t2i", "edit"], ()
     if name != "base":
         pipeline.mmdit = MMDiT.from_pretrained(folder / "teachers" / name).eval()
-    sampler = benches.default_sampler(f"{name} teacher", pipeline, 40, GUIDANCE)
-    row, _ = benches.evaluate(pipeline, sampler, ["t2i", "edit"])
-    print(benches.table([row]))
-    return row
+        samplers = [replace(samplers[0], name=f"{name} teacher")]
+        tasks, only = {"text": (["t2i"], ("text",)), "edit": (["edit"], ())}[name]
+    rows = [benches.evaluate(pipeline, sampler, tasks, each=True, only=only)[0] for sampler in samplers]
+    print(benches.table(rows))
+    return rows
 
 
-def main() -> None:
+def premises(log: dict) -> list[dict]:
+    """What the paper takes for granted, what was measured, and whether it holds. Differences of scores are paired by case, with
+    95% intervals. A narrow teacher's pictures of one prompt lie nearer to each other."""
+    (base, euler, renoise), (text,), (edit,) = (log[f"score {name}"]["rows"] for name in ("base", "text", "edit"))
+    found = []
+
+    def add(premise: str, measured: str, holds: bool) -> None:
+        found.append({"premise": premise, "measured": measured, "holds": bool(holds)})
+
+    for bench, title in (("t2i", "drawing"), ("edit", "editing")):
+        for few, most in ((euler, 0.85), (renoise, 0.92)):
+            kept = few[bench]["average"] / base[bench]["average"]
+            add(f"{few['name']} keep at most {most} of {title}", f"{kept:.2f}", kept <= most)
+    scores = {category: base["t2i"][category] for category in benches.CATEGORIES["t2i"]}
+    numbers = ", ".join(f"{category} {score:.3f}" for category, score in scores.items())
+    add("text is what the base teacher draws worst", numbers, min(scores, key=scores.get) == "text")
+    for row, bench, categories in ((text, "t2i", ["text"]), (edit, "edit", list(benches.CATEGORIES["edit"]))):
+        sides = [np.array([one[f"{bench}_each"]["score"][c] for c in categories]) for one in (row, base)]
+        mean, half = difference(*(side[None] for side in sides))
+        add(f"the {row['name']} is better at its task by 0.1", f"{mean:+.3f} ± {half:.3f}", mean >= 0.1 and mean > half)
+        apart = [np.mean([one[f"{bench}_diversity"]["distance"][c] for c in categories]) for one in (row, base)]
+        numbers = "distance of pictures {:.3f}, the base teacher's {:.3f}".format(*apart)
+        add(f"the {row['name']} is narrower", numbers, apart[0] < apart[1])
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/toy"))
     parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     folder, log_file = args.out / "checkpoint", args.out / "build.json"
     args.out.mkdir(parents=True, exist_ok=True)
     log = json.loads(log_file.read_text()) if log_file.exists() else {}
@@ -203,16 +239,14 @@ def main() -> None:
         MMDiT(MMDiTConfig(**TEACHER)).save_pretrained(folder / "transformer", torch.float32)
 
     stage("init", fresh)
-    if not TEACHERS.keys() <= log.keys():
-        pool = build_pool(folder, args.out / "pool.pt")
-        for name in TEACHERS:
-            if name == "base":
-                stage("grow", partial(grow, args.out / "shallow" / "transformer", folder))
-            stage(name, partial(train_teacher, name, folder, args.out / name, pool, args.compile))
+    for name in STAGES:
+        stage(name, partial(train_teacher, name, folder, args.out / name, args.compile))
+        stage(f"{name} in place", partial(put_in_place, name, folder, args.out / name))
     stage("score autoencoder", lambda: score_autoencoder(folder))
     for name in ("base", "text", "edit"):
-        stage(f"score {name}", partial(score, folder, name))
-    shutil.copy(log_file, folder / "build.json")
+        stage(f"score {name}", lambda: {"rows": score(folder, name)})  # noqa: B023 (called at once)
+    stage("premises", lambda: {"premises": premises(log)})
+    write_json(folder / "build.json", log | {"fingerprint": fingerprint(folder)})
     print(f"finished: {folder}")
 
 

@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -43,14 +44,17 @@ from toy.bench import Sampler
 from toy.figures import chart, contact_sheet
 
 # One optimisation for all rows of all tables. It is the main job's, but shorter, so that all three tables fit into an
-# evening, and without decay: a run is made in stages, and each would end with it. The main job had this time_shift too
-# when the tables were made.
-STUDENT = train.Args(decay=0.0, steps=80, time_shift=3.0)
+# evening, and without decay: a run is made in stages, and each would end with it.
+STUDENT = train.Args(decay=0.0, steps=100)
+TIMES = 5  # so many times as long are the rows that ask what happens later
 # Prompts in a category or family. Two categories have twice as many as one, as in the paper.
 POOL = {"t2i": 512, "edit": 256}
 STAGES = 4  # a student is scored after each quarter of its steps
 START, TEACHER, SPECIALISTS = "undistilled, same steps", "base teacher", "specialised teachers"  # rows without training
-HALFWAY = ", halfway"  # behind a row's name: after half of its steps
+PLANE = Path(__file__).parents[1] / "results" / "plane"  # the verdicts of toy/plane.py, by precision
+# Behind a row's name.
+LONGER = ", longer"  # the same student after TIMES as many updates
+HALFWAY = ", halfway"  # after half of its updates
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,17 @@ EXPERIMENTS = {
             "average": "average",
             "step-wise": "step-wise",
             FIRST_STEP: "specialised-first-step",
+            "specialised only" + LONGER: "specialised-only",
+            "step-wise" + LONGER: "step-wise",
         },
         {"t2i": {TEACHER: "3.41 / 4.09", SPECIALISTS: "3.74 / 4.26", "step-wise": "3.56 / 4.15"}},
         {
-            "Under specialised teachers alone the score first rises": [Above("specialised only" + HALFWAY, START)],
-            "... and then degrades.": [Above("specialised only" + HALFWAY, "specialised only")],
+            "Under specialised teachers alone the score first rises": [
+                Above("specialised only" + LONGER + HALFWAY, START)
+            ],
+            "... and then degrades.": [
+                Above("specialised only" + LONGER + HALFWAY, "specialised only" + LONGER),
+            ],
             "Step-wise teachers are better than the base alone.": [Above("step-wise", "base only")],
             "They are better than specialised teachers alone.": [Above("step-wise", "specialised only")],
             "(Ours) They are better than the average at every step.": [Above("step-wise", "average")],
@@ -167,10 +177,8 @@ class Workshop:
         self.sigmas, self.conditions = flow.student_sigmas(nfe), {}
         given = "checkpoint prompts recipe out teacher student_steps steps seed resume device dtype compile".split()
         student = {name: value for name, value in asdict(STUDENT).items() if name not in given}
-        digest = hashlib.sha256()  # of some prompts: it changes with the world, but not with its comments
-        for prompt in world.prompts({"t2i": 4, "edit": 4}, seed=0, targets=False):
-            digest.update(prompt.prompt.encode() + b"".join(image.tobytes() for image in prompt.images))
-        now = {"weights": fingerprint(checkpoint), "student": student, "pool": POOL, "world": digest.hexdigest()}
+        some = world.digest(world.prompts({"t2i": 4, "edit": 4}, seed=0, targets=False))
+        now = {"weights": fingerprint(checkpoint), "student": student, "pool": POOL, "world": some}
         file = home / "settings.json"
         with alone(file):
             # Which dtype is faster is measured once, so that all students have the same.
@@ -181,16 +189,23 @@ class Workshop:
             raise ValueError(f"{home}: its students were made with other {', '.join(changed)}; name another --runs")
         self.dtype = then["dtype"]
 
-    def student(self, recipe: str, seed: int, tasks: tuple[str, ...]) -> dict[int, Path]:
-        """Train one student in stages: {steps: folder of its weights}. A killed one goes on from its last checkpoint."""
+    def student(self, recipe: str, seed: int, tasks: tuple[str, ...], longer: bool = False) -> dict[int, Path]:
+        """Train one student in stages: {steps: folder of its weights}. A killed one goes on from its last checkpoint.
+
+        longer: the same student goes on to TIMES as many steps, and those stages are returned.
+        """
         out = self.home / f"{recipe}-{self.nfe}nfe-{self.steps}steps-seed{seed}"
-        stages = {math.ceil(self.steps * i / STAGES): out / "stages" for i in range(1, STAGES + 1)}
-        stages = {step: folder / f"{step:06d}" for step, folder in stages.items()}
+
+        def stages(steps: int) -> dict[int, Path]:
+            ends = [math.ceil(steps * i / STAGES) for i in range(1, STAGES + 1)]
+            return {step: out / "stages" / f"{step:06d}" for step in ends}
+
+        wanted = stages(TIMES * self.steps if longer else self.steps)
         with alone(out):
-            for step, folder in stages.items():
+            for step, folder in (stages(self.steps) | wanted).items():
                 if folder.exists():
                     continue
-                print(f"{out.name}: to step {step} of {self.steps}", flush=True)
+                print(f"{out.name}: to step {step}", flush=True)
                 args = replace(STUDENT, checkpoint=self.checkpoint, recipe=recipe, out=out, seed=seed, steps=step)
                 args = replace(args, student_steps=self.nfe, dtype=self.dtype, resume=(out / "args.json").exists())
                 args, state = open_run(args)
@@ -201,10 +216,10 @@ class Workshop:
                 os.replace(folder.with_suffix(".part"), folder)
             for old in whole_checkpoints(out)[:-1]:  # 70 MB each
                 shutil.rmtree(old)
-        return stages
+        return wanted
 
     def judge_version(self) -> str:
-        return hashlib.sha256(Path(judge.__file__).read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(b"".join(Path(part.__file__).read_bytes() for part in (judge, world))).hexdigest()[:16]
 
     def row(self, place: Path, sampler: Sampler, bench: str, cases: int, weights: Path | None = None) -> dict:
         """The row of some weights (None: the checkpoint's own), from place-BENCH.json if it is there."""
@@ -295,9 +310,12 @@ def averaged(bench: str, some: list[dict]) -> dict:
     _, half = difference(values(some, bench, "score", "average"), np.zeros((1, 1, 1)))
     out = {"nfe": some[0]["nfe"], "seeds": len(some), f"{bench}_interval": half}
     out[f"{bench}_by_seed"] = [row[bench]["average"] for row in some]
-    for key in (bench, f"{bench}_compliance", f"{bench}_attributes", f"{bench}_fidelity", "diversity"):
-        if key in some[0]:
-            out[key] = {name: float(np.mean([row[key][name] for row in some])) for name in some[0][key]}
+    for key in (bench, f"{bench}_compliance", f"{bench}_attributes", f"{bench}_fidelity"):
+        out[key] = {name: float(np.mean([row[key][name] for row in some])) for name in some[0][key]}
+    found = [row[f"{bench}_diversity"] for row in some]
+    out[f"{bench}_diversity"] = {
+        key: float(np.mean([one[key]["average"] for one in found])) for key in ("modes", "distance")
+    }
     return out | {"seconds_per_image": float(np.mean([row["seconds_per_image"] for row in some]))}
 
 
@@ -309,7 +327,7 @@ class Scores:
     """What an experiment has measured."""
 
     rows: dict[tuple[str, str], list[dict]]  # (row, bench) -> what `evaluate` gives, for each seed
-    curve: dict[str, dict[str, list[tuple[int, list[float]]]]]  # bench -> row -> [(steps, a score for each seed)]
+    curve: dict[str, dict[str, list[tuple[int, list[float]]]]]  # panel -> row -> [(steps, a score for each seed)]
     weights: dict[str, Path]  # row -> what its first seed ended with
 
 
@@ -318,7 +336,7 @@ def measure(shop: Workshop, plan: Experiment, seeds: int) -> Scores:
     tasks = tuple(plan.paper)
     few = {bench: min(benches.COMPARED[bench], benches.CASES[bench]) for bench in tasks}
     claimed = {row for parts in plan.claims.values() for part in parts for row in (part.row, part.other)}
-    scores = Scores({}, {bench: {} for bench in tasks}, {})
+    scores = Scores({}, defaultdict(dict), {})
 
     def on_curve(rows: list[dict], bench: str) -> list[float]:
         """All points of a curve are scored on the same few cases."""
@@ -329,12 +347,14 @@ def measure(shop: Workshop, plan: Experiment, seeds: int) -> Scores:
         for bench in tasks:
             scores.rows[label, bench] = [shop.row(place, sampler, bench, benches.CASES[bench])]
     for label, recipe in plan.rows.items():
-        students = [shop.student(recipe, seed, tasks) for seed in range(seeds)]
+        longer = label.endswith(LONGER)
+        students = [shop.student(recipe, seed, tasks, longer) for seed in range(seeds)]
         stages = list(students[0])
         half, end = stages[(len(stages) - 1) // 2], stages[-1]
         scores.weights[label] = students[0][end]
         for bench in tasks:
-            line = scores.curve[bench][label] = [(0, on_curve(scores.rows[START, bench], bench))]
+            panel = scores.curve[bench + LONGER if longer else bench]
+            line = panel[label] = [(0, on_curve(scores.rows[START, bench], bench))]
             for step in stages:
                 whole = step == end or (step == half and label + HALFWAY in claimed)
                 cases = benches.CASES[bench] if whole else few[bench]
@@ -365,25 +385,30 @@ def run(args: Args) -> dict:
     counts = ", ".join(f"{bench} {benches.CASES[bench]}" for bench in tasks)
     lines = [f"# {name}", ""]
     lines.append(
-        f"{seeds} seeds a row, {steps} updates of {STUDENT.batch} samples, students of {args.nfe} NFE. Cases in a category: "
-        f"{counts}. ± is a 95% interval over {chance}; s/image is without the encoding of prompts and sources."
+        f"{seeds} seeds a row, {steps} updates of {STUDENT.batch} samples ({TIMES} times as many in a row that is called "
+        f"longer), students of {args.nfe} NFE. Cases in a category: {counts}. ± is a 95% interval over {chance}; s/image is without the encoding of prompts and sources."
     )
     for bench in tasks:
         means = {label: averaged(bench, scores.rows[label, bench]) for label in shown}
         for label in shown:
             result["rows"][label] |= means[label]
         lines += ["", table(bench, means, plan.paper[bench])]
-    claims = [["the paper", "here", "by"]]
+    claims, plane = [["the paper", "here", "on the plane", "here: differences"]], read_json(PLANE / f"{name}.json")
     for claim, parts in plan.claims.items():
         word, evidence = verdict(parts, scores.rows, seeds)
         result["claims"].append({"claim": claim, "verdict": word, "evidence": evidence})
-        claims.append([claim, f"**{word}**", "; ".join(evidence)])
+        claims.append([claim, f"**{word}**", plane["claims"][claim]["precision"], "; ".join(evidence)])
     lines += ["", markdown(claims)]
+    if log := benches.build_log(args.checkpoint):
+        premises = [["what the paper takes for granted", "these teachers", "holds"]]
+        for one in log["premises"]["premises"]:
+            premises.append([one["premise"], one["measured"], "yes" if one["holds"] else "no"])
+        lines += ["", markdown(premises)]
     if seeds == 1:
         lines += ["", "One seed says nothing about others: nothing can be told from it."]
     write_json(out / "table.json", result | {"curve": scores.curve})
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    contact_sheet(pictures(shop, plan, scores), 2, out / "sheet.png")
+    contact_sheet(pictures(shop, plan, scores), benches.SHOWN, out / "sheet.png")
     chart(scores.curve, out / "curve.png")
     print("\n".join(lines[2:]))
     print(f"written to {out}")
@@ -409,13 +434,13 @@ def pictures(shop: Workshop, plan: Experiment, scores: Scores) -> dict[str, dict
 
 def table(bench: str, rows: dict[str, dict], paper: dict[str, str]) -> str:
     """Markdown, a line for each of the averaged rows."""
-    categories, diverse = benches.CATEGORIES[bench], ["modes", "distance"] if bench == "t2i" else []
-    head = [bench, "NFE", "seeds", *categories, "average", "compliance", "fidelity", *diverse, "s/image"]
+    categories = benches.CATEGORIES[bench]
+    head = [bench, "NFE", "seeds", *categories, "average", "compliance", "fidelity", "modes", "distance", "s/image"]
     lines = [[*head, "paper: Gemini / GPT"]]
     for name, row in rows.items():
         line = [name, str(row["nfe"]), str(row["seeds"]), *(f"{row[bench][c]:.3f}" for c in categories)]
         line.append(f"**{row[bench]['average']:.3f}** ± {row[f'{bench}_interval']:.3f}")
         line += [f"{row[f'{bench}_{part}']['average']:.3f}" for part in ("compliance", "fidelity")]
-        line += [f"{row['diversity'][key]:.2f}" for key in diverse]
+        line += [f"{row[f'{bench}_diversity'][key]:.2f}" for key in ("modes", "distance")]
         lines.append([*line, f"{row['seconds_per_image']:.3f}", paper.get(name, "")])
     return markdown(lines)

@@ -1,40 +1,55 @@
 """The judge of the toy world: it scores a picture by drawing what the picture should have been.
 
-No network has a say. For a picture and the spec that its prompt was made from:
+No network has a say. For a picture and the case that its prompt was made from:
 
-1. fit     The caption leaves much open: find the OPEN entries with which the truth comes nearest to the picture.
-2. read    Change the attribute that brings the drawing nearest, until none does. What was changed is wrong.
+1. fit     The prompt leaves much open: find the free entries with which a right answer comes nearest to the picture.
+2. read    Change the attribute that brings the drawing nearest, until none does. What has a wrong value then, is wrong.
 3. score   Half compliance, half fidelity, as the paper's judges weigh two things (appendix A).
-           compliance  1 if EVERY attribute, and so every letter, is right, else 0
+           compliance  1 if EVERYTHING that was asked for or had to be kept is right, every letter included, else 0
            fidelity    how near the picture is to the nearest drawing, place by place: 1 at what the autoencoder makes of
                        that drawing, 0 at that drawing blurred or noised until a person calls it bad
 
-An edit must leave the rest alone. So its open entries are those of the SOURCE, and only those that the instruction opens
-are fitted: a face that moved is far from the drawing and costs fidelity. `kept` is the fidelity to the TRUE target where the
-edit should have changed nothing; it is reported beside the score.
+An edit must keep the rest of its source. So only the entries that it leaves free are fitted: a face that moved, though nobody
+asked for it, is far from the drawing and costs fidelity. A house, a cloud or a sign that moved is found, and is wrong. Where
+half of a picture is filled in, only answers that agree with the visible half are right. A source that was damaged, and was
+not repaired, is not right either.
 
 BAD_BLUR and BAD_NOISE were set by looking at pictures of the world itself, before any model was scored.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import product
 
 import numpy as np
 from PIL import Image
 
 from toy import world
-from toy.world import Case, Edit
+from toy.world import Case
 
 BAD_BLUR = 1.2  # radius in large pixels
 BAD_NOISE = 0.10  # standard deviation per large pixel, of a full range of 1
-MIN_KEPT = 1 / 16  # of the picture; a sunset leaves only a lamp or two as they were, too little to judge by
+# What is fitted together and not one after the other, because one says nothing without the other.
+TOGETHER = {
+    "landscape": (
+        "time",
+        "sun",
+        "weather clouds",
+        "ground horizon phase",
+        "thing side step",
+        "horizon step",
+        "phase step",
+    ),
+    "portrait": ("x size", "hair length", "skin", "hat", "eyes", "mouth", "backdrop pattern", "clothes"),
+    "text": ("column row sign", "letter0", "letter1", "letter2", "wall", "bricks", "sticker_a", "sticker_b"),
+}
 # What another value of an attribute leaves open: a house that should not be there may stand anywhere.
 OPENS = {
     "weather": ("clouds",),
     "thing": ("side", "step"),
     "side": ("step",),
-    "ground": ("horizon", "phase", "steep"),
+    "ground": ("horizon", "phase"),
     "sign": ("column", "row"),
 }
 
@@ -44,10 +59,9 @@ Reconstruct = Callable[[np.ndarray], np.ndarray]
 
 @dataclass
 class Verdict:
-    right: dict[str, bool]  # by attribute; for a style edit with "style"
-    fitted: dict  # the nearest spec: the attributes as read, the open entries as fitted
+    right: dict[str, bool]  # of every attribute that was asked for or had to be kept
+    fitted: dict  # the nearest spec: the attributes as read, the free entries as fitted
     fidelity: float  # 0 to 1
-    kept: float | None  # 0 to 1: fidelity where an edit should change nothing; None where that is (next to) nowhere
 
     @property
     def compliance(self) -> bool:
@@ -60,105 +74,115 @@ class Verdict:
 
 def judge(pictures: list[Image.Image], cases: list[Case], reconstruct: Reconstruct) -> list[Verdict]:
     """Scores pictures (any size, any mode) against their cases."""
-    reads = [read(world.shrink(picture), case) for picture, case in zip(pictures, cases)]
-    drawn = [_large(world.render(spec, style)) for spec, _, style in reads]  # (128, 128, 3) each
-    # What an edit should have kept is compared with the truth. The nearest drawing may have a hat that nobody asked for.
-    edits = [i for i, case in enumerate(cases) if case.edit]
-    truths = {i: cases[i].target | {name: reads[i][0][name] for name in cases[i].edit.free} for i in edits}
-    kept = {i: _large(world.render(truths[i], reads[i][2])) for i in edits}
-    again = reconstruct(np.stack(drawn + list(kept.values())))  # (B + edits, 128, 128, 3)
-    kept_again = dict(zip(edits, again[len(cases) :]))
-    verdicts = []
-    for i, (spec, right, _) in enumerate(reads):
-        picture = world.shrink(pictures[i], drawn[i].shape[0])
-        whole, rest = fidelity(picture, drawn[i], again[i]), None
-        if cases[i].edit:
-            where = _untouched(cases[i].edit, truths[i])
-            if where.mean() > MIN_KEPT:
-                rest = fidelity(picture, kept[i], kept_again[i], where)
-        verdicts.append(Verdict(right, spec, whole, rest))
-    return verdicts
+    reads = [read(world.shrink(picture), case) for picture, case in zip(pictures, cases, strict=True)]
+    drawn = np.stack([_large(world.render(spec)) for spec, _ in reads])  # (B, 128, 128, 3)
+    again = reconstruct(drawn)
+    seen = [world.shrink(picture, drawn.shape[1]) for picture in pictures]  # (128, 128, 3) each
+    return [Verdict(right, spec, fidelity(seen[i], drawn[i], again[i])) for i, (spec, right) in enumerate(reads)]
 
 
-def read(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool], str | None]:
-    """(32, 32, 3) -> the nearest spec, which attributes are right, and the nearest style.
-
-    Steepest descent from the truth: make the one change of an attribute that brings the drawing nearest, fit the open
-    entries again, and repeat until no change helps. One change at a time, the greatest first, because one wrong attribute
-    makes others look wrong: on a sign of another colour the letters have other ink.
-    """
-    style = case.edit.style if case.edit else None
-    groups = _groups(case)
-    spec = fit(picture, _blank(case.target, groups), groups, style)
-    names = world.attributes(case.target)
-    restyled = (None, *world.STYLES) if style else (style,)
-    for _ in names:
-        changes = [(c, style) for name in names for c in _others(spec, name)] + [(spec, s) for s in restyled]
-        best = min([(spec, style), *changes], key=lambda change: _distance(picture, world.render(*change)))
-        if best == (spec, style):  # first in the list, so it also wins a tie
-            break
-        spec, style = fit(picture, best[0], groups, best[1]), best[1]
-    right = {name: spec[name] == case.target[name] for name in names}
-    if "side" in names and spec["thing"] == "nothing":  # what is not there is on no side
+def read(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool]]:
+    """(32, 32, 3) -> the nearest spec, and which attributes are right."""
+    if case.visible is not None:
+        return read_half(picture, case)
+    allowed = right_values(case)
+    spec = descend(picture, case, allowed)
+    right = {name: spec[name] in values for name, values in allowed.items()}
+    if "side" in right and spec["thing"] == "nothing":  # what is not there is on no side
         right["side"] = False
-    if case.edit and case.edit.style:
-        right["style"] = style == case.edit.style
-    return spec, right, style
+    for name, opened in OPENS.items():  # what had to be kept, and now stands elsewhere
+        places = world.OPEN[spec["category"]].keys() & set(opened) - case.free.keys()
+        if right.get(name) and any(spec[place] != case.target[place] for place in places):
+            right[name] = False
+    if case.noise is not None:
+        right["noise removed"] = _nearer_than_source(picture, spec, case)
+    return spec, right
 
 
-def fit_open(picture: np.ndarray, case: Case) -> tuple:
-    """(32, 32, 3) of a T2I case -> its fitted open entries, which say which of the many right pictures this is."""
-    groups = _groups(case)
-    spec = fit(picture, _blank(case.target, groups), groups, None)
-    return tuple(spec[name] for name in world.OPEN[spec["category"]])
+def read_half(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool]]:
+    """The same where half of a picture was to be filled in. Any picture that agrees with the visible half is right.
+
+    So everything is free, and fitted. What the picture shows is right as far as the nearest agreeing one shows it too.
+    """
+    seen = fit(picture, case.target, case.free)
+    agreeing = seen if _agrees(seen, case) else fit(picture, case.target, case.free, partial(_agrees, case=case))
+    right = {name: seen[name] == agreeing[name] for name in world.ATTRIBUTES[seen["category"]]}
+    return agreeing, right | {"half filled": _nearer_than_source(picture, agreeing, case)}
 
 
-def fit(picture: np.ndarray, spec: dict, groups: tuple[tuple[str, ...], ...], style: str | None) -> dict:
-    """The spec with those entries in `groups` that bring the drawing nearest: coordinate descent from the spec's own, until
-    a sweep changes nothing. The entries of one group are tried in all combinations."""
-    lists = world.OPEN[spec["category"]]
+def right_values(case: Case) -> dict[str, tuple]:
+    """Of everything that was asked for or had to be kept: the values that are right. These are the attributes for which not
+    every value is right, and open entries that had to change, as in "other clothes"."""
+    lists = world.attributes(case.target)
+    lists |= {name: values for name, values in world.OPEN[case.target["category"]].items() if name in case.free}
+    allowed = {name: case.free.get(name, (case.target[name],)) for name in lists}
+    return {name: some for name, some in allowed.items() if len(some) < len(lists[name])}
+
+
+def descend(picture: np.ndarray, case: Case, allowed: Iterable[str]) -> dict:
+    """Steepest descent from the nearest right answer: make the one change of an allowed entry that brings the drawing nearest,
+    fit the free entries again, and repeat until no change helps.
+
+    One change at a time, the greatest first, because one wrong attribute makes others look wrong: on a sign of another
+    colour the letters have other ink.
+    """
+    spec = fit(picture, case.target, case.free)
+    for _ in allowed:
+        changes = [change for name in allowed for change in _changes(spec, name)]
+        best = min([spec, *changes], key=lambda change: _distance(picture, change))
+        if best == spec:  # first in the list, so it also wins a tie
+            break
+        spec = fit(picture, best, case.free)
+    return spec
+
+
+def _changes(spec: dict, name: str) -> list[dict]:
+    """The spec with every other value of `name`, and with all that such a change leaves open."""
+    lists = world.ATTRIBUTES[spec["category"]] | world.OPEN[spec["category"]]
+    choices = _combinations({name: lists[name]} | {opened: lists[opened] for opened in OPENS.get(name, ())})
+    return [world.settle(spec | choice) for choice in choices if choice[name] != spec[name]]
+
+
+def fit(picture: np.ndarray, spec: dict, free: dict[str, tuple], agrees: Callable[[dict], bool] | None = None) -> dict:
+    """The spec with those values in the free entries that bring the drawing nearest: coordinate descent from the spec's own,
+    until a sweep changes nothing. The entries of one group are tried in all combinations; those that do not agree are left
+    out."""
+    groups = [{name: free[name] for name in group.split() if name in free} for group in TOGETHER[spec["category"]]]
     for _ in range(4):
         before = spec
-        for group in groups:
-            candidates = [
-                world.settle(spec | dict(zip(group, choice))) for choice in product(*(lists[name] for name in group))
-            ]
-            candidates = [c for i, c in enumerate(candidates) if c not in candidates[:i]]
-            if len(candidates) > 1:
-                spec = min(candidates, key=lambda candidate: _distance(picture, world.render(candidate, style)))
+        for group in filter(None, groups):
+            candidates = [world.settle(spec | choice) for choice in _combinations(group)]
+            candidates = [spec, *(filter(agrees, candidates) if agrees else candidates)]
+            spec = min(candidates, key=lambda candidate: _distance(picture, candidate))
         if spec == before:
             break
     return spec
 
 
-def _groups(case: Case) -> tuple[tuple[str, ...], ...]:
-    """The open entries to fit: all of a T2I case, of an edit those that its instruction opens."""
-    groups = world.TOGETHER[case.target["category"]]
-    if case.edit:
-        groups = tuple(tuple(name for name in group if name in case.edit.free) for group in groups)
-    return tuple(group for group in dict.fromkeys(groups) if group)
+def _combinations(lists: dict[str, tuple]) -> list[dict]:
+    return [dict(zip(lists, choice)) for choice in product(*lists.values())]
 
 
-def _blank(spec: dict, groups: tuple[tuple[str, ...], ...]) -> dict:
-    """The spec with first values in the entries to fit: the judge must find them in the picture."""
-    lists = world.OPEN[spec["category"]]
-    return world.settle(spec | {name: lists[name][0] for group in groups for name in group})
+def fit_free(picture: np.ndarray, case: Case) -> tuple:
+    """(32, 32, 3) -> the fitted free entries, which say which of the many right answers this is."""
+    agrees = None if case.visible is None else partial(_agrees, case=case)
+    spec = fit(picture, case.target, case.free, agrees)
+    return tuple(spec[name] for name in case.free)
 
 
-def _others(spec: dict, name: str) -> list[dict]:
-    """The specs with another value of attribute `name`, and with all that such a change leaves open."""
-    lists = world.ATTRIBUTES[spec["category"]] | world.OPEN[spec["category"]]
-    opened = OPENS.get(name, ())
-    values = [value for value in lists[name] if value != spec[name]]
-    return [
-        world.settle(spec | {name: value} | dict(zip(opened, choice)))
-        for value in values
-        for choice in product(*(lists[o] for o in opened))
-    ]
+def _agrees(spec: dict, case: Case) -> bool:
+    """Whether the drawing shows what is visible of the source."""
+    drawn, source = _drawing(tuple(spec.items())), _drawing(tuple(case.source.items()))
+    return bool((drawn == source)[case.visible].all())
 
 
-def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray, where: np.ndarray | None = None) -> float:
-    """1 at `again`, 0 at a bad blur or noise of `drawn`. All (128, 128, 3) in [0, 1]; `where` is a (128, 128) mask.
+def _nearer_than_source(picture: np.ndarray, spec: dict, case: Case) -> bool:
+    """Whether the picture is nearer to this drawing than to the damaged source: else nothing was repaired."""
+    return _distance(picture, spec) < float(np.square(picture - world.shrink(case.images[0])).sum())
+
+
+def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray) -> float:
+    """1 at `again`, 0 at a bad blur or noise of `drawn`. All (128, 128, 3) in [0, 1].
 
     No place counts for more than the worst place of those bad pictures: a doubled cloud should not weigh as much as a
     picture that is bad everywhere.
@@ -166,11 +190,11 @@ def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray, where: n
     small = drawn[:: world.ENLARGE, :: world.ENLARGE]
     noise = np.random.default_rng(0).normal(0, BAD_NOISE, small.shape)
     blurred, noisy = world.blur(small, BAD_BLUR), np.clip(small + noise, 0, 1)
-    bad = [local_errors(_large(made), drawn, where) for made in (blurred, noisy)]
+    bad = [local_errors(_large(made), drawn) for made in (blurred, noisy)]
     worst = np.max(bad)
 
     def error(made: np.ndarray) -> float:
-        return _rms(local_errors(made, drawn, where).clip(max=worst))
+        return _rms(local_errors(made, drawn).clip(max=worst))
 
     zero, one = min(map(_rms, bad)), error(again)
     if zero <= one:  # an autoencoder as bad as that draws nothing well
@@ -178,33 +202,30 @@ def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray, where: n
     return float(np.clip((zero - error(picture)) / (zero - one), 0, 1))
 
 
-def local_errors(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
-    """The error in each of the 8 x 8 latent positions (of those in `where`): a fourth-power mean over its pixels.
+def local_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The error in each of the 8 x 8 latent positions: a fourth-power mean over its pixels.
 
     Blur errs much at few pixels, the edges; noise errs little at all of them. With squares alone, plain blur would count as
     hardly visible noise.
     """
-    error = np.square(np.square(a - b).mean(axis=2))
-    weight = np.ones_like(error) if where is None else where.astype(np.float32)
-    error, weight = (x.reshape(8, 16, 8, 16).sum(axis=(1, 3)) for x in (error * weight, weight))
-    seen = weight > 0
-    return (error[seen] / weight[seen]) ** 0.25 if seen.any() else np.zeros(1)
+    error = np.square(np.square(a - b).mean(axis=2))  # (128, 128)
+    return error.reshape(8, 16, 8, 16).mean(axis=(1, 3)) ** 0.25
 
 
 def _rms(errors: np.ndarray) -> float:
     return float(np.sqrt(np.square(errors).mean()))
 
 
-def _distance(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.square(a - b).sum())
+def _distance(picture: np.ndarray, spec: dict) -> float:
+    return float(np.square(picture - _drawing(tuple(spec.items())) / np.float32(255)).sum())
+
+
+@lru_cache(maxsize=2**14)  # 50 MB: reading one picture tries many drawings again
+def _drawing(spec: tuple) -> np.ndarray:
+    """The drawing of a spec's items, (32, 32, 3) in 0 to 255."""
+    return (world.render(dict(spec)) * 255).round().astype(np.uint8)
 
 
 def _large(small: np.ndarray) -> np.ndarray:
     """(32, 32, 3) -> (128, 128, 3), in the 256 steps of a picture."""
     return ((small * 255).round() / 255).repeat(world.ENLARGE, axis=0).repeat(world.ENLARGE, axis=1)
-
-
-def _untouched(edit: Edit, truth: dict) -> np.ndarray:
-    """(128, 128) bool: where source and true target agree, before any degradation or style."""
-    same = np.abs(world.render(edit.source) - world.render(truth)).max(axis=2) < 1 / 255
-    return same.repeat(world.ENLARGE, axis=0).repeat(world.ENLARGE, axis=1)

@@ -23,7 +23,7 @@ from support.files import may_write, write_json
 from support.program import check_range
 from support.rows import markdown, paired, verdict
 from toy import figures
-from toy.experiments import E1, E3, E4, E5, EXPERIMENTS, FIRST_STEP, HALFWAY, SPECIALISTS, START, TEACHER, Above
+from toy.experiments import E1, E3, E4, E5, EXPERIMENTS, FIRST_STEP, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above
 from toy.plane_method import CATEGORIES, SIGMAS, TASKS, TEACHER_SIGMAS, Setting, evaluate, train
 
 # ---- the tables, as data -------------------------------------------------------------------------------------------
@@ -34,9 +34,8 @@ LAST, EDITS_BASE = "last step alone", "5:5, base only"
 LAMBDAS = {LAST: (0, 0, 0, 1), "last three": (0, 0.5, 1, 1), "first step alone": (1, 0, 0, 0), REVERSED: (1, 0.5, 0, 0)}
 OURS = {row: Recipe(row, (10, 0), rules=routing(*LAMBDAS[row])) for row in LAMBDAS}
 OURS[EDITS_BASE] = Recipe(EDITS_BASE, (5, 5))
-RECIPE_OF = {
-    row: name for table in EXPERIMENTS.values() for row, name in table.rows.items()
-}  # a row of OURS is its own
+# A row of OURS is its own. All students here are long ones.
+RECIPE_OF = {row: name for table in EXPERIMENTS.values() for row, name in table.rows.items()}
 
 PREMISES = {
     "Four plain steps lose at drawing.": [Above(TEACHER, START)],
@@ -45,7 +44,9 @@ PREMISES = {
     "The specialist is better at edits.": [Above(SPECIALISTS, TEACHER, bench="edit")],
     "It is narrower.": [Above(SPECIALISTS, TEACHER, "text", part="fidelity")],
 }
-TABLES = {name: (list(table.rows), table.claims) for name, table in EXPERIMENTS.items()}  # rows, claims
+TABLES = {  # rows, claims
+    name: ([row for row in table.rows if not row.endswith(LONGER)], table.claims) for name, table in EXPERIMENTS.items()
+}
 TABLES["composition"] = TABLES["composition"][0], PREMISES | TABLES["composition"][1]
 TABLES["lambdas"] = (
     [BASE, STEPS, SPECIAL, AVERAGE, *LAMBDAS],
@@ -106,7 +107,7 @@ def difference(setting: Setting, part: Above, by: str) -> tuple[float, float]:
 
 
 def label(part: Above) -> str:
-    return f"{part.row} - {part.other}, {part.bench} {part.category}"
+    return f"{part.row} - {part.other}, {part.bench} {part.category}".replace(LONGER, "")
 
 
 def experiment(name: str, setting: Setting, out: Path) -> None:

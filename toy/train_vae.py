@@ -6,7 +6,7 @@ how much noise the latents carry in training, about BETA / 2 of squared error: t
 decoder forgives the small errors of a diffusion model.
 
 A picture of 128 x 128 is 8 x 8 latent positions. The network is convolutional but for one attention in the middle. So most
-steps use crops of 4 x 4 positions, at a quarter of the cost. The last fifth of each cycle uses whole pictures.
+steps use crops of 4 x 4 positions, at a quarter of the cost. The last fifth of them uses whole pictures.
 """
 
 import json
@@ -33,14 +33,13 @@ BETA = 2e-4
 L1 = 0.1  # weight of the absolute error: it keeps small things, such as eyes and mouths, from fading
 MUON_LR = 0.02  # for the kernels, as matrices (outputs x all the rest)
 LR = 2e-3  # AdamW, for the rest: biases, gammas, and the first and last convolution of each half
-CYCLE = 4500  # the learning rates fall from full to zero over so many steps, then start again at half
-WHOLE_FROM = 0.8  # part of a cycle after which whole pictures are used
+WHOLE_FROM = 0.8  # part of the steps after which whole pictures are used
 
 
 def pictures(count: int, seed: int) -> np.ndarray:
     """(count, 32, 32, 4) float32 in [0, 1], large pixels: everything that the autoencoder will meet.
 
-    Half of them are plain, a quarter is in a style, a quarter degraded. Some have other colours, and some are partly
+    One in five is damaged, as the sources of edits are. Some have other colours, and some are partly
     transparent, so that a user's own picture is not wholly new.
     """
     rng = random.Random(f"vae {seed}")
@@ -48,10 +47,10 @@ def pictures(count: int, seed: int) -> np.ndarray:
     for i in range(count):
         small = world.render(world.draw_spec(rng.choice((*world.CATEGORIES, "portrait")), rng))  # faces are the hardest
         kind = rng.random()
-        if kind < 0.25:
-            small = world.restyle(small, rng.choice(tuple(world.STYLES)))
-        elif kind < 0.5:
-            small = world.degrade(small, rng.choice(tuple(world.DEGRADATIONS)), rng)
+        if kind < 0.06:
+            small = world.add_noise(small, rng.getrandbits(64))
+        elif kind < 0.2:
+            small = world.hide(small, world.draw_half(rng))
         if rng.random() < 0.15:  # other colours
             small = small[..., rng.sample(range(3), 3)]
             small = np.clip(small * rng.uniform(0.6, 1.1) + rng.uniform(-0.1, 0.2), 0, 1)
@@ -132,13 +131,12 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="vae", smoothing=0.02)
     for step in bar:
         rng = random.Random(f"vae {seed} {step}")
-        cycle, place = divmod(step, CYCLE)
-        whole = place >= WHOLE_FROM * CYCLE
+        whole = step >= WHOLE_FROM * steps
         small = pictures(batch // 4 if whole else batch, seed=seed * 10**6 + step)
         images = to_images(small if whole else crop(small, rng))
         side = images.shape[2] // 16
         noise = torch.randn(len(images), 64, side, side, generator=torch.Generator().manual_seed(step))
-        rate = 0.5**cycle * min(1, (place + 1) / 100) * 0.5 * (1 + math.cos(math.pi * place / CYCLE))
+        rate = min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
         muon.param_groups[0]["lr"], adam.param_groups[0]["lr"] = rate * MUON_LR, rate * LR
         loss, error = compute(vae, images, noise)
         vae.zero_grad(set_to_none=True)

@@ -2,13 +2,14 @@
 
 A picture is drawn from a SPEC, a flat dictionary of values out of the short lists below. It has two kinds of entries:
 
-- ATTRIBUTES are named in the caption ("a person with blue hair ..."); a model must get them right.
+- ATTRIBUTES are named in the caption ("A smiling person, blue hair ..."); a model must get them right.
 - OPEN entries are not (where the face is, which hill, which stickers); a model must choose ONE. They make the distribution
   multi-modal: the average of two choices looks wrong. A few Euler steps draw such averages, and distillation has to repair
   them. They come from lists too, so that the judge (judge.py) can find them again exactly.
 
 Three categories, as in the paper (section 3): landscape, portrait, text (a poster). Six families of edits, as in its
-Editing-Bench (section 5): scene, enhance, object, text, identity, style. Everything else about this world is ours.
+Editing-Bench (section 5): scene, enhance, object, text, identity, style. An edit asks for something, keeps something of its
+source, and leaves the rest open, as real edits do. Everything else about this world is ours.
 
 Pictures are drawn at 96 x 96 with Pillow and averaged down to 32 x 32 "large pixels", so that edges are smooth. These are
 enlarged four times, to 128 x 128 RGBA. The VAE's factor of 16 makes 64 tokens of that, each 4 x 4 large pixels. A letter
@@ -21,9 +22,9 @@ import argparse
 import hashlib
 import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from support.pictures import open_picture
 
 SIDE = 32  # large pixels along a side
 ENLARGE = 4  # pixels of the picture per large pixel
+NOISE = 0.22  # standard deviation of the noise that an edit removes, of a full range of 1
 FINE = 3  # drawing is done at this many times SIDE, then averaged: anti-aliasing
 
 CATEGORIES = ("landscape", "portrait", "text")
@@ -67,7 +69,7 @@ CLOTHES = {"navy": (40, 50, 110), "maroon": (140, 40, 50), "green": (60, 150, 90
 SIGN = {"blue": (30, 60, 190), "red": (214, 44, 44), "green": (60, 180, 90), "yellow": (252, 214, 50)}
 WALL = {"brown": (110, 70, 50), "orange": (232, 128, 44), "gray": (178, 180, 186)}
 STICKER = {"white": (250, 250, 250), "pink": (255, 90, 160), "black": (20, 20, 24)}
-STICKER_PLACES = {"sticker_a": ((4, 4), (27, 4), (16, 3)), "sticker_b": ((4, 28), (27, 28), (16, 29))}
+STICKER_PLACES = {"sticker_a": ((4, 4), (27, 4)), "sticker_b": ((4, 28), (27, 28))}
 SKY = {  # top and bottom of the gradient, and the light that falls on everything below it
     "day": ((60, 140, 240), (196, 228, 252), (1.0, 1.0, 1.0)),
     "sunset": ((96, 44, 120), (250, 130, 60), (0.80, 0.62, 0.58)),
@@ -91,7 +93,7 @@ ATTRIBUTES: dict[str, dict[str, tuple]] = {
         "skin": tuple(SKIN),
         "hat": ("nothing", "cap", "crown", "top hat"),
         "eyes": tuple(EYES),
-        "mouth": ("smiling", "frowning", "straight"),
+        "mouth": ("smiling", "frowning", "serious"),
         "backdrop": tuple(BACKDROP),
     },
     "text": {
@@ -105,58 +107,41 @@ ATTRIBUTES: dict[str, dict[str, tuple]] = {
 
 OPEN: dict[str, dict[str, tuple]] = {
     "landscape": {
-        "horizon": (16, 19, 22),
-        "phase": (0, 1, 2, 3, 4, 5),
-        "steep": (1.5, 3.5),
-        "sun_x": (5, 12, 20, 27),
-        "sun_y": (4, 9),
-        "clouds": (0, 1, 2, 3),
-        "step": (0, 4, 8),
+        "horizon": (16, 20),
+        "phase": (0, 2, 4),
+        "sun": (5, 16, 27),
+        "clouds": (0, 1, 2),
+        "step": (0, 7),
     },
     "portrait": {
-        "x": (11, 13, 16, 19, 21),
-        "size": (1.1, 1.2, 1.3),
+        "x": (16, 11, 21),
+        "size": (1.1, 1.3),
         "length": ("short", "long"),
         "clothes": tuple(CLOTHES),
         "pattern": ("plain", "columns", "rows", "slanted", "dots"),
     },
     "text": {
         "column": (4, 8, 12, 16),
-        "row": (0, 4, 8, 12, 16, 20, 24),
+        "row": (0, 8, 16, 24),
         "bricks": (0, 1, 2, 3),
-        "sticker_a": (("none", 0),) + tuple((c, p) for c in STICKER for p in (0, 1, 2)),
-        "sticker_b": (("none", 0),) + tuple((c, p) for c in STICKER for p in (0, 1, 2)),
+        "sticker_a": (("none", 0),) + tuple((c, p) for p in (0, 1) for c in STICKER),
+        "sticker_b": (("none", 0),) + tuple((c, p) for p in (0, 1) for c in STICKER),
     },
-}
-# What the judge fits together and not one after the other, because one says nothing without the other. A thing stands on
-# the ground, so ground and step meet twice.
-TOGETHER = {
-    "landscape": (
-        ("sun_x", "sun_y"),
-        ("clouds",),
-        ("horizon", "phase", "steep"),
-        ("horizon", "step"),
-        ("phase", "step"),
-    ),
-    "portrait": (("x", "size"), ("length",), ("clothes",), ("pattern",)),
-    "text": (("column", "row"), ("bricks",), ("sticker_a",), ("sticker_b",)),
-}
-
-STYLES = {"gray": "black and white", "sepia": "sepia", "negative": "a photographic negative"}
-DEGRADATIONS = {
-    "noise": "Remove the noise from this picture.",
-    "blur": "Sharpen this blurry picture.",
-    "fade": "Restore the faded colors.",
 }
 
 
 # ----------------------------------------------------------------------------- specs and captions
 
 
-def draw_spec(category: str, rng: random.Random) -> dict:
-    """A spec with every entry drawn uniformly, settled."""
-    lists = ATTRIBUTES[category] | OPEN[category]
+def draw_spec(category: str, rng: random.Random, narrow: bool = False) -> dict:
+    """A spec with every entry drawn uniformly, settled. narrow: open entries come from the first half of their lists. So a
+    specialised teacher's pictures have fewer modes than the base teacher's."""
+    lists = ATTRIBUTES[category] | (narrowed(OPEN[category]) if narrow else OPEN[category])
     return settle({"category": category} | {name: rng.choice(values) for name, values in lists.items()})
+
+
+def narrowed(lists: dict[str, tuple]) -> dict[str, tuple]:
+    return {name: values[: (len(values) + 1) // 2] for name, values in lists.items()}
 
 
 def settle(spec: dict) -> dict:
@@ -187,12 +172,12 @@ def attributes(spec: dict) -> dict[str, tuple]:
 def caption(spec: dict) -> str:
     """The caption in plain English. It names every attribute and nothing that is open."""
     if spec["category"] == "landscape":
-        thing = "" if spec["thing"] == "nothing" else f" with a {spec['thing']} on the {spec['side']}"
-        return f"A landscape of {spec['ground']} under a {spec['weather']} {spec['time']} sky{thing}."
+        thing = "" if spec["thing"] == "nothing" else f", {spec['thing']} on the {spec['side']}"
+        return f"A landscape of {spec['ground']}, {spec['weather']} {spec['time']} sky{thing}."
     if spec["category"] == "portrait":
-        hat = "no hat" if spec["hat"] == "nothing" else f"a {spec['hat']}"
-        face = f"{spec['hair']} hair, {spec['skin']} skin, {spec['eyes']} eyes and a {spec['mouth']} mouth"
-        return f"A portrait of a person with {face}, wearing {hat}, {spec['backdrop']} background."
+        hat = "no hat" if spec["hat"] == "nothing" else spec["hat"]
+        face = f"{spec['hair']} hair, {spec['skin']} skin, {spec['eyes']} eyes"
+        return f"A {spec['mouth']} person, {face}, {hat}, {spec['backdrop']} background."
     return f'A poster with the word "{word(spec)}" on a {spec["sign"]} sign, {spec["wall"]} wall.'
 
 
@@ -213,30 +198,29 @@ def held_out(spec: dict) -> bool:
 # ----------------------------------------------------------------------------- drawing
 
 
-def render(spec: dict, style: str | None = None) -> np.ndarray:
+def render(spec: dict) -> np.ndarray:
     """spec -> (32, 32, 3) float32 in [0, 1], in large pixels."""
     painter = {"landscape": _landscape, "portrait": _portrait, "text": _poster}[spec["category"]]
-    small = np.asarray(painter(spec).reduce(FINE), dtype=np.float32) / 255
-    return small if style is None else restyle(small, style)
+    return np.asarray(painter(spec).reduce(FINE), dtype=np.float32) / 255
 
 
-def restyle(small: np.ndarray, style: str) -> np.ndarray:
-    if style == "negative":
-        return 1 - small
-    gray = small @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    if style == "gray":
-        return np.repeat(gray[..., None], 3, axis=2)
-    dark, light = np.array([0.16, 0.06, 0.0]), np.array([1.0, 0.92, 0.70])  # sepia
-    return (dark + gray[..., None] * (light - dark)).astype(np.float32)
+def add_noise(small: np.ndarray, seed: int) -> np.ndarray:
+    """Strong noise, in blocks of 2 x 2 large pixels."""
+    noise = np.random.default_rng(seed).normal(0, NOISE, (SIDE // 2, SIDE // 2, 3))
+    return np.clip(small + noise.repeat(2, axis=0).repeat(2, axis=1), 0, 1).astype(np.float32)
 
 
-def degrade(small: np.ndarray, how: str, rng: random.Random) -> np.ndarray:
-    if how == "noise":
-        noise = np.random.default_rng(rng.getrandbits(64)).normal(0, 0.18, small.shape)
-        return np.clip(small + noise, 0, 1).astype(np.float32)
-    if how == "blur":
-        return blur(small, 1.4)
-    return (0.62 + 0.30 * (small - 0.5)).astype(np.float32)  # fade
+def draw_half(rng: random.Random) -> np.ndarray:
+    """One of the four halves of a picture, (32, 32) bool."""
+    inside = np.zeros((SIDE, SIDE), dtype=bool)
+    half = slice(*rng.choice(((0, SIDE // 2), (SIDE // 2, SIDE))))
+    inside[(half, slice(None)) if rng.random() < 0.5 else (slice(None), half)] = True
+    return inside
+
+
+def hide(small: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """The picture, grey where it is not visible."""
+    return np.where(visible[..., None], small, np.float32(0.5))
 
 
 def blur(small: np.ndarray, radius: float) -> np.ndarray:
@@ -298,12 +282,12 @@ def _landscape(spec: dict) -> Image.Image:
     if time == "night":
         for x, y in ((3, 3), (9, 7), (15, 2), (18, 11), (24, 5), (29, 10), (6, 13), (30, 2)):
             sky.box(x, y, x + 1, y + 1, (200, 205, 230))
-    x, y = spec["sun_x"], spec["sun_y"]
+    x, y = spec["sun"], 5
     sky.oval(x, y, 3.4, 3.4, SUN[time])
     if time == "night":  # a crescent: the dark sky bites into the disc
         sky.oval(x + 1.6, y - 0.8, 2.9, 2.9, (14, 17, 44))
     if spec["weather"] == "cloudy":
-        for x, y in (((6, 8), (20, 4)), ((10, 5), (27, 9)), ((4, 4), (16, 10)), ((15, 7), (29, 3)))[spec["clouds"]]:
+        for x, y in (((6, 9), (20, 4)), ((10, 5), (26, 9)), ((4, 4), (16, 10)))[spec["clouds"]]:
             sky.oval(x, y, 5, 1.7, CLOUD[time])
             sky.oval(x + 1, y - 1.3, 2.8, 1.7, CLOUD[time])
 
@@ -313,9 +297,9 @@ def _landscape(spec: dict) -> Image.Image:
             return spec["horizon"]
         wave = math.sin((x / SIDE + spec["phase"] / 6) * 2 * math.pi)
         if spec["ground"] == "hills":
-            return spec["horizon"] + spec["steep"] * wave
+            return spec["horizon"] + 2.5 * wave
         if spec["ground"] == "dunes":  # asymmetric: a slow rise and a fast fall
-            return spec["horizon"] + 2 + spec["steep"] * (2 * ((x / SIDE + spec["phase"] / 6) % 1) - 1)
+            return spec["horizon"] + 2 + 2.5 * (2 * ((x / SIDE + spec["phase"] / 6) % 1) - 1)
         return spec["horizon"] + 5
 
     xs = [i / 2 for i in range(2 * SIDE + 1)]
@@ -324,14 +308,14 @@ def _landscape(spec: dict) -> Image.Image:
     if spec["ground"] == "mountains":
         for peak in range(-1, 4):
             x = peak * 11 + spec["phase"] * 11 / 6
-            top = spec["horizon"] - 3 - spec["steep"] * (1.6 if peak % 2 else 0.4)
+            top = spec["horizon"] - (7 if peak % 2 else 4)
             pen.shape([(x - 8, SIDE), (x, top), (x + 8, SIDE)], rgb)
             pen.shape([(x - 1.7, top + 4), (x, top), (x + 1.7, top + 4)], (244, 246, 250))
         pen.shape(land, (84, 108, 84))
     elif spec["ground"] == "sea":
         pen.shape(land, rgb)
         for i in range(6):
-            x, y = (i * 11 + spec["phase"] * 5) % 30, spec["horizon"] + 2 + i * (3 if spec["steep"] < 2 else 2)
+            x, y = (i * 11 + spec["phase"] * 5) % 30, spec["horizon"] + 2 + i * 2
             pen.box(x, y, x + 4, y + 1, (150, 200, 240))
     else:
         pen.shape(land, rgb)
@@ -415,17 +399,24 @@ def _portrait(spec: dict) -> Image.Image:
     return canvas
 
 
-def _poster(spec: dict) -> Image.Image:
-    rgb = WALL[spec["wall"]]
+@cache
+def _wall(wall: str, bricks: int) -> Image.Image:
+    rgb = WALL[wall]
     canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), rgb)
     pen, mortar = Pen(canvas), tuple(int(c * 0.74) for c in rgb)
-    dx, dy = spec["bricks"] % 2 * 4, spec["bricks"] // 2 * 3
+    dx, dy = bricks % 2 * 4, bricks // 2 * 3
     for i in range(-1, 7):
         y = 6 * i + dy
         pen.box(0, y, SIDE, y + 1, mortar)
         for j in range(-1, 5):
             x = 8 * j + dx + (i % 2) * 4
             pen.box(x, y, x + 1, y + 6, mortar)
+    return canvas
+
+
+def _poster(spec: dict) -> Image.Image:
+    canvas = _wall(spec["wall"], spec["bricks"]).copy()
+    pen = Pen(canvas)
     for name, places in STICKER_PLACES.items():
         tint, place = spec[name]
         if tint != "none":
@@ -445,135 +436,133 @@ def _poster(spec: dict) -> Image.Image:
 
 
 @dataclass
-class Edit:
-    """One editing case. It is judged against `target` in `style`; `free` names the entries that the edit leaves open."""
+class Case:
+    """A prompt, and the truth, which the judge alone knows.
 
-    family: str
-    instruction: str
-    source: dict
-    target: dict
-    degradation: str | None = None  # of the source (family enhance)
-    style: str | None = None  # of the target (family style)
-    free: tuple[str, ...] = field(default=())
-
-
-def draw_edit(family: str, rng: random.Random) -> Edit:
-    """A source and one instruction of this family, drawn uniformly.
-
-    Many instructions leave something open: where the sun is, a new wall's bricks, where a new sign hangs. There the answer
-    is one of many, and the edit is as hard for few steps as a picture from words alone.
+    target is one right answer. free says which of its entries may have other values, and which; all other entries were asked
+    for, or had to be kept. visible is the part of the source that must be kept as it is, place by place; None: no such part.
     """
-    fitting = {"object": ("landscape", "portrait"), "text": ("text",), "identity": ("portrait",)}
+
+    task: str
+    category: str
+    prompt: str
+    target: dict
+    free: dict[str, tuple]
+    source: dict | None = None
+    visible: np.ndarray | None = None  # (32, 32) bool
+    noise: int | None = None  # the seed of the noise on the source
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """The source as the prompt shows it; [] for text to image. Drawn when first asked for: most cases are held out."""
+        if self.source is None:
+            return []
+        small = render(self.source)
+        if self.noise is not None:
+            small = add_noise(small, self.noise)
+        return [enlarge(small if self.visible is None else hide(small, self.visible))]
+
+
+def draw_case(task: str, category: str, seed: int, index: int, benched: bool, narrow: bool = False) -> Case:
+    """Case number `index` of a stream. Target and source of a benched case are held out (see held_out), those of a training
+    case never are. narrow: see draw_spec."""
+    rng = random.Random(f"{task} {category} {seed} {index} {benched}")
+    while True:
+        if task == "t2i":
+            spec = draw_spec(category, rng, narrow)
+            case = Case(task, category, caption(spec), spec, OPEN[category])
+        else:
+            case = draw_edit(category, rng, narrow)
+        if all(held_out(spec) == benched for spec in (case.target, case.source or case.target)):
+            return case
+
+
+def draw_edit(family: str, rng: random.Random, narrow: bool = False) -> Case:
+    """A source and an instruction of this family, drawn uniformly.
+
+    Nearly every instruction leaves something open, or its source does. There the answer is one of many, and the edit is as
+    hard for few steps as a picture from words alone. Noise leaves nothing open, but hides much.
+    """
+    fitting = {
+        "scene": ("landscape",),
+        "text": ("text",),
+        "identity": ("portrait",),
+        "object": ("landscape", "portrait"),
+    }
     category = rng.choice(fitting.get(family, CATEGORIES))
-    source = draw_spec(category, rng)
-    target = dict(source)
+    source, everything = draw_spec(category, rng), ATTRIBUTES[category] | OPEN[category]
+    if family == "scene" or (family, category) == ("object", "landscape"):  # these are about a thing in a landscape
+        source = settle(source | {"thing": rng.choice(everything["thing"][1:]), "side": rng.choice(everything["side"])})
 
-    def change(name: str) -> str:
-        """Give the target another value of this attribute; returns it."""
-        target[name] = rng.choice([v for v in ATTRIBUTES[category][name] if v != source[name]])
-        return target[name]
+    def others(name: str) -> tuple:
+        """The values that the source does not have."""
+        return tuple(value for value in everything[name] if value != source[name])
 
-    def edit(instruction: str, *free: str) -> Edit:
-        """The case, after a new draw of every entry that the instruction leaves open."""
-        while True:
-            drawn = settle(target | {name: rng.choice(OPEN[category][name]) for name in free})
-            # A new sign may not hide a sticker: elsewhere it would be seen, and the judge would not look for it.
-            if category != "text" or all(drawn[name] == target[name] for name in STICKER_PLACES):
-                return Edit(family, instruction, source, drawn, free=free)
+    def edit(instruction: str, asked: dict, open_names: str = "", new: dict[str, tuple] | None = None) -> Case:
+        """asked: entries that the instruction names. open_names: entries that it leaves wholly open. new: entries of which
+        it says only that they change, with the values that they may have."""
+        free = {name: everything[name] for name in open_names.split()} | (new or {})
+        drawn = dict(free)
+        if narrow:
+            half = narrowed(OPEN[category])
+            drawn |= {name: tuple(v for v in free[name] if v in half[name]) for name in free if name in half}
+        target = settle(source | asked | {name: rng.choice(values) for name, values in drawn.items()})
+        return Case("edit", family, instruction, target, free, source)
 
-    if family == "scene":
-        name = {"landscape": rng.choice(("time", "ground")), "portrait": "backdrop", "text": "wall"}[category]
-        instruction, *free = {
-            "time": ("Make it {}.", "sun_x", "sun_y"),
-            "ground": ("Change the ground to {}.", "horizon", "phase", "steep"),
-            "backdrop": ("Change the background to {}.", "pattern"),
-            "wall": ("Build a new wall, {}.", "bricks"),
-        }[name]
-        return edit(instruction.format(change(name)), *free)
     if family == "enhance":
-        how = rng.choice(tuple(DEGRADATIONS))
-        return Edit(family, DEGRADATIONS[how], source, target, degradation=how)
-    if family == "style":
-        style = rng.choice(tuple(STYLES))
-        return Edit(family, f"Turn this picture into {STYLES[style]}.", source, target, style=style)
-    if family == "text":
-        for i in range(3):
-            target[f"letter{i}"] = rng.choice(LETTERS)
-        if word(target) == word(source):
-            change("letter0")
         if rng.random() < 0.5:
-            return edit(f'Change the word to "{word(target)}".')
-        sign = change("sign")
-        return edit(f'Put up a {sign} sign with the word "{word(target)}" instead.', "column", "row")
+            return Case("edit", family, "Remove the noise.", source, {}, source, noise=rng.getrandbits(64))
+        return Case("edit", family, "Fill in the missing half.", source, everything, source, visible=draw_half(rng))
+    if family == "scene":
+        asked = {"time": rng.choice(others("time")), "ground": rng.choice(everything["ground"])}
+        place = {"sea": "by the sea"}.get(asked["ground"], f"in the {asked['ground']}")
+        instruction = f"This {source['thing']} at {asked['time']}, {place}."
+        return edit(instruction, asked, "side weather horizon phase sun clouds step")
     if family == "identity":
-        name = rng.choice(("hair", "eyes", "mouth"))
-        value = change(name)
-        if name == "hair":
-            return edit(f"Give this person a new hairdo, {value}.", "length")
-        return edit(f"Give this person a {value} mouth." if name == "mouth" else f"Give this person {value} eyes.")
-    name = {"landscape": rng.choice(("thing", "weather")), "portrait": "hat"}[category]  # object
-    old, new = source[name], change(name)
-    if name == "weather":
-        return edit("Add clouds.", "clouds") if new == "cloudy" else edit("Remove the clouds.")
-    if new == "nothing":
-        return edit(f"Remove the {old}.")
-    if old != "nothing":
-        return edit(f"Replace the {old} with a {new}.")
-    if name == "hat":
-        return edit(f"Add a {new}.")
-    target["side"] = rng.choice(("left", "right"))
-    return edit(f"Add a {new} on the {target['side']}.", "step")
-
-
-def source_picture(edit: Edit, rng: random.Random) -> Image.Image:
-    small = render(edit.source)
-    return enlarge(small if edit.degradation is None else degrade(small, edit.degradation, rng))
+        backdrop = rng.choice(others("backdrop"))
+        return edit(
+            f"This person again, {backdrop} background.", {"backdrop": backdrop}, "hat mouth x size clothes pattern"
+        )
+    if family == "text":
+        sign = rng.choice(others("sign"))
+        return edit(
+            f"A new poster with this word, {sign} sign.", {"sign": sign}, "wall column row bricks sticker_a sticker_b"
+        )
+    if family == "object":
+        if category == "landscape":
+            things = tuple(thing for thing in others("thing") if thing != "nothing")
+            return edit(f"Replace the {source['thing']}.", {}, new={"thing": things})
+        if rng.random() < 0.5:
+            hats = tuple(hat for hat in others("hat") if hat != "nothing")
+            return edit("Give this person another hat.", {}, new={"hat": hats})
+        return edit("Give this person another hairdo.", {}, "length", {"hair": others("hair")})
+    instruction, open_names, new = {  # style: other colours, the same forms
+        "landscape": ("This place at another time of the day.", "sun", ("time",)),
+        "portrait": ("Other clothes, another background.", "pattern", ("clothes", "backdrop")),
+        "text": ("Paint the sign and the wall in other colors.", "", ("sign", "wall")),
+    }[category]
+    return edit(instruction, {}, open_names, {name: others(name) for name in new})
 
 
 # ----------------------------------------------------------------------------- data for training and for the benches
 
 
-@dataclass
-class Case:
-    """A benched prompt: what the model is shown, and the truth, which the judge knows."""
-
-    task: str
-    category: str
-    prompt: str
-    images: list[Image.Image]
-    target: dict
-    edit: Edit | None = None
-
-
-def draw_case(task: str, category: str, seed: int, index: int, benched: bool) -> Case:
-    """Case number `index` of a stream. Benched cases have a held-out target (see held_out), training cases never do."""
-    rng = random.Random(f"{task} {category} {seed} {index} {benched}")
-    while True:
-        if task == "t2i":
-            spec = draw_spec(category, rng)
-            if held_out(spec) == benched:
-                return Case(task, category, caption(spec), [], spec)
-        else:
-            edit = draw_edit(category, rng)
-            if held_out(edit.target) == benched and (benched or not held_out(edit.source)):
-                return Case(task, category, edit.instruction, [source_picture(edit, rng)], edit.target, edit)
-
-
-def training_prompts(task: str, category: str, count: int, seed: int, targets: bool = True) -> list[Prompt]:
+def training_prompts(
+    task: str, category: str, count: int, seed: int, targets: bool = True, narrow: bool = False
+) -> list[Prompt]:
     """`count` prompts of one category (or family of edits) that no bench has; `targets`: with the pictures to learn."""
-    prompts = []
-    for index in range(count):
-        case = draw_case(task, category, seed, index, benched=False)
-        target = enlarge(render(case.target, case.edit and case.edit.style)) if targets else None
-        prompts.append(Prompt(task, category, case.prompt, case.images, target))
-    return prompts
+    cases = [draw_case(task, category, seed, index, benched=False, narrow=narrow) for index in range(count)]
+    return [
+        Prompt(task, category, case.prompt, case.images, enlarge(render(case.target)) if targets else None)
+        for case in cases
+    ]
 
 
-def prompts(counts: dict[str, int], seed: int, targets: bool) -> Iterator[Prompt]:
+def prompts(counts: dict[str, int], seed: int, targets: bool, narrow: bool = False) -> Iterator[Prompt]:
     """counts[task] training prompts of every category (or family of edits) of the tasks in `counts`."""
     for task, count in counts.items():
         for category in BENCHES[task]:
-            yield from training_prompts(task, category, count, seed, targets)
+            yield from training_prompts(task, category, count, seed, targets, narrow)
 
 
 def prompts_for(recipe: Recipe, count: int, seed: int, targets: bool) -> list[Prompt]:
@@ -586,9 +575,23 @@ def prompts_for(recipe: Recipe, count: int, seed: int, targets: bool) -> list[Pr
     return found
 
 
+def digest(some: Iterable[Prompt]) -> str:
+    """Of prompts: it changes with words and pictures, and so with the world, but not with its comments."""
+    found = hashlib.sha256()
+    for prompt in some:
+        pictures = [*prompt.images, *filter(None, [prompt.target])]
+        found.update(prompt.prompt.encode() + b"".join(picture.tobytes() for picture in pictures))
+    return found.hexdigest()[:16]
+
+
 def bench(task: str, category: str, count: int) -> list[Case]:
     """The fixed cases of T2I-Bench (task "t2i") or Editing-Bench (task "edit") in one category or family."""
-    return [draw_case(task, category, 2026, index, benched=True) for index in range(count)]
+    return [_benched(task, category, index) for index in range(count)]
+
+
+@cache
+def _benched(task: str, category: str, index: int) -> Case:
+    return draw_case(task, category, 2026, index, benched=True)
 
 
 def sheet() -> Image.Image:
@@ -602,7 +605,7 @@ def sheet() -> Image.Image:
         rows.append([enlarge(render(settle(draw_spec(category, rng) | said))) for _ in range(12)])
     for family in FAMILIES:
         cases = [draw_case("edit", family, 0, index, benched=False) for index in range(6)]
-        rows.append([p for c in cases for p in (c.images[0], enlarge(render(c.target, c.edit.style)))])
+        rows.append([p for c in cases for p in (c.images[0], enlarge(render(c.target)))])
     side = SIDE * ENLARGE + 6
     canvas = Image.new("RGB", (12 * side, side * len(rows)), "white")
     for y, row in enumerate(rows):
