@@ -115,9 +115,9 @@ def test_readme_commands(job, toy_checkpoint, tmp_path, monkeypatch):
     examples = [line.strip() for line in README if line.startswith('    {"task"')]
     Path("mine.jsonl").write_text("\n".join(examples))
     for name in {name for line in examples for name in json.loads(line).get("images", [])}:
-        Image.open("cat.png").convert("RGB").save(name)
+        Image.open("tree.png").convert("RGB").save(name)
     for name in {json.loads(line)["target"] for line in examples if "target" in line}:
-        Image.open("green.png").save(name)
+        Image.open("sea.png").save(name)
     tiny = ["--checkpoint", str(toy_checkpoint), "--steps", "1", "--batch", "2", "--micro-batch", "1", "--warmup", "0"]
     train.main([*own_prompts, *tiny, "--student-steps", "1"])
     assert (tmp_path / "runs" / "mine" / "student" / "model_index.json").is_file()
