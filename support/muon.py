@@ -19,7 +19,7 @@ ITERATIONS = 5
 
 class Muon(torch.optim.Optimizer):
     """For matrices (rows, columns); W <- W - lr sqrt(max(1, rows / columns)) orthogonal(momentum), without weight decay.
-    dtype: that of the products, which are all of its time; gradients, momentum and weights keep their own."""
+    dtype: of the products, which take the time; gradients, momentum and weights keep their own."""
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, dtype: torch.dtype = torch.float32):
         super().__init__(matrices, {"lr": lr})
@@ -41,8 +41,8 @@ def orthogonal(g: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     1.2), by Newton-Schulz iterations, which need products of matrices alone."""
     a, b, c = COEFFICIENTS
     tall = g.shape[0] > g.shape[1]
-    x = g.float() / g.float().norm().clamp(min=1e-7)  # singular values <= 1, where the iteration converges
-    x = (x.T if tall else x).to(dtype)  # (n, m), n <= m: the smaller side first makes the gram matrix small
+    x = g.float().T if tall else g.float()  # (n, m), n <= m: the smaller side first makes the gram matrix small
+    x = (x / x.norm().clamp(min=1e-7)).to(dtype)  # (n, m), singular values <= 1, where the iteration converges
     for _ in range(ITERATIONS):
         gram = x @ x.T  # (n, n)
         x = a * x + (b * gram + c * gram @ gram) @ x  # (n, m); S <- a S + b S^3 + c S^5

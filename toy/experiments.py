@@ -386,7 +386,8 @@ def run(args: Args) -> dict:
     lines = [f"# {name}", ""]
     lines.append(
         f"{seeds} seeds a row, {steps} updates of {STUDENT.batch} samples ({TIMES} times as many in a row that is called "
-        f"longer), students of {args.nfe} NFE. Cases in a category: {counts}. ± is a 95% interval over {chance}; s/image is without the encoding of prompts and sources."
+        f"longer), students of {args.nfe} NFE. Cases in a category: {counts}. ± is a 95% interval over {chance}; s/image is "
+        "without the encoding of prompts and sources."
     )
     for bench in tasks:
         means = {label: averaged(bench, scores.rows[label, bench]) for label in shown}
