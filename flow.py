@@ -176,15 +176,18 @@ def euler(velocity: Velocity, z: Tensor, sigmas: Iterable[float]) -> Tensor:
 
 
 @torch.no_grad()
-def renoise(velocity: Velocity, z: Tensor, sigmas: Sequence[float], noises: Sequence[Tensor]) -> Tensor:
-    """Another few-step sampler: at each stop predict the clean picture, then put NEW noise on it for the next stop.
+def renoise(velocity: Velocity, noises: Tensor, sigmas: Iterable[float]) -> Tensor:
+    """The few-step student's sampler: at each stop put NEW noise on the clean prediction, and predict again.
 
-    For comparison only. noises: one tensor like z for every stop but the first and the final 0, so len(sigmas) - 2.
+    noises (K, B, ...): one for each stop. sigmas: the stops, from 1 on; the final 0 is none. Fewer sigmas end the walk
+    earlier. Returns the last clean prediction, (B, ...); it is 0 if there was no stop.
+
+    Every state is a clean prediction with fresh noise. Under Euler's method the noise in a state is the network's own
+    prediction, too, and after a few long steps it is not Gaussian any more. (In diffusers: "stochastic sampling".)
     """
-    z = z.float()
-    nothing = torch.zeros_like(z)  # at the final 0 there is no noise to add
-    for (sigma, sigma_next), noise in zip(pairwise(sigmas), [*noises, nothing], strict=True):
-        t = time_like(z, sigma)
+    x0 = torch.zeros_like(noises[0], dtype=torch.float32)  # at sigma = 1 nothing of it is left
+    for noise, sigma in zip(noises, sigmas, strict=False):
+        t = time_like(noise, sigma)
+        z = add_noise(x0, noise, t)
         x0 = x0_from_velocity(z, velocity(z, t), t)
-        z = add_noise(x0, noise, time_like(z, sigma_next))
-    return z
+    return x0

@@ -110,13 +110,16 @@ class Pipeline:
         mmdit = MMDiT.from_pretrained(directory / "transformer", dtype, "meta")
         check_parts(directory, mmdit.config, vae.config, encoder.config)
         opened = [(path, *read_lora(path, mmdit), scale) for path, scale in loras or []]
+        students = [own for _, _, *own, _ in opened if own[0] is not None]
         if sigmas is None:
-            students = [own for _, _, own, _ in opened if own is not None]
             if any(own != students[0] for own in students):
-                raise ValueError(f"the LoRA files have schedules of their own, {students}; choose one by sigmas")
-            sigmas = students[0] if students else None
+                schedules = [own for own, _ in students]
+                raise ValueError(f"the LoRA files have schedules of their own, {schedules}; choose one by sigmas")
+            sigmas = students[0][0] if students else None
         if sigmas is not None:
             scheduler = replace(scheduler, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
+            if students:
+                scheduler.stochastic_sampling = students[0][1]
             index |= {"sample_sigmas": check_sigmas(sigmas, "sigmas"), "guidance": 1.0}
         return cls(
             directory=directory,
@@ -128,7 +131,7 @@ class Pipeline:
             device=device,
             offload=offload,
             keep_encoder=keep_encoder,
-            loras=[(path, lora, scale) for path, lora, _, scale in opened],
+            loras=[(path, lora, scale) for path, lora, *_, scale in opened],
         )
 
     @property
@@ -245,7 +248,8 @@ class Pipeline:
         steps               None: the checkpoint's sample_sigmas, whose number is the only one it takes, else 40
         guidance            1 is off; above, a negative branch runs too, with negative_prompt (None: an empty one)
         seed                of the noise, which is drawn on the CPU: the same on every machine, and the reference's
-        noise               (B, h w, 64) to start from instead, tokens in row-major order
+        noise               (B, h w, 64) to start from instead, tokens in row-major order; the seed's are the noises of
+                            later steps, where the checkpoint takes any (stochastic_sampling)
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
@@ -304,11 +308,11 @@ class Pipeline:
         h, w = latent_grid(height, width, self.resolution)
         sigmas = self.sigmas(steps, h * w)
         shape = (len(conditions[0].mask), self.mmdit.config.in_channels, h, w)
-        if noise is None:
-            z = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=self.dtype)  # (B, 64, h, w)
-        elif noise.shape == (shape[0], h * w, shape[1]):
-            z = rearrange(noise, "b (h w) c -> b c h w", h=h)  # (B, 64, h, w)
-        else:
+        rng = torch.Generator().manual_seed(seed)
+        z = torch.randn(shape, generator=rng, dtype=self.dtype)  # (B, 64, h, w)
+        if noise is not None and noise.shape == (shape[0], h * w, shape[1]):
+            z = rearrange(noise, "b (h w) c -> b c h w", h=h).to(self.dtype)  # (B, 64, h, w)
+        elif noise is not None:
             raise ValueError(f"noise of shape {tuple(noise.shape)}: {(shape[0], h * w, shape[1])} is expected")
 
         _ = self.vae  # read before the steps: if its file is damaged, no step is lost
@@ -322,7 +326,12 @@ class Pipeline:
                 bar.update()
                 return v
 
-            z = flow.euler(step, z.to(self.device, self.dtype), sigmas)  # (B, 64, h, w) in fp32
+            if self.scheduler.stochastic_sampling:
+                later = torch.randn(len(sigmas) - 2, shape[0], h * w, shape[1], generator=rng)  # the reference's order
+                noises = torch.cat([z[None], rearrange(later, "k b (h w) c -> k b c h w", h=h)])  # (K, B, 64, h, w)
+                z = flow.renoise(step, noises.to(self.device), sigmas)  # (B, 64, h, w) in fp32
+            else:
+                z = flow.euler(step, z.to(self.device), sigmas)  # (B, 64, h, w) in fp32
         check_stage("the MMDiT's latents", z, self.dtype)
         pictures = []
         with self.at_work(self.vae) as vae:

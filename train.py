@@ -152,7 +152,7 @@ def update_fake(job: Job, update: int, lr_factor: float) -> watch.Record:
         fake = job.fake.network.velocity(batch.condition)
         with torch.no_grad():
             student = job.trainee.network.velocity(batch.condition, keep=True)
-            x_theta = dmd.rollout(student, batch.noise, job.sigmas, batch.k)  # (B, 64, h, w)
+            x_theta = dmd.rollout(student, batch.noises, job.sigmas, batch.k)  # (B, 64, h, w)
             del student  # and the prefix that it keeps between its steps, before the fake score computes
         losses = dmd.fake_score_loss(fake, x_theta, batch.xi, batch.t)  # (B,)
         job.fake.backward(losses, batch)
@@ -167,7 +167,7 @@ def update_student(job: Job, update: int, lr_factor: float) -> watch.Record:
     for batch in batches(job.args, job.pool, job.recipe, "student", update):
         student = job.trainee.network.velocity(batch.condition, keep=True)
         fake, real = job.fake.network.velocity(batch.condition), real_velocity(job, batch)
-        x_theta = dmd.rollout(student, batch.noise, job.sigmas, batch.k)  # (B, 64, h, w), gradient through step k alone
+        x_theta = dmd.rollout(student, batch.noises, job.sigmas, batch.k)  # (B, 64, h, w), gradient through step k alone
         with together(), located(batch.where):  # a value that is not finite on one rank stops all of them
             g, x0_real, x0_fake = dmd.dmd_gradient(real, fake, x_theta, batch.xi, batch.t)  # (B, 64, h, w) each
         loss = dmd.surrogate_loss(x_theta, g)  # ()
@@ -197,8 +197,8 @@ def first_step(job: Job, student: flow.Velocity, batch: Batch) -> Tensor:
     batch = replace(batch, k=0)  # the teachers of that step, whichever one DMD scores
     start, end = job.sigmas[:2]
     walk = [start + (end - start) * i / 5 for i in range(6)]
-    z_teacher = flow.euler(real_velocity(job, batch, keep=True), batch.noise, walk)  # (B, 64, h, w)
-    return dmd.first_step_loss(student, batch.noise, z_teacher, walk[-1]).mean()
+    z_teacher = flow.euler(real_velocity(job, batch, keep=True), batch.noises[0], walk)  # (B, 64, h, w)
+    return dmd.first_step_loss(student, batch.noises[0], z_teacher, walk[-1]).mean()
 
 
 def update_flow(job: Job, update: int, lr_factor: float) -> watch.Record:
@@ -206,7 +206,7 @@ def update_flow(job: Job, update: int, lr_factor: float) -> watch.Record:
     record = watch.Record("loss", "grad_norm")
     for batch in batches(job.args, job.pool, job.recipe, "flow", update):
         velocity = job.trainee.network.velocity(batch.condition)
-        losses = flow.flow_matching_loss(velocity, batch.target, batch.noise, batch.t)  # (B,)
+        losses = flow.flow_matching_loss(velocity, batch.target, batch.noises[0], batch.t)  # (B,)
         job.trainee.backward(losses, batch)
         record.add(batch, losses)
         if due(job.args, job.args.panel_every, update + 1):
@@ -218,7 +218,7 @@ def update_flow(job: Job, update: int, lr_factor: float) -> watch.Record:
 @torch.no_grad()
 def flow_panel(velocity: flow.Velocity, batch: Batch) -> dict[str, Tensor]:
     """What the flow objective's panel shows, (B, 64, h, w) each."""
-    z = flow.add_noise(batch.target, batch.noise, batch.t)
+    z = flow.add_noise(batch.target, batch.noises[0], batch.t)
     return {"clean": batch.target, "noised": z, "x0": flow.x0_from_velocity(z, velocity(z, batch.t), batch.t)}
 
 

@@ -18,9 +18,9 @@ from support.program import inside, short
 
 @dataclass
 class Scheduler:
-    """scheduler/scheduler_config.json: how a list of sigmas is bent before it is used.
+    """scheduler/scheduler_config.json: how a list of sigmas is bent before it is used, and how they are walked.
 
-    The published values bend it towards noise. A few-step student's file is the identity.
+    The published values bend it towards noise. A few-step student's file leaves it as it is.
     """
 
     use_dynamic_shifting: bool = True  # the more target tokens, the longer the steps stay near noise
@@ -30,17 +30,17 @@ class Scheduler:
     base_image_seq_len: int = within(256, "[1, 1048576]")
     max_image_seq_len: int = within(8192, "[1, 1048576]")
     shift_terminal: float | None = within(None, "[0, 1)")  # the last sigma before 0; published: 0.02
+    stochastic_sampling: bool = False  # drawn by flow.renoise, as this project's students are; else by flow.euler
     # The class has more keys. No checkpoint of this family uses them.
     num_train_timesteps: int = 1000
     time_shift_type: str = "exponential"
     invert_sigmas: bool = False
-    stochastic_sampling: bool = False
     use_karras_sigmas: bool = False
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
 
     def __post_init__(self):
-        for key in fields(self)[7:]:
+        for key in fields(self)[8:]:
             if vars(self)[key.name] != key.default:
                 raise ValueError(f"{key.name} is {short(vars(self)[key.name])}; only {key.default!r} is implemented")
         if self.base_image_seq_len >= self.max_image_seq_len:

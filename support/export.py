@@ -32,9 +32,10 @@ def export(
     out_directory: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     link: bool = False,
+    stochastic: bool = True,
 ) -> None:
-    """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), an identity
-    scheduler; encoder, VAE and processor are copied from the base checkpoint, or linked to it: 18 GB less for the
+    """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), a scheduler
+    that does not shift them, and walks them by flow.renoise (`stochastic`) or by flow.euler; encoder, VAE and processor are copied from the base checkpoint, or linked to it: 18 GB less for the
     published ones, and the folder is whole only as long as the base stays where it is.
 
     ValueError, before anything is written: the folder has something in it, or the model is not finite.
@@ -54,20 +55,21 @@ def export(
         model.save_pretrained(part / "transformer", dtype)
         scheduler = read_json(base / "scheduler" / "scheduler_config.json")
         scheduler |= {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
+        scheduler["stochastic_sampling"] = stochastic
         write_json(part / "scheduler" / "scheduler_config.json", scheduler)
         write_json(part / "model_index.json", read_index(base) | {"sample_sigmas": sigmas, "guidance": 1.0})
 
 
 def export_student(pipeline, args: Args) -> None:
     """--export: the checkpoint's student, with what --lora makes of it, as a folder; or what it changed in --base."""
-    sigmas = pipeline.sample_sigmas
+    sigmas, stochastic = pipeline.sample_sigmas, pipeline.scheduler.stochastic_sampling
     if sigmas is None:
         raise ValueError(
             f"{args.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
         )
     if not args.base:
         may_write(args.export, folder=True)  # before the weights are read
-        export(args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link)
+        export(args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link, stochastic=stochastic)
         return print(f"{args.export}: {len(sigmas)} steps at {sigmas}")
     may_write(args.export, args.overwrite)
     base = MMDiT.from_pretrained(Path(args.base) / "transformer", pipeline.dtype, pipeline.device)
@@ -75,7 +77,7 @@ def export_student(pipeline, args: Args) -> None:
         raise ValueError(f"--base {args.base}: its transformer has another size than that of {args.checkpoint}")
     lora, kept = factorise(base, pipeline.mmdit, args.rank)
     check_finite({f"{name}.{part}": t for name, pair in lora.items() for part, t in zip("AB", pair)}, args.export)
-    write_lora(args.export, lora, sigmas)
+    write_lora(args.export, lora, sigmas, stochastic=stochastic)
     size = Path(args.export).stat().st_size / 1e6
     print(f"{args.export}: rank {args.rank}, {kept:.1%} of what the student changed, {size:.1f} MB")
 

@@ -164,10 +164,14 @@ LORA_KEY = re.compile(
 
 
 def write_lora(
-    path: str | Path, lora: LoRA, sigmas: list[float] | None = None, dtype: torch.dtype = torch.bfloat16
+    path: str | Path,
+    lora: LoRA,
+    sigmas: list[float] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    stochastic: bool = True,
 ) -> None:
     """Write one safetensors file: for every layer A (r, in), B (out, r) and alpha. A few-step student's
-    `sigmas` stand in its header as `sample_sigmas`.
+    `sigmas` stand in its header as `sample_sigmas`, and `stochastic` (see Scheduler) as `stochastic_sampling`.
 
     A layer has its own name, without a prefix: diffusers reads alpha there (behind `transformer.` it would refuse it),
     and ComfyUI, which fuses two of the MLP's layers, finds their halves there (behind `diffusion_model.` it would drop
@@ -178,13 +182,17 @@ def write_lora(
         tensors[f"{name}.lora_A.weight"] = a.detach().to("cpu", dtype).contiguous()
         tensors[f"{name}.lora_B.weight"] = b.detach().to("cpu", dtype).contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
-    notes = {} if sigmas is None else {"sample_sigmas": json.dumps(check_sigmas(sigmas, "sigmas"))}
+    notes = {}
+    if sigmas is not None:
+        notes["sample_sigmas"] = json.dumps(check_sigmas(sigmas, "sigmas"))
+        notes["stochastic_sampling"] = json.dumps(stochastic)
     with aside(path) as part:
         write_tensors(part, tensors, notes)
 
 
-def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | None]:
-    """Read a LoRA file for `model`, in any spelling of the family's: (the LoRA, in fp32; its sample_sigmas or None).
+def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | None, bool]:
+    """Read a LoRA file for `model`, in any spelling of the family's: (the LoRA, in fp32; its sample_sigmas or None;
+    whether it draws by stochastic sampling).
 
     Without an alpha the changes are B A. ValueError or FileNotFoundError name the file and the layer: one that is not
     in `model`, is given twice or has another shape, half a pair, a tensor that belongs to no LoRA, a file that is torn.
@@ -215,7 +223,7 @@ def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | N
             if part in found.setdefault(layer, {}):
                 raise ValueError(f"{path}: {key} gives the {part} of {layer} a second time")
             found[layer][part] = tensor
-    alpha, sigmas = read_header(header, path)
+    alpha, sigmas, stochastic = read_header(header, path)
     lora = {}
     for name, parts in found.items():
         if not parts.keys() >= {"a", "b"}:
@@ -227,14 +235,15 @@ def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | N
         lora[name] = a, b, float(parts.get("alpha", len(a) if alpha is None else alpha))
     if not lora:
         raise ValueError(f"{path}: holds no LoRA")
-    return lora, sigmas
+    return lora, sigmas, stochastic
 
 
-def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[float] | None]:
-    """What a LoRA file's header says: alpha, where diffusers and peft keep it, and the sample_sigmas."""
+def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[float] | None, bool]:
+    """What a LoRA file's header says: alpha, where diffusers and peft keep it, and how a student draws."""
     try:
         said = parse_json(header.get("lora_adapter_metadata", "{}"))
         sigmas = parse_json(header.get("sample_sigmas", "null"))
+        stochastic = parse_json(header.get("stochastic_sampling", "false"))
     except ValueError as error:
         raise ValueError(f"{path}: its header does not hold what a LoRA's does: {error}") from None
     alpha = said.get("transformer.lora_alpha") if isinstance(said, dict) else "no object"
@@ -242,4 +251,6 @@ def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[
         raise ValueError(f"{path}: lora_adapter_metadata has no number as transformer.lora_alpha: {short(alpha)}")
     if said.get("transformer.alpha_pattern") or said.get("transformer.use_rslora") or said.get("transformer.use_dora"):
         raise ValueError(f"{path}: its header asks for per-layer alphas, rsLoRA or DoRA, which are not read here")
-    return alpha, None if sigmas is None else check_sigmas(sigmas, f"{path}: sample_sigmas")
+    if type(stochastic) is not bool:
+        raise ValueError(f"{path}: stochastic_sampling is {short(stochastic)}; true or false is expected")
+    return alpha, None if sigmas is None else check_sigmas(sigmas, f"{path}: sample_sigmas"), stochastic

@@ -142,10 +142,10 @@ def row(*cells: object) -> None:
 def update(student, fake, teacher, optimizers, condition: Condition, noise: Tensor, xi: Tensor, t: Tensor) -> None:
     """A whole DMD update at k = 3, one of the fake score and one of the student; three callables (z, t) under a condition."""
     with torch.no_grad():
-        x = dmd.rollout(student(), noise, SIGMAS, 3)
+        x = dmd.rollout(student(), noise.expand(4, *noise.shape), SIGMAS, 3)
     dmd.fake_score_loss(fake(), x, xi, t).mean().backward()
     optimizers[1].step(), optimizers[1].zero_grad()
-    x = dmd.rollout(student(), noise, SIGMAS, 3)
+    x = dmd.rollout(student(), noise.expand(4, *noise.shape), SIGMAS, 3)
     g = dmd.dmd_gradient(teacher(), fake(), x, xi, t).g
     dmd.surrogate_loss(x, g).backward()
     optimizers[0].step(), optimizers[0].zero_grad()

@@ -9,6 +9,7 @@ be blind to them. Run-time code never imports this file.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -223,6 +224,14 @@ def open_pipeline(directory: Path, dtype: torch.dtype = torch.float32) -> QwenIm
     pipeline = QwenImage21Pipeline.from_pretrained(directory, processor=processor, dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def generator(pipeline: QwenImage21Pipeline, seed: int) -> torch.Generator:
+    """For one call: all its noises come from the seed, as ours do. By itself diffusers takes those of later steps from
+    torch's own generator."""
+    rng, scheduler = torch.Generator().manual_seed(seed), pipeline.scheduler
+    scheduler.step = partial(type(scheduler).step, scheduler, generator=rng)
+    return rng
 
 
 def open_text_pipeline(directory: Path) -> QwenImage21Pipeline:

@@ -39,10 +39,13 @@ def counted(velocity, calls):
 
 @pytest.mark.parametrize("k", range(4))
 def test_gradient_flows_through_step_k_alone(k):
-    student, noise = Affine(), draw(3, 2, 2)
-    z_k = flow.euler(student, noise, SIGMAS[: k + 1])
+    student, noises = Affine(), draw(4, 3, 2, 2)
+    z_k = noises[0]
+    for i in range(k):
+        x0 = z_k - SIGMAS[i] * (0.3 * z_k - 0.2)
+        z_k = (1 - SIGMAS[i + 1]) * x0 + SIGMAS[i + 1] * noises[i + 1]
     calls = []
-    x_theta = dmd.rollout(counted(student, calls), noise, SIGMAS, k)
+    x_theta = dmd.rollout(counted(student, calls), noises, SIGMAS, k)
     assert [t[0].item() for t in calls] == pytest.approx(SIGMAS[: k + 1])
     torch.testing.assert_close(x_theta, z_k - SIGMAS[k] * (0.3 * z_k - 0.2))
     # d x_theta / da = -sigma_k z_k and d x_theta / db = -sigma_k, with z_k held fixed although it depends on a and b.
@@ -52,14 +55,14 @@ def test_gradient_flows_through_step_k_alone(k):
 
 
 def test_the_last_step_of_a_rollout_is_what_the_sampler_draws():
-    student, noise = Affine(), draw(3, 2, 2)
-    torch.testing.assert_close(dmd.rollout(student, noise, SIGMAS, 3), flow.euler(student, noise, SIGMAS))
+    student, noises = Affine(), draw(4, 3, 2, 2)
+    torch.testing.assert_close(dmd.rollout(student, noises, SIGMAS, 3), flow.renoise(student, noises, SIGMAS))
 
 
 def test_k_out_of_range():
     for k in (-1, 4):
         with pytest.raises(ValueError, match=f"k = {k} of 4"):
-            dmd.rollout(Affine(), draw(1, 2), SIGMAS, k)
+            dmd.rollout(Affine(), draw(4, 1, 2), SIGMAS, k)
 
 
 # ---- mixture ----
@@ -118,27 +121,27 @@ def test_surrogate_has_the_hand_written_gradient():
     torch.testing.assert_close(x_theta.grad, g / 12)
     # and through a student: with x_theta = z - sigma (a z + b), dL/da = -sum(g sigma z) / numel
     student, z = Affine(), draw(3, 2, 2)
-    dmd.surrogate_loss(dmd.rollout(student, z, SIGMAS, 0), g).backward()
+    dmd.surrogate_loss(dmd.rollout(student, z[None], SIGMAS, 0), g).backward()
     torch.testing.assert_close(student.a.grad, -(g * z).sum() / 12)
     torch.testing.assert_close(student.b.grad, -g.sum() / 12)
 
 
 def test_each_loss_touches_its_own_network_alone():
     student, fake, base, text = Affine(), Affine(0.1), Affine(0.2), Affine(0.4)
-    noise, xi, t = draw(2, 3), draw(2, 3, seed=1), torch.tensor([0.3, 0.6])
+    noises, xi, t = draw(4, 2, 3), draw(2, 3, seed=1), torch.tensor([0.3, 0.6])
     real = dmd.mix_teachers({"base": 0.5, "text": 0.5}, {"base": base, "text": text})
 
-    x_theta = dmd.rollout(student, noise, SIGMAS, 2)
+    x_theta = dmd.rollout(student, noises, SIGMAS, 2)
     dmd.fake_score_loss(fake, x_theta, xi, t).mean().backward()
     assert all(gradient.abs() > 0 for gradient in gradients(fake))
     assert all(gradient is None for network in (student, base, text) for gradient in gradients(network))
 
     fake.zero_grad()
-    target = flow.euler(real, noise, [1.0, 0.9, 0.8])
+    target = flow.euler(real, noises[0], [1.0, 0.9, 0.8])
     gradient = dmd.dmd_gradient(real, fake, x_theta, xi, t)
     assert not any(part.requires_grad for part in gradient)  # no graph is kept through teachers and fake score
     loss = dmd.surrogate_loss(x_theta, gradient.g)
-    (loss + dmd.first_step_loss(student, noise, target, 0.8).mean()).backward()
+    (loss + dmd.first_step_loss(student, noises[0], target, 0.8).mean()).backward()
     assert all(gradient.abs() > 0 for gradient in gradients(student))
     assert all(gradient is None for network in (fake, base, text) for gradient in gradients(network))
 
@@ -203,7 +206,7 @@ def test_gaussian_teacher_moves_the_student_to_its_mean_and_variance(steps):
 
     def rolled_out():
         k = int(torch.randint(steps, ()))
-        x_theta = dmd.rollout(student, torch.randn(256, 8), sigmas, k)
+        x_theta = dmd.rollout(student, torch.randn(steps, 256, 8), sigmas, k)
         t = flow.shifted_uniform(torch.rand(256), 1.0)
         return gaussian_velocity(fake["mean"][k], fake["std"][k]), x_theta, torch.randn(256, 8), t
 
@@ -220,6 +223,6 @@ def test_gaussian_teacher_moves_the_student_to_its_mean_and_variance(steps):
             rate.step()
 
     for k in range(steps):
-        x = dmd.rollout(student, torch.randn(20_000, 8), sigmas, k)
+        x = dmd.rollout(student, torch.randn(steps, 20_000, 8), sigmas, k)
         assert x.mean().item() == pytest.approx(0.7, abs=0.02)
         assert x.std().item() == pytest.approx(0.4, abs=0.02)

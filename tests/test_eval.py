@@ -367,7 +367,7 @@ def test_compare_writes_table_and_pictures(toy_checkpoint, tmp_path, monkeypatch
     full, euler, renoise, student = [
         {k: v for k, v in row.items() if k not in ("name", "seconds_per_image")} for row in rows
     ]
-    assert student == euler and renoise["t2i_diversity"] != euler["t2i_diversity"] != full["t2i_diversity"]
+    assert student == renoise and renoise["t2i_diversity"] != euler["t2i_diversity"] != full["t2i_diversity"]
     assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == rows
     table = (tmp_path / "out" / "comparison.md").read_text()
     assert all(row["name"] in table for row in rows) and table in capsys.readouterr().out

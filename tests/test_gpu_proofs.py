@@ -115,7 +115,7 @@ def test_redraw_changes_the_random_numbers_of_that_step_alone():
     for purpose, updates in (("student", [2]), ("fake", [4, 5])):  # of step 3
         for update in range(8):
             once, again = (list(batches(small_args(redraw=r), pool, found, purpose, update)) for r in (None, 3))
-            same = [torch.equal(a.noise, b.noise) and torch.equal(a.t, b.t) for a, b in zip(once, again, strict=True)]
+            same = [torch.equal(a.noises, b.noises) and torch.equal(a.t, b.t) for a, b in zip(once, again, strict=True)]
             assert same == [update not in updates] * len(same)
             assert [b.task for b in once] == [b.task for b in again]
 
@@ -130,7 +130,8 @@ def test_a_student_is_drawn_at_the_times_it_was_trained_at(monkeypatch, steps, d
     model, told = random_network(dtype=dtype), []
     modulate = MMDiT.modulate
     monkeypatch.setattr(MMDiT, "modulate", lambda self, t: (told.append(t.float()), modulate(self, t))[1])
-    sigmas, noise, words = flow.student_sigmas(steps), torch.randn(1, 64, 4, 4), condition([9], dtype)
+    sigmas, words = flow.student_sigmas(steps), condition([9], dtype)
+    noises = torch.randn(steps, 1, 64, 4, 4)
 
     def times(work) -> list[float]:
         told.clear()
@@ -139,10 +140,10 @@ def test_a_student_is_drawn_at_the_times_it_was_trained_at(monkeypatch, steps, d
 
     trained = []
     for k in range(steps):  # the step with gradient is the last
-        trained += times(lambda k=k: dmd.rollout(train.Network(model).velocity(words), noise, sigmas, k))[-1:]
-    panel = times(lambda: flow.euler(train.Network(model).velocity(words), noise, sigmas))
+        trained += times(lambda k=k: dmd.rollout(train.Network(model).velocity(words), noises, sigmas, k))[-1:]
+    panel = times(lambda: flow.renoise(train.Network(model).velocity(words), noises, sigmas))
     pipeline = SimpleNamespace(mmdit=model, dtype=dtype, device="cpu")
-    drawn = times(lambda: flow.euler(Pipeline.velocity(pipeline, words), noise, sigmas))
+    drawn = times(lambda: flow.renoise(Pipeline.velocity(pipeline, words), noises, sigmas))
     sigmas = torch.tensor(sigmas[:-1])
     reference = (1000 * sigmas).to(dtype) / 1000 if dtype == torch.bfloat16 else sigmas
     assert trained == panel == drawn == reference.tolist()
@@ -228,7 +229,7 @@ def large_edit(size: int, k: int, device: str) -> Batch:
     told.states = torch.empty(size, 1224, 4096, dtype=torch.bfloat16, device=device)
     told.mask, told.sources = torch.empty(size, 1224, dtype=torch.bool, device=device), [grid.bfloat16()]
     times = [0.5] * size
-    return Batch("edit", "scene", told, told, None, grid, grid.clone(), torch.empty(size), times, k)
+    return Batch("edit", "scene", told, told, None, grid.expand(4, *grid.shape), grid.clone(), torch.empty(size), times, k)
 
 
 def test_peak_of_a_lora_update_of_the_7b_is_the_plans(monkeypatch):

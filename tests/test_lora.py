@@ -160,8 +160,8 @@ def test_diffusers_draws_with_our_file_as_we_with_merged_weights(base, tmp_path,
     theirs.load_lora_weights(file)
     expected = np.asarray(theirs("a house", image=[picture(50, 70)], output_resolution=64,
                                  generator=torch.Generator().manual_seed(0)).images[0]).astype(int)  # fmt: skip
-    again, sigmas = read_lora(file, ours.mmdit)
-    assert sigmas == SIGMAS and again.keys() == lora.keys()
+    again, sigmas, stochastic = read_lora(file, ours.mmdit)
+    assert sigmas == SIGMAS and stochastic and again.keys() == lora.keys()
     merge(ours.mmdit, again)
     drawn = ours("a house", [picture(50, 70)])
     assert np.abs(np.asarray(drawn) - expected).max() <= 1
@@ -179,8 +179,8 @@ def test_we_read_what_peft_and_diffusers_write(base, model, tmp_path):
         header = json.loads(opened.metadata()["lora_adapter_metadata"])
     header = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in header.items()})}
     save_file({f"transformer.{key}": tensor for key, tensor in load_file(file).items()}, file, header)
-    lora, sigmas = read_lora(file, model)
-    assert sigmas is None and all(alpha == 6 and len(a) == 4 for a, _, alpha in lora.values())
+    lora, sigmas, stochastic = read_lora(file, model)
+    assert sigmas is None and not stochastic and all(alpha == 6 and len(a) == 4 for a, _, alpha in lora.values())
     theirs.fuse_lora()
     state = {name.replace(".base_layer", ""): p for name, p in theirs.state_dict().items() if ".lora_" not in name}
     for name, weight in merged(model, lora).state_dict().items():
@@ -229,7 +229,7 @@ def test_spellings_in_the_wild(model, tmp_path, spelling, alpha):
     if alpha:
         tensors |= {f"{layer(n)}.alpha": torch.tensor(alpha) for n in lora}
     save_file(tensors, tmp_path / "wild.safetensors")
-    read, _ = read_lora(tmp_path / "wild.safetensors", model)
+    read, *_ = read_lora(tmp_path / "wild.safetensors", model)
     assert read.keys() == lora.keys() and any("_" in name for name in lora)
     for name, (a, b, factor) in read.items():
         assert torch.equal(a, lora[name][0]) and torch.equal(b, lora[name][1]) and factor == lora[name][2]

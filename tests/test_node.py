@@ -129,7 +129,7 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
     def batches(args, pool, recipe, purpose, update):
         for batch in real["batches"](args, pool, recipe, purpose, update):
             done["batches"].append(
-                [purpose, update, batch.task, batch.category, batch.k, batch.noise[0, 0].numel(), len(batch.t)]
+                [purpose, update, batch.task, batch.category, batch.k, batch.noises[0, 0, 0].numel(), len(batch.t)]
             )
             yield batch
 
@@ -359,8 +359,8 @@ def test_lora_run_trains_its_factors_alone_and_exports_both_ways(runs, checkpoin
     """The student's folder is the base with the averaged factors merged in; lora.safetensors holds these."""
     base = MMDiT.from_pretrained(checkpoint / "transformer")
     student = MMDiT.from_pretrained(runs / "one-lora" / "student" / "transformer")
-    lora, sigmas = read_lora(runs / "one-lora" / "lora.safetensors", base)
-    assert sigmas == [1.0, 0.9, 0.75, 0.5] and all(alpha == 4 for _, _, alpha in lora.values())
+    lora, sigmas, stochastic = read_lora(runs / "one-lora" / "lora.safetensors", base)
+    assert sigmas == [1.0, 0.9, 0.75, 0.5] and stochastic and all(alpha == 4 for _, _, alpha in lora.values())
     assert all(b.abs().max() > 1e-5 for _, b, _ in lora.values())
     merged = MMDiT.from_pretrained(checkpoint / "transformer")
     merge(merged, lora)

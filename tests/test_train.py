@@ -281,12 +281,12 @@ def test_dmd_round_is_the_method(checkpoint, pools, tmp_path):
         torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0).step()
 
     (batch,) = train.batches(args, pools["dmd"], recipe, "fake", 0)
-    x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noise, sigmas, batch.k).detach()
+    x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noises, sigmas, batch.k).detach()
     z = flow.add_noise(x, batch.xi, batch.t)
     descend(fake, (fake(z, batch.t, batch.condition) - (batch.xi - x)).square().mean())
 
     (batch,) = train.batches(args, pools["dmd"], recipe, "student", 0)
-    x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noise, sigmas, batch.k)
+    x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noises, sigmas, batch.k)
     z, t = flow.add_noise(x, batch.xi, batch.t).detach(), batch.t
     v = 0
     for name, weight in recipe.weights(batch.k, 4, "edit", batch.category).items():
@@ -341,7 +341,7 @@ def test_flow_objective_overfits_two_pictures(checkpoint, pools, tmp_path):
         for batch in train.batches(args, train.Pool(entries), recipe, "flow", update=10**6):
             with torch.no_grad():
                 v = train.Network(model).velocity(batch.condition)
-                each.append(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t).mean().item())
+                each.append(flow.flow_matching_loss(v, batch.target, batch.noises[0], batch.t).mean().item())
         losses.append(sum(each))
     assert losses[1] < 0.4 * losses[0]
 
@@ -356,7 +356,7 @@ def test_masters_keep_what_bf16_rounds_away_and_average_them(checkpoint, pools, 
     for step in range(3):
         for batch in train.batches(args, pools["flow"], recipe, "flow", step):
             v = trainee.network.velocity(batch.condition)
-            trainee.backward(flow.flow_matching_loss(v, batch.target, batch.noise, batch.t), batch)
+            trainee.backward(flow.flow_matching_loss(v, batch.target, batch.noises[0], batch.t), batch)
         trainee.update(1.0)
         decay = min(0.5, (2 + step) / (11 + step))
         average = [decay * a + (1 - decay) * m for a, m in zip(average, trainee.masters, strict=True)]
@@ -396,7 +396,7 @@ def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp
         found = []
         for batch in train.batches(args, pool, recipe, purpose, update):
             assert len(batch.t) == batch.fraction * 8 <= micro_batch
-            found += zip(batch.t.tolist(), batch.noise.mean((1, 2, 3)).tolist(), batch.xi.mean((1, 2, 3)).tolist())
+            found += zip(batch.t.tolist(), batch.noises.mean((0, 2, 3, 4)).tolist(), batch.xi.mean((1, 2, 3)).tolist())
         assert len(set(found)) == 8
         return found
 
@@ -440,7 +440,7 @@ def test_micro_batches_are_not_padded_where_lengths_are_common(checkpoint, pools
         assert c.mask.all()
         assert all(c.states[:, a:b].abs().sum(2).all() for a, b, grid in c.pieces if grid is None)
         with torch.no_grad():
-            v, one = model(batch.noise, batch.t, c), model(batch.noise[1:2], batch.t[1:2], alone)
+            v, one = model(batch.noises[0], batch.t, c), model(batch.noises[0, 1:2], batch.t[1:2], alone)
         torch.testing.assert_close(v[1:2], one, rtol=1e-4, atol=1e-5)
     assert len(lengths) > 4
 

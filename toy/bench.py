@@ -82,7 +82,7 @@ def draw_cases(
     lengths = conditions[0].mask.sum(1)  # (N,)
     for length in lengths.unique():
         for rows in (lengths == length).nonzero()[:, 0].split(BATCH):
-            noises = []  # one (B, 64, h, w) for the start, and one for every stop that is noised again
+            noises = []  # (B, 64, h, w) each: one for the start, and one for every stop that is noised again
             for stop in range(len(sampler.sigmas) - 1 if sampler.renoise else 1):
                 rngs = [torch.Generator().manual_seed(1000 * seeds[row] + stop) for row in rows]
                 noise = torch.stack([torch.randn(64, side, side, generator=rng) for rng in rngs])
@@ -91,7 +91,7 @@ def draw_cases(
             if negative:
                 velocity = flow.guided(velocity, negative[0], sampler.guidance)
             if sampler.renoise:
-                z = flow.renoise(velocity, noises[0], sampler.sigmas, noises[1:])  # (B, 64, h, w)
+                z = flow.renoise(velocity, torch.stack(noises), sampler.sigmas)  # (B, 64, h, w)
             else:
                 z = flow.euler(velocity, noises[0], sampler.sigmas)  # (B, 64, h, w)
             latents[rows.cpu()] = finite(z, pipeline, f"{sampler.name}: latents").cpu()
@@ -240,7 +240,8 @@ def open_checkpoint(folder: Path) -> Pipeline:
 
 def default_sampler(name: str, pipeline: Pipeline, steps: int | None, guidance: float) -> Sampler:
     """What `sample.py` would do with this many steps (None: the checkpoint's own)."""
-    return Sampler(name, pipeline.sigmas(steps, (pipeline.resolution // 16) ** 2), guidance)
+    sigmas = pipeline.sigmas(steps, (pipeline.resolution // 16) ** 2)
+    return Sampler(name, sigmas, guidance, renoise=pipeline.scheduler.stochastic_sampling)
 
 
 def teacher_samplers(pipeline: Pipeline, short: list[float]) -> list[Sampler]:
@@ -283,9 +284,10 @@ def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = COM
     Of the toy's own teacher only the pictures of the contact sheet are drawn: what it scores was measured when it was made.
     """
     base, pupil = open_checkpoint(teacher), open_checkpoint(student)
-    short = default_sampler("", pupil, None, 1.0).sigmas
-    runs = [(base, sampler) for sampler in teacher_samplers(base, short)]
-    runs.append((pupil, Sampler(f"student, {len(short) - 1} steps", short)))
+    own = default_sampler("student", pupil, None, 1.0)
+    own.name = f"student, {own.nfe} steps"
+    runs = [(base, sampler) for sampler in teacher_samplers(base, own.sigmas)]
+    runs.append((pupil, own))
     rows, models, known = [], {}, recorded(teacher, cases)
     for pipeline, sampler in runs:
         models[sampler.name], seconds = first_pictures(pipeline, sampler)

@@ -235,6 +235,10 @@ class Workshop:
                 write_json(file, row)
         return row
 
+    def few(self, name: str) -> Sampler:
+        """As students draw."""
+        return Sampler(name, self.sigmas, renoise=True)
+
     def opened(self, weights: Path | None) -> Pipeline:
         """The checkpoint with these weights in it (None: its own)."""
         mmdit = MMDiT.from_pretrained(weights, device=self.pipeline.device).eval() if weights else self.pipeline.mmdit
@@ -263,7 +267,7 @@ class Workshop:
                 if name in networks:
                     drawn_by[bench, category] = networks[name]
         specialists = replace(full, name=SPECIALISTS, specialists=drawn_by)
-        return {TEACHER: full, SPECIALISTS: specialists, START: Sampler(START, self.sigmas)}
+        return {TEACHER: full, SPECIALISTS: specialists, START: self.few(START)}
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
@@ -358,7 +362,7 @@ def measure(shop: Workshop, plan: Experiment, seeds: int) -> Scores:
             for step in stages:
                 whole = step == end or (step == half and label + HALFWAY in claimed)
                 cases = benches.CASES[bench] if whole else few[bench]
-                sampler = Sampler(f"{label}, step {step}", shop.sigmas)
+                sampler = shop.few(f"{label}, step {step}")
                 rows = [shop.row(places[step], sampler, bench, cases, places[step]) for places in students]
                 line.append((step, on_curve(rows, bench)))
                 if step in (half, end):
@@ -422,7 +426,7 @@ def pictures(shop: Workshop, plan: Experiment, scores: Scores) -> dict[str, dict
     for label in (TEACHER, START, *plan.rows):
         pipeline, sampler = (
             shop.opened(scores.weights.get(label)),
-            shop.teachers.get(label, Sampler(label, shop.sigmas)),
+            shop.teachers.get(label, shop.few(label)),
         )
         drawn[label] = {}
         for bench in plan.paper:

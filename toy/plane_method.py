@@ -19,7 +19,7 @@ from torch.nn.functional import one_hot, silu
 from tqdm import tqdm
 
 from dmd import dmd_gradient, fake_score_loss, first_step_loss, mix_teachers, rollout, surrogate_loss
-from flow import Velocity, euler, per_sample, shifted_uniform, student_sigmas
+from flow import Velocity, euler, per_sample, renoise, shifted_uniform, student_sigmas
 from recipe import Recipe
 
 SIGMAS = student_sigmas(4)  # the student's: 1, 0.9, 0.75, 0.5, 0
@@ -115,10 +115,11 @@ class Setting:
         return lambda category, source: self.mixture(who.get(category, "base"), category, source).velocity
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """noise, xi, source (n, 2), t (n,). Every recipe gets the same numbers in the same order, so rows are paired."""
-        noise, xi = torch.randn(2, n, 2, generator=rng)
-        source = self.mixture("truth", "landscape", noise).sample(n, rng)  # an edit changes a landscape
-        return noise, xi, source, shifted_uniform(torch.rand(n, generator=rng), 1.0)
+        """noises (4, n, 2), xi, source (n, 2), t (n,). Every recipe gets the same numbers in the same order, so rows are
+        paired."""
+        noises, xi = torch.randn(4, n, 2, generator=rng), torch.randn(n, 2, generator=rng)
+        source = self.mixture("truth", "landscape", xi).sample(n, rng)  # an edit changes a landscape
+        return noises, xi, source, shifted_uniform(torch.rand(n, generator=rng), 1.0)
 
 
 # ---- student and fake score ----------------------------------------------------------------------------------------
@@ -161,9 +162,9 @@ class Network:
 
 
 def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
-    """The oracle: a narrow Gaussian around each of the student's fresh samples, of all its steps. noises: (4, N, 2)."""
+    """The oracle: a narrow Gaussian around each of the student's fresh samples, of all its steps. noises: (4, 4, N, 2)."""
     with torch.no_grad():
-        points = [rollout(drawing, noise, SIGMAS, k) for k, noise in enumerate(noises)]
+        points = [rollout(drawing, fresh, SIGMAS, k) for k, fresh in enumerate(noises)]
     return Mixture(torch.cat([x.reshape(seeds, -1, 2) for x in points], dim=1), 0.1)
 
 
@@ -187,10 +188,10 @@ def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[i
     def batch(turn: int) -> tuple:
         """The category, k, student and fake score under it, and the draws."""
         _, category, _ = recipe.turn(turn)
-        noise, xi, source, t = setting.draw(setting.seeds * setting.batch, rng)
+        noises, xi, source, t = setting.draw(setting.seeds * setting.batch, rng)
         k = int(torch.randint(10**6, (), generator=rng)) % (len(SIGMAS) - 1 - lowest) + lowest
         seen = fake(category, source, k if setting.step_aware else None)
-        return category, k, student(category, source), seen, noise, xi, source, t
+        return category, k, student(category, source), seen, noises, xi, source, t
 
     def update(network: Network, loss: Tensor) -> None:
         (loss * setting.seeds).backward()  # a sum over seeds: each has its own loss
@@ -206,20 +207,21 @@ def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[i
             return
         # 1. The fake score learns what the student draws by now. The student draws, and does not learn.
         for turn in range(step * setting.fake_updates, (step + 1) * setting.fake_updates):
-            _, k, drawing, seen, noise, xi, _, t = batch(turn)
+            _, k, drawing, seen, noises, xi, _, t = batch(turn)
             with torch.no_grad():
-                x_theta = rollout(drawing, noise, SIGMAS, k)
+                x_theta = rollout(drawing, noises, SIGMAS, k)
             update(fake, fake_score_loss(seen, x_theta, xi, t).mean())
         # 2. The student learns once.
-        category, k, drawing, seen, noise, xi, source, t = batch(step)
+        category, k, drawing, seen, noises, xi, source, t = batch(step)
         real = real_velocity(setting, recipe, k, category, source)
         if setting.oracle:
-            seen = from_samples(drawing, torch.randn(4, *noise.shape, generator=rng), setting.seeds).velocity
-        x_theta = rollout(drawing, noise, SIGMAS, k)
+            seen = from_samples(drawing, torch.randn(4, *noises.shape, generator=rng), setting.seeds).velocity
+        x_theta = rollout(drawing, noises, SIGMAS, k)
         loss = surrogate_loss(x_theta, dmd_gradient(real, seen, x_theta, xi, t).g)
         if recipe.first_step_weight:  # imitate the teacher's own four small steps to where the student's first one ends
-            near = euler(real_velocity(setting, recipe, 0, category, source), noise, TEACHER_SIGMAS[:5])
-            loss = loss + recipe.first_step_weight * first_step_loss(drawing, noise, near, TEACHER_SIGMAS[4]).mean()
+            near = euler(real_velocity(setting, recipe, 0, category, source), noises[0], TEACHER_SIGMAS[:5])
+            first = first_step_loss(drawing, noises[0], near, TEACHER_SIGMAS[4])  # (N,)
+            loss = loss + recipe.first_step_weight * first.mean()
         update(student, loss)
 
 
@@ -253,11 +255,16 @@ def measure(points: Tensor, truth: Mixture, seeds: int, rng: torch.Generator) ->
     }
 
 
+def walk(model: Velocity, noises: Tensor, sigmas: list[float]) -> Tensor:
+    """Samples (N, 2), drawn in few steps as students draw, or in many by Euler's method. noises: (4, N, 2)."""
+    return renoise(model, noises, sigmas) if sigmas is SIGMAS else euler(model, noises[0], sigmas)
+
+
 def evaluate(setting: Setting, model: Model, sigmas: list[float]) -> dict[str, dict[str, Tensor]]:
     """category -> measures, of 400 samples a seed: the same noise, sources and exact samples for every model."""
     rng, scores = torch.Generator().manual_seed(10**6), {}
     for category in TASKS:
-        noise, _, source, _ = setting.draw(setting.seeds * 400, rng)
-        points = euler(model(category, source), noise, sigmas)
+        noises, _, source, _ = setting.draw(setting.seeds * 400, rng)
+        points = walk(model(category, source), noises, sigmas)
         scores[category] = measure(points, setting.mixture("truth", category, source), setting.seeds, rng)
     return scores
