@@ -36,24 +36,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flow import Velocity, add_noise, flow_matching_loss, renoise, time_like, x0_from_velocity
+from flow import Velocity, add_noise, flow_matching_loss, time_like, walk, x0_from_velocity
 
 
 def rollout(student: Velocity, noises: Tensor, sigmas: list[float], k: int) -> Tensor:
-    """x_theta, (B, ...): the student's clean prediction at its step k, in training as in drawing (flow.renoise).
+    """x_theta, (B, ...): the student's clean prediction at its step k, in training as in drawing (flow.walk).
 
-    This is what DMD2 calls backward simulation. Steps 0 to k - 1 run from pure noise on the student's own predictions. So
-    the student is trained on the states that it meets when it draws, and not on noised data. These steps carry no
-    gradient (flow.renoise has none): the state before step k is taken as given, and the student is not told how earlier
-    steps could have led to a better one. The full gradient would cost k + 1 times the memory.
+    This is what DMD2 calls backward simulation. Steps 0 to k - 1 run from pure noise on the student's own states. So the
+    student is trained on the states that it meets when it draws, and not on noised data. These steps carry no gradient
+    (flow.walk has none): the state before step k is taken as given, and the student is not told how earlier steps could
+    have led to a better one. The full gradient would cost k + 1 times the memory.
 
-    noises (K, B, ...): one for each step; sigmas: flow.student_sigmas, K + 1 numbers; k in 0 .. K - 1. The caller draws k,
-    and must draw the same k on all ranks: under sharding, ranks at different steps would wait for each other for ever.
+    noises: (K, B, ...) for a student that re-noises, (1, B, ...) for one that follows Euler's method. sigmas:
+    flow.student_sigmas, K + 1 numbers; k in 0 .. K - 1. The caller draws k, and must draw the same k on all ranks: under
+    sharding, ranks at different steps would wait for each other for ever.
     """
     if not 0 <= k < len(sigmas) - 1:
         raise ValueError(f"student step k = {k} of {len(sigmas) - 1}: k runs from 0 to {len(sigmas) - 2}")
-    x0, t = renoise(student, noises, sigmas[:k]), time_like(noises[k], sigmas[k])  # without gradient
-    z = add_noise(x0, noises[k], t)
+    z = walk(student, noises, sigmas[: k + 1])  # without gradient; k = 0 takes no step
+    t = time_like(z, sigmas[k])
     return x0_from_velocity(z, student(z, t), t)
 
 

@@ -177,17 +177,23 @@ def euler(velocity: Velocity, z: Tensor, sigmas: Iterable[float]) -> Tensor:
 
 @torch.no_grad()
 def renoise(velocity: Velocity, noises: Tensor, sigmas: Iterable[float]) -> Tensor:
-    """The few-step student's sampler: at each stop put NEW noise on the clean prediction, and predict again.
+    """From noise to data without integrating: at each stop the clean prediction, then NEW noise on it for the next stop.
 
-    noises (K, B, ...): one for each stop. sigmas: the stops, from 1 on; the final 0 is none. Fewer sigmas end the walk
-    earlier. Returns the last clean prediction, (B, ...); it is 0 if there was no stop.
-
-    Every state is a clean prediction with fresh noise. Under Euler's method the noise in a state is the network's own
-    prediction, too, and after a few long steps it is not Gaussian any more. (In diffusers: "stochastic sampling".)
+    noises (K, B, ...): where it starts, and one for each later stop but the final 0. sigmas: K + 1 stops, or the first of
+    them, to end on the way. Returns the state there. (In diffusers: "stochastic sampling".)
     """
-    x0 = torch.zeros_like(noises[0], dtype=torch.float32)  # at sigma = 1 nothing of it is left
-    for noise, sigma in zip(noises, sigmas, strict=False):
-        t = time_like(noise, sigma)
-        z = add_noise(x0, noise, t)
-        x0 = x0_from_velocity(z, velocity(z, t), t)
-    return x0
+    z = noises[0].float()
+    for k, (sigma, sigma_next) in enumerate(pairwise(sigmas), 1):
+        t = time_like(z, sigma)
+        z = x0_from_velocity(z, velocity(z, t), t)
+        if sigma_next > 0:
+            z = add_noise(z, noises[k], time_like(z, sigma_next))
+    return z
+
+
+def walk(velocity: Velocity, noises: Tensor, sigmas: Sequence[float]) -> Tensor:
+    """A student's way from noise to data, in training and after; arguments and result are those of renoise.
+
+    One noise, (1, B, ...), is followed by Euler's method. With one for each step, (K, B, ...), the student re-noises.
+    """
+    return renoise(velocity, noises, sigmas) if len(noises) > 1 else euler(velocity, noises[0], sigmas)

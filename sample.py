@@ -315,6 +315,11 @@ class Pipeline:
         elif noise is not None:
             raise ValueError(f"noise of shape {tuple(noise.shape)}: {(shape[0], h * w, shape[1])} is expected")
 
+        noises = z[None]  # (1, B, 64, h, w)
+        if self.scheduler.stochastic_sampling:
+            later = torch.randn(len(sigmas) - 2, shape[0], h * w, shape[1], generator=rng)  # in the reference's order
+            noises = torch.cat([noises, rearrange(later, "k b (h w) c -> k b c h w", h=h)])  # (K, B, 64, h, w)
+
         _ = self.vae  # read before the steps: if its file is damaged, no step is lost
         with self.at_work(self.mmdit), tqdm(total=len(sigmas) - 1, unit="step", disable=not self.progress) as bar:
             velocity = self.velocity(conditions[0])
@@ -326,12 +331,7 @@ class Pipeline:
                 bar.update()
                 return v
 
-            if self.scheduler.stochastic_sampling:
-                later = torch.randn(len(sigmas) - 2, shape[0], h * w, shape[1], generator=rng)  # the reference's order
-                noises = torch.cat([z[None], rearrange(later, "k b (h w) c -> k b c h w", h=h)])  # (K, B, 64, h, w)
-                z = flow.renoise(step, noises.to(self.device), sigmas)  # (B, 64, h, w) in fp32
-            else:
-                z = flow.euler(step, z.to(self.device), sigmas)  # (B, 64, h, w) in fp32
+            z = flow.walk(step, noises.to(self.device), sigmas)  # (B, 64, h, w) in fp32
         check_stage("the MMDiT's latents", z, self.dtype)
         pictures = []
         with self.at_work(self.vae) as vae:

@@ -31,7 +31,7 @@ class Batch:
     condition: Condition
     empty: Condition | None  # the same without words
     target: Tensor | None  # (B, 64, h, w)
-    noises: Tensor  # (K, B, 64, h, w): one for each step of the student; one, for the path, with the flow objective
+    noises: Tensor  # (K, B, 64, h, w) for a student that re-noises, else (1, B, 64, h, w): where a path or walk starts
     xi: Tensor  # (B, 64, h, w): noise for x_theta
     t: Tensor  # (B,) in [0, 1]
     times: list[float]  # the same numbers, for messages: reading them from a GPU would wait for it
@@ -118,8 +118,10 @@ def make_batch(
     """One micro-batch of entries of one bucket. rngs: for each entry a generator, of noises, xi and time in this order.
     Texts are padded to the longest; `length`, that of the longest on all ranks, gives the target's position."""
     device, dtype, shape, slots = args.device, getattr(torch, args.dtype), (64, *entries[0].size), entries[0].slots
-    stops = 1 if args.objective == "flow" else args.student_steps
-    noises = torch.stack([torch.randn(stops, *shape, generator=rng) for rng in rngs], dim=1).to(device)  # (K, B, 64, h, w)
+    stops = args.student_steps if args.objective == "dmd" and args.sampler == "renoise" else 1
+    noises = torch.stack([torch.randn(stops, *shape, generator=rng) for rng in rngs], dim=1).to(
+        device
+    )  # (K, B, 64, h, w)
     xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
     u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
     shift = args.time_shift

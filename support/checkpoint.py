@@ -30,7 +30,7 @@ class Scheduler:
     base_image_seq_len: int = within(256, "[1, 1048576]")
     max_image_seq_len: int = within(8192, "[1, 1048576]")
     shift_terminal: float | None = within(None, "[0, 1)")  # the last sigma before 0; published: 0.02
-    stochastic_sampling: bool = False  # drawn by flow.renoise, as this project's students are; else by flow.euler
+    stochastic_sampling: bool = False  # drawn by flow.renoise, else by flow.euler
     # The class has more keys. No checkpoint of this family uses them.
     num_train_timesteps: int = 1000
     time_shift_type: str = "exponential"

@@ -85,16 +85,16 @@ def export_student(pipeline, args: Args) -> None:
 def export_run(args, trainee: Trainee, sigmas: list[float]) -> Path:
     """What a finished run leaves: out/student, a checkpoint of its own, or out/transformer for the flow objective; with
     LoRAs also out/lora.safetensors, for the base checkpoint (of a teacher: what --teacher reads)."""
-    flows = args.objective == "flow"
+    flows, renoises = args.objective == "flow", args.sampler == "renoise"
     folder = args.out / ("transformer" if flows else "student")
     with trainee.averaged() as network, together():
         alone = trainee.export()
         if rank() == 0:
             if args.lora_rank:
                 lora = role_lora(network.model, network.role)
-                write_lora(args.out / "lora.safetensors", lora, None if flows else sigmas[:-1])
+                write_lora(args.out / "lora.safetensors", lora, None if flows else sigmas[:-1], stochastic=renoises)
             if flows:
                 alone.save_pretrained(folder)
             else:
-                export(args.checkpoint, alone, sigmas[:-1], folder)
+                export(args.checkpoint, alone, sigmas[:-1], folder, stochastic=renoises)
     return folder

@@ -154,11 +154,7 @@ def draw_pictures(args, pool: Pool, network, record: Record, step: int) -> None:
             velocity = flow.guided(velocity, network.velocity(one.empty, keep=True), args.guidance)
         block = edit if entry.task == "edit" else t2i
         block.heads.append(entry.words)
-        if flows:
-            z = flow.euler(velocity, one.noises[0], sigmas)  # (1, 64, h, w)
-        else:
-            z = flow.renoise(velocity, one.noises, sigmas)  # (1, 64, h, w)
-        block.rows[entry.task].append(z[0])
+        block.rows[entry.task].append(flow.walk(velocity, one.noises, sigmas)[0])  # (64, h, w)
         if entry.task == "edit":
             block.rows["source"].append(one.condition.sources[-1][0])  # (64, h, w)
     k = "" if flows else f"k {record.batch.k}, "  # the student's step

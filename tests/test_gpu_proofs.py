@@ -229,7 +229,9 @@ def large_edit(size: int, k: int, device: str) -> Batch:
     told.states = torch.empty(size, 1224, 4096, dtype=torch.bfloat16, device=device)
     told.mask, told.sources = torch.empty(size, 1224, dtype=torch.bool, device=device), [grid.bfloat16()]
     times = [0.5] * size
-    return Batch("edit", "scene", told, told, None, grid.expand(4, *grid.shape), grid.clone(), torch.empty(size), times, k)
+    return Batch(
+        "edit", "scene", told, told, None, grid.expand(4, *grid.shape), grid.clone(), torch.empty(size), times, k
+    )
 
 
 def test_peak_of_a_lora_update_of_the_7b_is_the_plans(monkeypatch):

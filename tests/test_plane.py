@@ -54,7 +54,7 @@ def test_modes_of_each_seed():
 
 def test_student_starts_as_the_base_teacher():
     rng, setting = torch.Generator().manual_seed(0), Setting(seeds=3)
-    (noise, *_), _, source, t = setting.draw(12, rng)
+    (noise,), _, source, t = setting.draw(12, rng)
     for category in plane_method.TASKS:
         student = Network(setting, rng)(category, source)
         base = setting.mixture("base", category, source).velocity
@@ -66,7 +66,7 @@ def test_seeds_are_separate():
     rng, setting = torch.Generator().manual_seed(0), Setting(seeds=2)
     network = Network(setting, rng)
     network.weights[-1] = torch.randn(network.weights[-1].shape, generator=rng)
-    (noise, *_), _, source, t = setting.draw(8, rng)
+    (noise,), _, source, t = setting.draw(8, rng)
     v = network("object", source)
     before = v(noise, t)
     noise[4:] += 1
@@ -101,10 +101,9 @@ def test_student_reaches_mean_and_variance_of_one_mode(monkeypatch):
     ((_, student, _),) = train(setting, row, {250})
     noises, _, source, _ = setting.draw(4000, torch.Generator().manual_seed(9))
     before, after = (
-        plane_method.renoise(model("text", source), noises, plane_method.SIGMAS)
-        for model in (setting.teacher(), student)
+        plane_method.walk(model("text", source), noises, plane_method.SIGMAS) for model in (setting.teacher(), student)
     )
-    assert before.mean(0).abs().max() < 0.05 and 0.5 < before.std(0).min() < 0.55
+    assert before.mean(0).abs().max() < 0.05 and before.std(0).min() > 0.59
     torch.testing.assert_close(after.mean(0), torch.tensor([0.8, -0.4]), atol=0.06, rtol=0.0)
     torch.testing.assert_close(after.std(0), torch.tensor([0.5, 0.5]), atol=0.06, rtol=0.0)
 

@@ -90,10 +90,7 @@ def draw_cases(
             velocity, *negative = [pipeline.velocity(excerpt(condition, rows)) for condition in conditions]
             if negative:
                 velocity = flow.guided(velocity, negative[0], sampler.guidance)
-            if sampler.renoise:
-                z = flow.renoise(velocity, torch.stack(noises), sampler.sigmas)  # (B, 64, h, w)
-            else:
-                z = flow.euler(velocity, noises[0], sampler.sigmas)  # (B, 64, h, w)
+            z = flow.walk(velocity, torch.stack(noises), sampler.sigmas)  # (B, 64, h, w)
             latents[rows.cpu()] = finite(z, pipeline, f"{sampler.name}: latents").cpu()
     pictures = []
     for z in latents.to(pipeline.device, pipeline.dtype).split(BATCH):

@@ -237,7 +237,7 @@ class Workshop:
 
     def few(self, name: str) -> Sampler:
         """As students draw."""
-        return Sampler(name, self.sigmas, renoise=True)
+        return Sampler(name, self.sigmas, renoise=STUDENT.sampler == "renoise")
 
     def opened(self, weights: Path | None) -> Pipeline:
         """The checkpoint with these weights in it (None: its own)."""

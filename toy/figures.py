@@ -183,7 +183,7 @@ def six_panels(
     measured, {model: {updates: {category: measures}}}."""
     notes = (
         "from noise (grey) to a sample (red); blue: other samples",
-        "the guess at each step; many end between the shaded modes",
+        "too few: many samples end between the shaded modes",
         "after training more of them end in a mode",
     )
     panels = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dmd import dmd_gradient
-from flow import Velocity, add_noise, euler, renoise
+from flow import Velocity, add_noise, euler
 from recipe import RECIPES, Recipe, routing
 from support.files import may_write, write_json
 from support.program import check_range
@@ -64,6 +64,7 @@ ROUTING = [Above(STEPS, SPECIAL, "text"), Above(STEPS, AVERAGE, "text")]
 EDITING = [Above("5:5", "10:0", bench="edit"), Above("5:5", "10:0")]
 AGREEING = [Above("5:5", EDITS_BASE, bench="edit"), Above("5:5", EDITS_BASE)]
 TEXT = [Above(E1, E3, "text"), Above(E1, E3), Above(E4, E5, "text"), Above(E1, START, "text")]
+DISTILLED = [Above(TEACHER, EDITS_BASE), Above(TEACHER, EDITS_BASE, bench="edit")]
 OPEN = [Above(TEACHER, START, bench="edit"), *EDITING, Above("10:0", "9:1", bench="edit")]
 SWEEPS = {  # a knob of Setting: its values, and the differences to look at
     "blur": ((1.0, 2.0, 3.0, 4.0), TEXT),
@@ -74,6 +75,7 @@ SWEEPS = {  # a knob of Setting: its values, and the differences to look at
     "fake_lr": ((0.001, 0.005, 0.01), RISES),
     "step_aware": ((0, 1), [Above(STEPS, BASE, "text"), ROUTING[0], *AGREEING, *EDITING]),
     "oracle": ((0, 1), RISES + FALLS),
+    "renoise": ((0, 1), [Above(TEACHER, START), Above(TEACHER, START, bench="edit"), *RISES, *DISTILLED]),
     "updates": ((500, 1000, 2000, 5000), [*RISES, Above(STEPS, START), *FALLS, Above(STEPS + HALFWAY, STEPS)]),
 }
 CHOICES = {name: [name] for name in [*TABLES, *SWEEPS]}
@@ -187,12 +189,12 @@ def show(setting: Setting, out: Path) -> None:
     early = min(30, updates)  # when the gradient is looked at: at the start it is zero, as all three are the same
     frames_at, marks = {0, *(round(updates ** (i / 23)) for i in range(24))}, {round(updates * i / 5) for i in range(6)}
     n = setting.seeds * max(1, 300 // setting.seeds)  # samples to draw, of all seeds
-    noises, _, source, _ = setting.draw(n, torch.Generator().manual_seed(setting.seed + 1))
+    (noise, *_), _, source, _ = setting.draw(n, torch.Generator().manual_seed(setting.seed + 1))
     source = source[:1].expand_as(source)  # one edit, for which there are several right answers
     truths = {category: setting.mixture("truth", category, source[:1]) for category in TASKS}
     frames, found = [], {student: {}}  # found: model -> updates -> category -> measures
     for step, students, fake in train(setting, OURS[EDITS_BASE], {early, *frames_at, *marks}):
-        samples = {category: renoise(students(category, source), noises, SIGMAS) for category in TASKS}
+        samples = {category: euler(students(category, source), noise, SIGMAS) for category in TASKS}
         if step in frames_at:
             frames.append(figures.frame(step, samples, truths, source[:1]))
         if step in marks:
@@ -204,14 +206,10 @@ def show(setting: Setting, out: Path) -> None:
     models = {"Teacher, 40 steps": (base, TEACHER_SIGMAS), "Teacher, 4 steps": (base, SIGMAS)}
     found = {row: dict.fromkeys((0, updates), means(evaluate(setting, *models[row]))) for row in models} | found
     models[student] = students, SIGMAS
-    ways = {}  # of samples from noise to picture, (steps + 1, N, 2): states, or the clean predictions of a few steps
+    ways = {}  # of samples from noise to picture, (steps + 1, N, 2)
     for row, (model, sigmas) in models.items():
-        model, steps = model("portrait", source), range(1, len(sigmas))
-        if sigmas is SIGMAS:
-            stops = [renoise(model, noises, sigmas[:i]) for i in steps]
-        else:
-            stops = [euler(model, noises[0], sigmas[: i + 1]) for i in steps]
-        ways[row] = torch.stack([noises[0], *stops])
+        stops = [euler(model("portrait", source), noise, sigmas[: i + 1]) for i in range(len(sigmas))]
+        ways[row] = torch.stack(stops)
     figures.six_panels(truths["portrait"], ways, early, corrections, found).save(out / "dmd.png", optimize=True)
     frames[0].save(out / "dmd.gif", save_all=True, append_images=frames[1:] + frames[-1:] * 8, duration=200, loop=0)
 

@@ -19,7 +19,7 @@ from torch.nn.functional import one_hot, silu
 from tqdm import tqdm
 
 from dmd import dmd_gradient, fake_score_loss, first_step_loss, mix_teachers, rollout, surrogate_loss
-from flow import Velocity, euler, per_sample, renoise, shifted_uniform, student_sigmas
+from flow import Velocity, euler, per_sample, shifted_uniform, student_sigmas, walk
 from recipe import Recipe
 
 SIGMAS = student_sigmas(4)  # the student's: 1, 0.9, 0.75, 0.5, 0
@@ -90,6 +90,7 @@ class Setting:
     fake_lr: float = 5e-3  # higher, because the fake score has to keep up with the student
     beta1: float = 0.9  # Adam's
     ema: float = 0.97  # decay per update of the averaged weights, which are what draws
+    renoise: bool = False  # students draw with new noise at every step, and not by Euler's method
     step_aware: bool = False  # the fake score is told k, and so learns each step's pictures and not their pool
     oracle: bool = False  # the fake score is computed from samples, not learned; T2I only
 
@@ -115,11 +116,14 @@ class Setting:
         return lambda category, source: self.mixture(who.get(category, "base"), category, source).velocity
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """noises (4, n, 2), xi, source (n, 2), t (n,). Every recipe gets the same numbers in the same order, so rows are
-        paired."""
-        noises, xi = torch.randn(4, n, 2, generator=rng), torch.randn(n, 2, generator=rng)
-        source = self.mixture("truth", "landscape", xi).sample(n, rng)  # an edit changes a landscape
-        return noises, xi, source, shifted_uniform(torch.rand(n, generator=rng), 1.0)
+        """noises (1, n, 2), or (4, n, 2) to re-noise; xi, source (n, 2), t (n,). Every recipe gets the same numbers in the
+        same order, so rows are paired."""
+        noises, xi = torch.randn(2, 1, n, 2, generator=rng)
+        source = self.mixture("truth", "landscape", xi[0]).sample(n, rng)  # an edit changes a landscape
+        t = shifted_uniform(torch.rand(n, generator=rng), 1.0)
+        if self.renoise:
+            noises = torch.cat([noises, torch.randn(len(SIGMAS) - 2, n, 2, generator=rng)])
+        return noises, xi[0], source, t
 
 
 # ---- student and fake score ----------------------------------------------------------------------------------------
@@ -162,9 +166,10 @@ class Network:
 
 
 def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
-    """The oracle: a narrow Gaussian around each of the student's fresh samples, of all its steps. noises: (4, 4, N, 2)."""
+    """The oracle: a narrow Gaussian around each of the student's fresh samples, of all its steps. noises: those of a
+    rollout, for each of the four k."""
     with torch.no_grad():
-        points = [rollout(drawing, fresh, SIGMAS, k) for k, fresh in enumerate(noises)]
+        points = [rollout(drawing, some, SIGMAS, k) for k, some in enumerate(noises)]
     return Mixture(torch.cat([x.reshape(seeds, -1, 2) for x in points], dim=1), 0.1)
 
 
@@ -255,16 +260,12 @@ def measure(points: Tensor, truth: Mixture, seeds: int, rng: torch.Generator) ->
     }
 
 
-def walk(model: Velocity, noises: Tensor, sigmas: list[float]) -> Tensor:
-    """Samples (N, 2), drawn in few steps as students draw, or in many by Euler's method. noises: (4, N, 2)."""
-    return renoise(model, noises, sigmas) if sigmas is SIGMAS else euler(model, noises[0], sigmas)
-
-
 def evaluate(setting: Setting, model: Model, sigmas: list[float]) -> dict[str, dict[str, Tensor]]:
     """category -> measures, of 400 samples a seed: the same noise, sources and exact samples for every model."""
     rng, scores = torch.Generator().manual_seed(10**6), {}
     for category in TASKS:
         noises, _, source, _ = setting.draw(setting.seeds * 400, rng)
+        noises = noises if sigmas is SIGMAS else noises[:1]  # with many steps, as teachers have, Euler's method
         points = walk(model(category, source), noises, sigmas)
         scores[category] = measure(points, setting.mixture("truth", category, source), setting.seeds, rng)
     return scores
