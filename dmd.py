@@ -2,7 +2,7 @@
 
     symbol (paper)        here            what it is
     G_theta               student         few-step generator, trained
-    z_k                   z               the student's state before its step k
+    z_k                   z               the student's state before its step k (the paper does not say how it gets there)
     x_theta               x_theta         the student's clean prediction at step k, (B, ...)
     xi, t                 xi, t           fresh noise, and the time at which x_theta is noised again, (B,)
     x_t                   x_t             (1 - t) x_theta + t xi

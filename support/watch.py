@@ -36,7 +36,7 @@ class Record:
 
     def add(self, batch: Batch, losses: Tensor) -> None:
         note = copy(batch)  # without its tensors: those of all micro-batches of a step are gigabytes
-        note.condition = note.empty = note.target = note.noise = note.xi = note.t = None
+        note.condition = note.empty = note.target = note.noises = note.xi = note.t = None
         self.losses.append((note, losses.detach()))
 
     @property

@@ -43,9 +43,9 @@ from toy import judge, world
 from toy.bench import Sampler
 from toy.figures import chart, contact_sheet
 
-# One optimisation for all rows of all tables. It is the main job's, but shorter, so that all three tables fit into an
-# evening, and without decay: a run is made in stages, and each would end with it.
-STUDENT = train.Args(decay=0.0, steps=100)
+# One optimisation for all rows of all tables. It is the main job's, but with smaller and fewer updates, so that all three
+# tables fit into an evening, and without decay: a run is made in stages, and each would end with it.
+STUDENT = train.Args(decay=0.0, steps=100, batch=12)
 TIMES = 5  # so many times as long are the rows that ask what happens later
 # Prompts in a category or family. Two categories have twice as many as one, as in the paper.
 POOL = {"t2i": 512, "edit": 256}
