@@ -62,7 +62,7 @@ class Args(Options):
         "how the student draws: renoise, with new noise at every step, as in DMD2; or euler",
         "renoise | euler",
     )
-    steps: int = option(150, "updates of the student", "[1, 1e9]")
+    steps: int = option(110, "updates of the student", "[1, 1e9]")
     batch: int = option(24, "samples in an update, over all its micro-batches", "[1, 1e6]")
     micro_batch: int = option(6, "samples that run at once, over all processes", "[1, 1e6]")
     seed: int = option(0, "every random number follows from it", "[-9e18, 9e18]")
