@@ -57,11 +57,7 @@ class Args(Options):
     fit: str = option("stretch", "where sources and targets must change their shape", "stretch | crop | pad")
     aspects: bool = option(False, "draw T2I prompts in five aspects (a hash of the words picks one), not as squares")
     student_steps: int = option(4, "number of steps of the student, its NFE", "[1, 1000]")
-    sampler: str = option(
-        "renoise",
-        "how the student draws: renoise, with new noise at every step, as in DMD2; or euler",
-        "renoise | euler",
-    )
+    sampler: str = option("renoise", "how the student draws: with new noise at every step, or not", "renoise | euler")
     steps: int = option(110, "updates of the student", "[1, 1e9]")
     batch: int = option(24, "samples in an update, over all its micro-batches", "[1, 1e6]")
     micro_batch: int = option(6, "samples that run at once, over all processes", "[1, 1e6]")
@@ -172,9 +168,7 @@ def update_student(job: Job, update: int, lr_factor: float) -> watch.Record:
     for batch in batches(job.args, job.pool, job.recipe, "student", update):
         student = job.trainee.network.velocity(batch.condition, keep=True)
         fake, real = job.fake.network.velocity(batch.condition), real_velocity(job, batch)
-        x_theta = dmd.rollout(
-            student, batch.noises, job.sigmas, batch.k
-        )  # (B, 64, h, w), gradient through step k alone
+        x_theta = dmd.rollout(student, batch.noises, job.sigmas, batch.k)  # (B, 64, h, w), with gradient of step k
         with together(), located(batch.where):  # a value that is not finite on one rank stops all of them
             g, x0_real, x0_fake = dmd.dmd_gradient(real, fake, x_theta, batch.xi, batch.t)  # (B, 64, h, w) each
         loss = dmd.surrogate_loss(x_theta, g)  # ()

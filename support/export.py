@@ -34,9 +34,10 @@ def export(
     link: bool = False,
     stochastic: bool = True,
 ) -> None:
-    """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), a scheduler
-    that does not shift them, and walks them by flow.renoise (`stochastic`) or by flow.euler; encoder, VAE and processor are copied from the base checkpoint, or linked to it: 18 GB less for the
-    published ones, and the folder is whole only as long as the base stays where it is.
+    """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), and a scheduler
+    that does not shift them. `stochastic`: it draws by flow.renoise, else by flow.euler. Encoder, VAE and processor are
+    copied from the base checkpoint, or linked to it: 18 GB less for the published ones, and the folder is whole only as
+    long as the base stays where it is.
 
     ValueError, before anything is written: the folder has something in it, or the model is not finite.
     """

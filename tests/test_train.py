@@ -263,10 +263,11 @@ def test_dmd_updates_touch_one_network_each(checkpoint, pools, tmp_path, monkeyp
         assert same(model.state_dict(), MMDiT.from_pretrained(folder).state_dict())
 
 
-def test_dmd_round_is_the_method(checkpoint, pools, tmp_path):
+@pytest.mark.parametrize("sampler", ["renoise", "euler"])
+def test_dmd_round_is_the_method(checkpoint, pools, tmp_path, sampler):
     """One round, written out again without prefixes, micro-batch machinery or masters, gives the same two updates."""
     numbers = dict(steps=1, batch=2, micro_batch=2, fake_updates=1, clip=1e9, warmup=0, ema=0.5, muon_lr=0.0)
-    numbers |= dict(fake_muon_lr=0.0, lr=1e-3, fake_lr=1e-3, recipe="mix-0-10")
+    numbers |= dict(fake_muon_lr=0.0, lr=1e-3, fake_lr=1e-3, recipe="mix-0-10", sampler=sampler)
     args, state = train.open_run(make_args(checkpoint, tmp_path / "run", **numbers))
     train.train(args, pools["dmd"], state)
 
@@ -286,6 +287,9 @@ def test_dmd_round_is_the_method(checkpoint, pools, tmp_path):
     descend(fake, (fake(z, batch.t, batch.condition) - (batch.xi - x)).square().mean())
 
     (batch,) = train.batches(args, pools["dmd"], recipe, "student", 0)
+    assert len(batch.noises) == {"renoise": 4, "euler": 1}[sampler]
+    exported = Pipeline.from_pretrained(args.out / "student")
+    assert exported.scheduler.stochastic_sampling == (sampler == "renoise")  # as it was trained, so it draws
     x = dmd.rollout(lambda z, t: student(z, t, batch.condition), batch.noises, sigmas, batch.k)
     z, t = flow.add_noise(x, batch.xi, batch.t).detach(), batch.t
     v = 0
