@@ -197,9 +197,9 @@ def first_step(job: Job, student: flow.Velocity, batch: Batch) -> Tensor:
     """The first-step loss (section 6.1), (). The teacher walks to the end of the student's first step in 5 steps (ours)."""
     batch = replace(batch, k=0)  # the teachers of that step, whichever one DMD scores
     start, end = job.sigmas[:2]
-    walk = [start + (end - start) * i / 5 for i in range(6)]
-    z_teacher = flow.euler(real_velocity(job, batch, keep=True), batch.noises[0], walk)  # (B, 64, h, w)
-    return dmd.first_step_loss(student, batch.noises[0], z_teacher, walk[-1]).mean()
+    stops = [start + (end - start) * i / 5 for i in range(6)]
+    z_teacher = flow.euler(real_velocity(job, batch, keep=True), batch.noises[0], stops)  # (B, 64, h, w)
+    return dmd.first_step_loss(student, batch.noises[0], z_teacher, stops[-1]).mean()
 
 
 def update_flow(job: Job, update: int, lr_factor: float) -> watch.Record:

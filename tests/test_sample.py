@@ -402,14 +402,15 @@ def test_pictures_that_cannot_be_opened(tmp_path, shifted):
 # Export
 
 
-def test_exported_student(base, tmp_path, shifted):
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_exported_student(base, tmp_path, shifted, stochastic):
     """Trained weights, own sigmas, frozen rest: opens on both sides and draws the same; bf16 weights by default."""
     student = MMDiT.from_pretrained(base / "transformer")
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.1)
     sigmas = [1.0, 0.9, 0.75, 0.5]
-    export(base, student, sigmas, tmp_path / "student")
+    export(base, student, sigmas, tmp_path / "student", stochastic=stochastic)
     index = read_json(tmp_path / "student" / "model_index.json")
     assert (index["sample_sigmas"], index["resolution"], index["guidance"]) == (sigmas, 96, 1.0)
     both = Both(tmp_path / "student")
