@@ -867,7 +867,7 @@ def test_help_is_short_and_quick():
         [sys.executable, "-X", "importtime", train.__file__, "--help"], capture_output=True, text=True
     )
     assert ended.returncode == 0 and "torch" not in ended.stderr and time.perf_counter() - began < 3
-    for words in ("python train.py --plan --gpus 8", "specialised-first-step", "[320]"):
+    for words in ("python train.py --plan --gpus 8", "specialised-first-step", "[110]"):
         assert words in ended.stdout
 
 
