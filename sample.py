@@ -394,4 +394,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    program.begin()
     main()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -25,10 +26,24 @@ def start(name: str, parse: Callable[[], object]) -> None:
             print(f"{name}: {text}", file=sys.__stderr__)  # torch.distributed swaps sys.stderr for a buffer here
         sys.exit(status)
 
+    def leave(number, frame) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: stopped by Ctrl-C", file=sys.__stderr__, flush=True)
+        os._exit(130)
+
     sys.excepthook = end
+    # Until main begins there is nothing to tidy up. An exception could be swallowed by a library that is being imported.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")  # a terminal may not have the letters of every prompt
     parse()
+
+
+def begin() -> None:
+    """Called when the imports are done: from now on Ctrl-C is KeyboardInterrupt, and what is being written is tidied up."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _said: set[str] = set()
