@@ -309,7 +309,7 @@ class Pipeline:
         sigmas = self.sigmas(steps, h * w)
         shape = (len(conditions[0].mask), self.mmdit.config.in_channels, h, w)
         rng = torch.Generator().manual_seed(seed)
-        z = torch.randn(shape, generator=rng, dtype=self.dtype)  # (B, 64, h, w)
+        z = torch.randn(shape, generator=rng, dtype=self.dtype)  # (B, 64, h, w); later noises follow it, used or not
         if noise is not None and noise.shape == (shape[0], h * w, shape[1]):
             z = rearrange(noise, "b (h w) c -> b c h w", h=h).to(self.dtype)  # (B, 64, h, w)
         elif noise is not None:

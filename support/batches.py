@@ -119,9 +119,8 @@ def make_batch(
     Texts are padded to the longest; `length`, that of the longest on all ranks, gives the target's position."""
     device, dtype, shape, slots = args.device, getattr(torch, args.dtype), (64, *entries[0].size), entries[0].slots
     stops = args.student_steps if args.objective == "dmd" and args.sampler == "renoise" else 1
-    noises = torch.stack([torch.randn(stops, *shape, generator=rng) for rng in rngs], dim=1).to(
-        device
-    )  # (K, B, 64, h, w)
+    noises = [torch.randn(stops, *shape, generator=rng) for rng in rngs]  # (K, 64, h, w) each
+    noises = torch.stack(noises, dim=1).to(device)  # (K, B, 64, h, w)
     xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)  # (B, 64, h, w)
     u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
     shift = args.time_shift

@@ -16,22 +16,24 @@ def start(name: str, parse: Callable[[], object]) -> None:
     traceback. Of the processes of torchrun the first one prints the line.
     """
 
+    def say(text: str) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            # torch.distributed swaps sys.stderr for a buffer here
+            print(f"{name}: {text}", file=sys.__stderr__, flush=True)
+
     def end(kind: type[BaseException], error: BaseException, trace) -> None:
         statuses = {KeyboardInterrupt: 130, ValueError: 2, OSError: 2, FloatingPointError: 1}
         status = next((statuses[k] for k in statuses if issubclass(kind, k)), None)
         if status is None:
             return sys.__excepthook__(kind, error, trace)
-        if os.environ.get("RANK", "0") == "0":
-            text = "stopped by Ctrl-C" if status == 130 else " ".join(str(error).split())
-            print(f"{name}: {text}", file=sys.__stderr__)  # torch.distributed swaps sys.stderr for a buffer here
+        say(stopped if status == 130 else " ".join(str(error).split()))
         sys.exit(status)
 
     def leave(number, frame) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{name}: stopped by Ctrl-C", file=sys.__stderr__, flush=True)
+        say(stopped)
         os._exit(130)
 
-    sys.excepthook = end
+    stopped, sys.excepthook = "stopped by Ctrl-C", end
     # Until main begins there is nothing to tidy up. An exception could be swallowed by a library that is being imported.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
