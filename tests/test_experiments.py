@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -107,10 +108,17 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     check(tiny, "composition", result, table, seeds=2)
     assert [row["nfe"] for row in result["rows"].values()] == [3, 3, 2] + [2] * 5
 
+    # Of seeds after the first the scores alone are needed: their weights take place, and may be on another machine.
+    for folder in (tiny.parent / "runs").glob("*-seed1/stages/00000?"):
+        shutil.rmtree(folder)
+    monkeypatch.setattr(train, "train", None)
+    assert run(tiny, "composition", "--seeds", "2", "--nfe", "2") == (result, table)
+    monkeypatch.setattr(train, "train", real)
+
     # E5 is "base only" of the next table: four more students. One seed: no verdicts.
     before = students(tiny)
     result, table = run(tiny, "teachers", "--seeds", "1", "--nfe", "2")
-    assert before.items() <= students(tiny).items() and len(students(tiny)) == 5 * 2 + 4
+    assert before.items() <= students(tiny).items() and len(students(tiny)) == 5 + 4
     check(tiny, "teachers", result, table, seeds=1)
     assert {claim["verdict"] for claim in result["claims"]} == {"cannot tell"} and "nothing can be told" in table
     by_name = {label: row["t2i"] for label, row in result["rows"].items()}
@@ -166,6 +174,29 @@ def test_two_commands_share_a_folder(tiny, monkeypatch):
     assert first == second
     student = "e1-landscape-2nfe-2steps-seed0"
     assert sorted(made) == [("E1", "t2i"), ("E1", "t2i"), (student, 1), (student, 2)]
+
+
+def test_two_commands_share_a_table(tiny, monkeypatch):
+    """While one trains its first student the other goes on with others. Both have the same scores."""
+    made, both, real = [], threading.Barrier(2, timeout=60), train.train
+
+    def trained(args, pool, state):
+        made.append((args.out.name, args.steps))
+        if len(made) <= 2:
+            both.wait()  # passed only if the other command trains at this moment, too
+        return real(args, pool, state)
+
+    monkeypatch.setattr(train, "train", trained)
+    monkeypatch.setattr(train, "noted_signals", nullcontext)  # which the main thread alone can note
+
+    def command(_) -> experiments.Scores:
+        shop = experiments.Workshop(tiny.parent / "runs", tiny, steps=2, nfe=2)
+        return experiments.measure(shop, EXPERIMENTS["composition"], seeds=1)
+
+    with ThreadPoolExecutor(2) as two:
+        first, second = two.map(command, range(2))
+    assert first == second
+    assert len(set(made)) == len(made) == 5 * 2  # five students in two stages
 
 
 def check(tiny: Path, name: str, result: dict, table: str, seeds: int) -> None:

@@ -16,11 +16,11 @@ import math
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -153,12 +153,17 @@ def encoded(checkpoint: Path, tasks: tuple[str, ...]) -> Pool:
 
 
 @contextmanager
-def alone(place: Path) -> Iterator[None]:
-    """Within, no other process makes what belongs at `place`: it waits, and then finds it. A process that dies gives way."""
+def alone(place: Path, wait: bool = True) -> Iterator[bool]:
+    """Within, no other process makes what belongs at `place`. If one does now: wait for it (True follows), or do not (False).
+    A process that dies gives way."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with open(place.with_name(f"{place.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        except BlockingIOError:
+            mine = False
+        yield mine
 
 
 class Workshop:
@@ -169,6 +174,10 @@ class Workshop:
     RECIPE-4nfe-80steps-seed0/          a run of train.py's
         stages/000040                   the student's weights after so many steps
         stages/000040-t2i.json          its row on one bench
+    jobs/                               locks: what some command is making
+
+    The rows are all that a table needs of the seeds after the first. Their weights may be removed; and rows that were made
+    on another machine, put here with its settings.json, are not made again.
     """
 
     def __init__(self, home: Path, checkpoint: Path, steps: int, nfe: int):
@@ -189,20 +198,25 @@ class Workshop:
             raise ValueError(f"{home}: its students were made with other {', '.join(changed)}; name another --runs")
         self.dtype = then["dtype"]
 
-    def student(self, recipe: str, seed: int, tasks: tuple[str, ...], longer: bool = False) -> dict[int, Path]:
-        """Train one student in stages: {steps: folder of its weights}. A killed one goes on from its last checkpoint.
+    def stages(self, recipe: str, seed: int, longer: bool = False) -> dict[int, Path]:
+        """{steps: where the weights of one student are at the end of this stage, or will be}.
 
-        longer: the same student goes on to TIMES as many steps, and those stages are returned.
+        longer: the stages of the same student on its way to TIMES as many steps.
         """
-        out = self.home / f"{recipe}-{self.nfe}nfe-{self.steps}steps-seed{seed}"
+        steps = TIMES * self.steps if longer else self.steps
+        folder = self.home / f"{recipe}-{self.nfe}nfe-{self.steps}steps-seed{seed}" / "stages"
+        ends = [math.ceil(steps * i / STAGES) for i in range(1, STAGES + 1)]
+        return {step: folder / f"{step:06d}" for step in ends}
 
-        def stages(steps: int) -> dict[int, Path]:
-            ends = [math.ceil(steps * i / STAGES) for i in range(1, STAGES + 1)]
-            return {step: out / "stages" / f"{step:06d}" for step in ends}
+    def student(self, recipe: str, seed: int, tasks: tuple[str, ...], longer: bool = False) -> dict[int, Path]:
+        """Train one student through its stages, which are returned. A killed one goes on from its last checkpoint.
 
-        wanted = stages(TIMES * self.steps if longer else self.steps)
+        longer: through those of `longer`, too.
+        """
+        wanted = self.stages(recipe, seed, longer)
+        out = wanted[max(wanted)].parents[1]
         with alone(out):
-            for step, folder in (stages(self.steps) | wanted).items():
+            for step, folder in (self.stages(recipe, seed) | wanted).items():
                 if folder.exists():
                     continue
                 print(f"{out.name}: to step {step}", flush=True)
@@ -221,12 +235,22 @@ class Workshop:
     def judge_version(self) -> str:
         return hashlib.sha256(b"".join(Path(part.__file__).read_bytes() for part in (judge, world))).hexdigest()[:16]
 
+    def place(self, sampler: Sampler) -> Path:
+        """Where the rows of one of the `teachers` are kept."""
+        return self.home / f"{sampler.name.replace(' ', '-').replace(',', '')}-{sampler.nfe}nfe"
+
+    def known(self, place: Path, bench: str, cases: int) -> dict | None:
+        """The row place-BENCH.json if it is of these cases and of this judge."""
+        file = place.with_name(f"{place.name}-{bench}.json")
+        row = read_json(file) if file.exists() else {}
+        return row if (row.get("judge"), row.get("cases")) == (self.judge_version(), {bench: cases}) else None
+
     def row(self, place: Path, sampler: Sampler, bench: str, cases: int, weights: Path | None = None) -> dict:
         """The row of some weights (None: the checkpoint's own), from place-BENCH.json if it is there."""
         file = place.with_name(f"{place.name}-{bench}.json")
         with alone(file):
-            row = read_json(file) if file.exists() else {}
-            if (row.get("judge"), row.get("cases")) != (self.judge_version(), {bench: cases}):
+            row = self.known(place, bench, cases)
+            if row is None:
                 for category in benches.CATEGORIES[bench]:  # before the clock runs: only the first row would pay for it
                     some = world.bench(bench, category, cases)
                     self.condition([case.prompt for case in some], [case.images for case in some])
@@ -332,38 +356,79 @@ class Scores:
 
     rows: dict[tuple[str, str], list[dict]]  # (row, bench) -> what `evaluate` gives, for each seed
     curve: dict[str, dict[str, list[tuple[int, list[float]]]]]  # panel -> row -> [(steps, a score for each seed)]
-    weights: dict[str, Path]  # row -> what its first seed ended with
+
+
+def scored(shop: Workshop, plan: Experiment, label: str, seed: int) -> dict[int, dict[str, dict]]:
+    """Score one student: {steps: {bench: row}}. It is trained only if one of these scores is missing.
+
+    The end has all cases, and so has the half where a claim asks for it. Other points of a curve have the first few.
+    """
+    tasks, longer = tuple(plan.paper), label.endswith(LONGER)
+    claimed = {row for parts in plan.claims.values() for part in parts for row in (part.row, part.other)}
+    places = shop.stages(plan.rows[label], seed, longer)
+    half, end = middle_and_end(places)
+
+    def cases(step: int, bench: str) -> int:
+        whole = step == end or (step == half and label + HALFWAY in claimed)
+        return benches.CASES[bench] if whole else few(bench)
+
+    if not all(shop.known(places[step], bench, cases(step, bench)) for step in places for bench in tasks):
+        shop.student(plan.rows[label], seed, tasks, longer)
+    rows = {step: {} for step in places}
+    for bench in tasks:
+        for step, place in places.items():
+            sampler = shop.few(f"{label}, step {step}")
+            rows[step][bench] = shop.row(place, sampler, bench, cases(step, bench), place)
+    return rows
+
+
+def few(bench: str) -> int:
+    """Cases in a category for a point of a curve."""
+    return min(benches.COMPARED[bench], benches.CASES[bench])
+
+
+def middle_and_end(stages: Iterable[int]) -> tuple[int, int]:
+    stages = list(stages)
+    return stages[(len(stages) - 1) // 2], stages[-1]
 
 
 def measure(shop: Workshop, plan: Experiment, seeds: int) -> Scores:
-    """Train and score all students of a table, and score the teachers."""
-    tasks = tuple(plan.paper)
-    few = {bench: min(benches.COMPARED[bench], benches.CASES[bench]) for bench in tasks}
-    claimed = {row for parts in plan.claims.values() for part in parts for row in (part.row, part.other)}
-    scores = Scores({}, defaultdict(dict), {})
+    """Train and score all students of a table, and score the teachers.
+
+    Commands for one table that run at the same time share the work: each leaves out what another is making, and waits for
+    it at the end.
+    """
+    jobs = {}  # name -> what makes its scores
+    for label, sampler in shop.teachers.items():
+        for bench in plan.paper:
+            jobs[f"{label} {bench}"] = partial(shop.row, shop.place(sampler), sampler, bench, benches.CASES[bench])
+    for label in plan.rows:
+        for seed in range(seeds):
+            jobs[f"{label} {seed}"] = partial(scored, shop, plan, label, seed)
+    for wait in (False, True):
+        for name, job in jobs.items():
+            with alone(shop.home / "jobs" / name, wait) as mine:
+                if mine:
+                    job()
+
+    # From here on everything is only read.
+    scores = Scores({}, defaultdict(dict))
 
     def on_curve(rows: list[dict], bench: str) -> list[float]:
         """All points of a curve are scored on the same few cases."""
-        return [float(values([row], bench, "score", "average")[..., : few[bench]].mean()) for row in rows]
+        return [float(values([row], bench, "score", "average")[..., : few(bench)].mean()) for row in rows]
 
-    for label, sampler in shop.teachers.items():
-        place = shop.home / f"{label.replace(' ', '-').replace(',', '')}-{sampler.nfe}nfe"
-        for bench in tasks:
-            scores.rows[label, bench] = [shop.row(place, sampler, bench, benches.CASES[bench])]
-    for label, recipe in plan.rows.items():
-        longer = label.endswith(LONGER)
-        students = [shop.student(recipe, seed, tasks, longer) for seed in range(seeds)]
-        stages = list(students[0])
-        half, end = stages[(len(stages) - 1) // 2], stages[-1]
-        scores.weights[label] = students[0][end]
-        for bench in tasks:
-            panel = scores.curve[bench + LONGER if longer else bench]
+    for label in shop.teachers:
+        for bench in plan.paper:
+            scores.rows[label, bench] = [jobs[f"{label} {bench}"]()]
+    for label in plan.rows:
+        students = [jobs[f"{label} {seed}"]() for seed in range(seeds)]
+        half, end = middle_and_end(students[0])
+        for bench in plan.paper:
+            panel = scores.curve[bench + LONGER if label.endswith(LONGER) else bench]
             line = panel[label] = [(0, on_curve(scores.rows[START, bench], bench))]
-            for step in stages:
-                whole = step == end or (step == half and label + HALFWAY in claimed)
-                cases = benches.CASES[bench] if whole else few[bench]
-                sampler = shop.few(f"{label}, step {step}")
-                rows = [shop.row(places[step], sampler, bench, cases, places[step]) for places in students]
+            for step in students[0]:
+                rows = [student[step][bench] for student in students]
                 line.append((step, on_curve(rows, bench)))
                 if step in (half, end):
                     scores.rows[label if step == end else label + HALFWAY, bench] = rows
@@ -413,23 +478,22 @@ def run(args: Args) -> dict:
         lines += ["", "One seed says nothing about others: nothing can be told from it."]
     write_json(out / "table.json", result | {"curve": scores.curve})
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    contact_sheet(pictures(shop, plan, scores), benches.SHOWN, out / "sheet.png")
+    contact_sheet(pictures(shop, plan), benches.SHOWN, out / "sheet.png")
     chart(scores.curve, out / "curve.png")
     print("\n".join(lines[2:]))
     print(f"written to {out}")
     return result
 
 
-def pictures(shop: Workshop, plan: Experiment, scores: Scores) -> dict[str, dict[str, list[Image.Image]]]:
+def pictures(shop: Workshop, plan: Experiment) -> dict[str, dict[str, list[Image.Image]]]:
     """Of the first cases: base teacher, undistilled, and the first seed of every row."""
-    drawn = {}
+    drawn, tasks = {}, tuple(plan.paper)
     for label in (TEACHER, START, *plan.rows):
-        pipeline, sampler = (
-            shop.opened(scores.weights.get(label)),
-            shop.teachers.get(label, shop.few(label)),
-        )
-        drawn[label] = {}
-        for bench in plan.paper:
+        weights, sampler = None, shop.teachers.get(label) or shop.few(label)
+        if label in plan.rows:
+            weights = list(shop.student(plan.rows[label], 0, tasks, label.endswith(LONGER)).values())[-1]
+        pipeline, drawn[label] = shop.opened(weights), {}
+        for bench in tasks:
             seeds = list(range(4 if bench == "t2i" else 2))
             for category in benches.CATEGORIES[bench]:
                 cases = world.bench(bench, category, len(seeds))
