@@ -108,7 +108,7 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     check(tiny, "composition", result, table, seeds=2)
     assert [row["nfe"] for row in result["rows"].values()] == [3, 3, 2] + [2] * 5
 
-    # Of seeds after the first the scores alone are needed: their weights take place, and may be on another machine.
+    # Of seeds after the first the scores alone are needed: their weights may be gone, or on another machine.
     for folder in (tiny.parent / "runs").glob("*-seed1/stages/00000?"):
         shutil.rmtree(folder)
     monkeypatch.setattr(train, "train", None)
