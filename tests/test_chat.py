@@ -185,7 +185,8 @@ def test_too_slow_is_asked_again(serve):
 
 def test_pauses_double_and_follow_the_server(serve, monkeypatch):
     waits = []
-    stop = threading.Event()  # the client's own: an event of another thread, tqdm's monitor for one, has to go on waiting
+    # The client's own event: one of another thread, tqdm's monitor for one, has to go on waiting.
+    stop = threading.Event()
     monkeypatch.setattr(chat.random, "uniform", lambda low, high: 1.0)
     monkeypatch.setattr(stop, "wait", lambda timeout: waits.append(timeout))
     server = serve(lambda question, n: [500, 500, (429, {"Retry-After": "9"}), (503, {"Retry-After": "9999"}), "no"][n])
