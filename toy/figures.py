@@ -14,7 +14,7 @@ from toy.world import Case
 
 TILE = world.SIDE * world.ENLARGE + 4  # a picture and the space after it
 HEADING = 92  # above the rows: the categories, and every case's prompt
-COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b")
+COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 
 
 def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: dict[str, int], path: Path) -> None:
