@@ -712,4 +712,5 @@ def test_the_pages_commands(toy_checkpoint, cases, serve, monkeypatch, capsys):
     evaluation.main(write)
     assert {prompt.prompt for prompt in read_prompts(["portrait.jsonl"])} == {"a", "b", "c"}
     experiments = commands((ROOT / "results" / "README.md").read_text())
-    assert experiments == [["--experiment", name] for name in ("composition", "teachers", "mixture")]
+    tables = [["composition"], ["teachers"], ["mixture", "--seeds", "7"]]
+    assert experiments == [["--experiment", *table] for table in tables]
