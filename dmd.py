@@ -141,7 +141,7 @@ def first_step_loss(student: Velocity, noise: Tensor, z_teacher: Tensor, t_teach
     The teacher walks from the same noise to z_teacher, at time t_teacher < 1. The straight line from the noise to
     z_teacher has the velocity that the student should have at t = 1. This is a regression, so every noise keeps its own
     mode; the reverse KL alone may drop modes. DP-DMD gives the first step only this loss, with weight 0.05, and draws k
-    from 1 .. K - 1 for DMD. So does support/batches.py. The paper found steadier structure and slightly less visual
+    from 1 .. K - 1 for DMD. So does training/batches.py. The paper found steadier structure and slightly less visual
     quality.
     """
     chord = (noise.float() - z_teacher.float()) / (1 - t_teacher)

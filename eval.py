@@ -10,9 +10,9 @@ Editing-Bench six families of edits. A bench scores a model in four steps:
 
 There are two judges, and each has cases of its own:
 
-    the toy world   toy/judge.py measures, exactly. Scores from 0 to 1, cases from toy/world.py. The steps: toy/bench.py
+    the toy world   toy/judge.py measures, exactly. Scores from 0 to 1, cases from toy/world.py. The steps: toy/score.py
     files           a vision-language model is asked. Scores from 1 to 5, cases from JSON lines. Rubrics and questions:
-                    judges/rubrics.py; pictures: judges/bench.py
+                    judges/rubrics.py; pictures: judges/cases.py
 
 A ROW is the result for one model. In JSON:
 
@@ -24,7 +24,7 @@ A ROW is the result for one model. In JSON:
     of files                     scale, 5; bench, a hash of the cases; judges, scores and intervals of each judge
     checksum                     of all the rest: a row that was changed is no measurement, and --table refuses it
 
-Rows become tables with --table. The paper's three experiments, from training to verdict: toy/experiments.py. Commands:
+Rows become tables with --table. The paper's three experiments, from training to verdict: experiments/tables.py. Commands:
 eval.py --help.
 """
 
@@ -33,17 +33,18 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from support import program
-from support.eval_flags import Args, parse
+from program import edges
+from program.eval_options import Args, parse
 
 if __name__ == "__main__":
-    program.start("eval.py", parse)  # before torch is imported, which takes seconds
+    edges.start("eval.py", parse)  # before torch is imported, which takes seconds
 
+from experiments import tables as experiments
 from judges import rubrics
-from judges.bench import check_folder, describe, draw_cases, open_chats, read_cases
-from judges.prompts import write_prompts
-from support.rows import check_place, read_row, write_row
-from toy import bench, experiments
+from judges.cases import check_folder, describe, draw_cases, open_chats, read_cases
+from judges.writing import write_prompts
+from scores.rows import check_place, read_row, write_row
+from toy import score as bench
 from toy.figures import contact_sheet
 
 
@@ -138,5 +139,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    program.begin()
+    edges.begin()
     main()

@@ -1,7 +1,7 @@
 """Flow matching: the path between data and noise, its loss, the times, and the samplers that walk along it.
 
 Everything here is a pure function of tensors, floats and callables `velocity(z, t) -> v`. A velocity may be a network
-under one prompt, or a formula (as in the tests and in toy/plane_method.py).
+under one prompt, or a formula (as in the tests and in plane/method.py).
 
     x, eps   data and Gaussian noise, any shape (B, ...)
     t        time, (B,), in [0, 1]: t = 1 is NOISE, t = 0 is DATA (some codebases have it the other way round)

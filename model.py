@@ -28,8 +28,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from support.attention import attend, rotate
-from support.files import config_from_json, load_weights, save_config, save_weights, within
+from checkpoint.files import config_from_json, load_weights, save_config, save_weights, within
+from networks.attention import attend, rotate
 
 KeysValues = tuple[Tensor, Tensor]  # 2 x (B, H, S, d), of a kept prefix 2 x (B, H, P, d)
 Prefix = list[KeysValues]  # of every block, for text and sources

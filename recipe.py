@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from support.prompts import TASKS, Prompt, read_prompts  # noqa: F401 (read_prompts is imported from here)
+from data.prompts import TASKS, Prompt, read_prompts  # noqa: F401 (read_prompts is imported from here)
 
 RATIO_PARTS = 10  # the paper writes every ratio in tenths: 9:1, 7:3, 5:5 (section 5)
 
@@ -60,13 +60,13 @@ class Recipe:
     first_step_weight: float = 0.0  # of dmd.first_step_loss; 0 is without (section 6.1)
 
     def __post_init__(self):
-        def whole(parts: Iterable[int], least: int) -> bool:
+        def whole_numbers(parts: Iterable[int], least: int) -> bool:
             return all(type(part) is int and part >= least for part in parts)
 
         wrong = ""
-        if len(self.ratio) != 2 or not whole(self.ratio, 0) or sum(self.ratio) != RATIO_PARTS:
+        if len(self.ratio) != 2 or not whole_numbers(self.ratio, 0) or sum(self.ratio) != RATIO_PARTS:
             wrong = f"the T2I:Edit ratio {self.ratio} must be two whole parts that add up to {RATIO_PARTS}"
-        elif not whole([*self.t2i.values(), *self.edit.values()], 1):
+        elif not whole_numbers([*self.t2i.values(), *self.edit.values()], 1):
             wrong = "a composition has whole parts from 1 on; leave a category out to have none of it"
         elif not 0 <= self.first_step_weight < math.inf:
             wrong = f"first_step_weight {self.first_step_weight} must be a number from 0 on"
@@ -109,7 +109,7 @@ class Recipe:
         """(task, category, n) of the i-th micro-batch, of a resolved recipe.
 
         n counts the earlier micro-batches of this task and category. It chooses the prompts, so that at any time all
-        prompts of a category were seen equally often, or once less (exceptions: `chosen` in support/batches.py). Any ten
+        prompts of a category were seen equally often, or once less (exceptions: `chosen` in training/batches.py). Any ten
         turns in a row hold the ratio of tasks exactly. Within a task, any full round of its composition does. Both are
         spread evenly. The student's micro-batches and the fake score's are counted separately.
         """

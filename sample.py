@@ -4,7 +4,7 @@ What a condition is. The MMDiT sees neither words nor pictures. It sees one sequ
 noisy target, and all tokens before them are the condition:
 
     words      the language model (Qwen3-VL, here the encoder) reads the prompt inside a fixed template; its states, one
-               for each token, are the text (taken before its last norm, and why: encoders/qwen3vl.py)
+               for each token, are the text (taken before its last norm, and why: networks/qwen3vl.py)
     sources    enter twice. The language model looks at them as it reads, so that "the red one" finds its red one; of
                these states the MMDiT sees nothing directly, only what the words took from them. And the VAE encodes
                them: these latents carry the pixels, and stand in the sequence where the language model had its image
@@ -33,10 +33,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from support import program, sample_flags
+from program import edges, sample_options
 
 if __name__ == "__main__":
-    program.start("sample.py", sample_flags.parse)  # before torch is imported, which takes seconds
+    edges.start("sample.py", sample_options.parse)  # before torch is imported, which takes seconds
 
 import torch
 from einops import rearrange
@@ -45,17 +45,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import flow
-from encoders.qwen3vl import Qwen3VL
-from encoders.vae import VAE
+from checkpoint.export import export
+from checkpoint.files import check_finite, config_from_json, may_write
+from checkpoint.layout import Scheduler, check_parts, check_sigmas, check_stage, open_device, read_index
+from checkpoint.lora import LoRA, factorise, merge, read_lora, write_lora
+from data.pictures import MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
+from data.prompts import LONGEST, MOST_IMAGES
 from model import Condition, MMDiT
+from networks.qwen3vl import Qwen3VL
+from networks.vae import VAE
 from recipe import read_prompts
-from support.checkpoint import Scheduler, check_parts, check_sigmas, check_stage, open_device, read_index
-from support.export import export_student
-from support.files import config_from_json, may_write
-from support.lora import LoRA, merge, read_lora
-from support.pictures import MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
-from support.prompts import MOST_IMAGES
-from support.trainee import Network
+from training.trainee import Network
 
 # ---- The pipeline ----------------------------------------------------------------------------------------------------
 
@@ -189,6 +189,9 @@ class Pipeline:
         images = [[] for _ in prompts] if images is None else images
         if (most := max(map(len, images), default=0)) > MOST_IMAGES:
             raise ValueError(f"{most} source pictures for one prompt: at most {MOST_IMAGES} are read")
+        for prompt in prompts:
+            if len(prompt) > LONGEST:
+                raise ValueError(f"prompt {edges.short(prompt)}: {len(prompt)} letters; at most {LONGEST} are read")
         resolution = self.resolution if resolution is None else resolution
         if resolution < MULTIPLE:
             raise ValueError(f"resolution {resolution}: at least {MULTIPLE} pixels are needed")
@@ -345,8 +348,30 @@ class Pipeline:
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
+def export_student(pipeline, args: sample_options.Args) -> None:
+    """--export: the checkpoint's student, with what --lora makes of it, as a folder; or what it changed in --base."""
+    sigmas, stochastic = pipeline.sample_sigmas, pipeline.scheduler.stochastic_sampling
+    if sigmas is None:
+        raise ValueError(
+            f"{args.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
+        )
+    if not args.base:
+        may_write(args.export, folder=True)  # before the weights are read
+        export(args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link, stochastic=stochastic)
+        return print(f"{args.export}: {len(sigmas)} steps at {sigmas}")
+    may_write(args.export, args.overwrite)
+    base = MMDiT.from_pretrained(Path(args.base) / "transformer", pipeline.dtype, pipeline.device)
+    if base.config != pipeline.mmdit.config:
+        raise ValueError(f"--base {args.base}: its transformer has another size than that of {args.checkpoint}")
+    lora, kept = factorise(base, pipeline.mmdit, args.rank)
+    check_finite({f"{name}.{part}": t for name, pair in lora.items() for part, t in zip("AB", pair)}, args.export)
+    write_lora(args.export, lora, sigmas, stochastic=stochastic)
+    size = Path(args.export).stat().st_size / 1e6
+    print(f"{args.export}: rank {args.rank}, {kept:.1%} of what the student changed, {size:.1f} MB")
+
+
 def main(arguments: list[str] | None = None) -> None:
-    args = sample_flags.parse(arguments)
+    args = sample_options.parse(arguments)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     pipeline = Pipeline.from_pretrained(
@@ -394,5 +419,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    program.begin()
+    edges.begin()
     main()

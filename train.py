@@ -29,9 +29,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import recipe as recipes
+from program import edges, options
+from program.options import TOY, Options, option
 from recipe import Recipe
-from support import options, presets, program
-from support.options import TOY, Options, option
+from training import presets
 
 # ---- the options -----------------------------------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ from support.options import TOY, Options, option
 @dataclass
 class Args(Options):
     """The options of a run: value, allowed range, and the text of --help. The values are those of the laptop's
-    distillation. A teacher, or a network of billions, gets others: support/presets.py."""
+    distillation. A teacher, or a network of billions, gets others: training/presets.py."""
 
     objective: str = option("dmd", "dmd: distil a few-step student; flow: train a teacher", "dmd | flow")
     checkpoint: Path = option(TOY, "folder laid out as Qwen-Image-2.1 is published; every network starts from it")
@@ -107,7 +108,7 @@ def parse(argv: list[str] | None = None) -> Args:
 
 # Here already, and not at the end: --help and a mistyped flag do not wait for torch. The work begins in main().
 if __name__ == "__main__":
-    program.start("train.py", parse)
+    edges.start("train.py", parse)
 
 import torch
 from torch import Tensor
@@ -115,16 +116,15 @@ from tqdm import tqdm
 
 import dmd
 import flow
-from support import plan, watch
-from support.attention import kernels
-from support.batches import Batch, batches
-from support.conditions import Pool, cached_pool
-from support.export import export_run
-from support.ranks import by_first, everyone, joined, rank, ranks, say, together
-from support.run import find_teachers, located, noted_signals, open_run, restore, save, settle
-from support.trainee import Network, Trainee, frozen, learner
+from data.encode import Pool, cached_pool
+from networks.attention import kernels
+from program.ranks import all_gather, joined, on_rank0, raise_on_all_ranks, rank, ranks, say
+from training import plan, watch
+from training.batches import Batch, batches
+from training.run import export_run, fill_defaults, find_teachers, located, noted_signals, open_run, restore, save
+from training.trainee import Network, Trainee, frozen, learner
 
-# In `with together()` an error on one rank ends all. `located` says where an error was. `by_first` has rank 0 do it.
+# In `with raise_on_all_ranks()` an error on one rank ends all. `located` says where an error was. `on_rank0` has rank 0 do it.
 
 # ---- the updates -----------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Job:
 def update_fake(job: Job, update: int, lr_factor: float) -> watch.Record:
     """One update of the fake score: flow matching on what the student draws now. The student does not learn."""
     record = watch.Record("fake_loss", "fake_grad_norm")
-    for batch in batches(job.args, job.pool, job.recipe, "fake", update):  # its fields: support/batches.py
+    for batch in batches(job.args, job.pool, job.recipe, "fake", update):  # its fields: training/batches.py
         fake = job.fake.network.velocity(batch.condition)
         with torch.no_grad():
             student = job.trainee.network.velocity(batch.condition, keep=True)
@@ -169,7 +169,7 @@ def update_student(job: Job, update: int, lr_factor: float) -> watch.Record:
         student = job.trainee.network.velocity(batch.condition, keep=True)
         fake, real = job.fake.network.velocity(batch.condition), real_velocity(job, batch)
         x_theta = dmd.rollout(student, batch.noises, job.sigmas, batch.k)  # (B, 64, h, w), with gradient of step k
-        with together(), located(batch.where):  # a value that is not finite on one rank stops all of them
+        with raise_on_all_ranks(), located(batch.where):  # a value that is not finite on one rank stops all of them
             g, x0_real, x0_fake = dmd.dmd_gradient(real, fake, x_theta, batch.xi, batch.t)  # (B, 64, h, w) each
         loss = dmd.surrogate_loss(x_theta, g)  # ()
         if job.recipe.first_step_weight:
@@ -284,7 +284,7 @@ def train(args: Args, pool: Pool, state: Path | None) -> Path:
             if due(args, args.panel_every, done):
                 with job.trainee.averaged() as network:
                     watch.draw_pictures(args, job.pool, network, records[-1], done)
-            stop = max(everyone(signals[0] if signals else 0))
+            stop = max(all_gather(signals[0] if signals else 0))
             if due(args, args.save_every, done) or stop:
                 save(args.out, done, job.trainees)
             if stop and done < args.steps:
@@ -320,7 +320,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     recipe = recipes.find(args.recipe)
     if args.plan:
-        args = settle(args)
+        args = fill_defaults(args)
         return say(plan.describe(args, recipe, args.gpus or ranks(), find_teachers(args)))
     with joined():
         args, state = open_run(args)
@@ -329,11 +329,11 @@ def main(argv: list[str] | None = None) -> None:
         folder = train(args, pool, state)
         say(f"finished: {folder}")
         if args.objective == "dmd" and not args.prompts:  # the toy world has a judge
-            from toy.bench import compare
+            from toy.score import compare
 
-            by_first(lambda: compare(folder, args.checkpoint, args.out) and None)
+            on_rank0(lambda: compare(folder, args.checkpoint, args.out) and None)
 
 
 if __name__ == "__main__":
-    program.begin()
+    edges.begin()
     main()

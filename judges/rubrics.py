@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint.files import read_json, write_json
 from judges.chat import Chat, Unanswered, image_part, in_parallel, text_part
 from recipe import TASKS, Prompt
-from support.files import read_json, write_json
-from support.rows import averages, interval, markdown
+from scores.rows import averages, interval, markdown
 
 RUBRICS = tomllib.loads(Path(__file__).with_name("rubrics.toml").read_text(encoding="utf-8"))
 FAMILIES = RUBRICS["families"]  # of edits: category -> its rubric

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from encoders.vae import VAE, VAEConfig
 from model import MMDiT, MMDiTConfig
-from toy import build
+from networks.vae import VAE, VAEConfig
+from toy.build import stages as build
 
 # Two workers share the tests (pyproject.toml): one thread for each of them, and for the programs that they start.
 torch.set_num_threads(1)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from support.files import read_json
-from toy import build, train_vae
+from checkpoint.files import read_json
+from toy.build import autoencoder as train_vae
+from toy.build import stages as build
 
 
 @pytest.fixture

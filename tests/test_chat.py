@@ -22,12 +22,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import eval as evaluation
-from judges import chat, prompts, rubrics
-from judges.bench import name_cases
+from data.pictures import open_picture
+from judges import chat, rubrics
+from judges import writing as prompts
+from judges.cases import name_cases
 from judges.chat import Chat, Unanswered
 from recipe import Prompt, read_prompts
 from sample import Pipeline
-from support.pictures import open_picture
 from toy import world
 
 ROOT = Path(evaluation.__file__).parent
@@ -355,7 +356,7 @@ def test_a_killed_run_goes_on(serve, bench, signal_number):
     # A shell starts background jobs with Ctrl-C ignored, and children inherit that: it is asked for here.
     code = """
 import signal; signal.signal(signal.SIGINT, signal.default_int_handler)
-import sys; from pathlib import Path; from judges import rubrics; from judges.bench import name_cases
+import sys; from pathlib import Path; from judges import rubrics; from judges.cases import name_cases
 from judges.chat import Chat; from recipe import read_prompts
 folder = Path(sys.argv[2])
 cases = name_cases(read_prompts([folder / "cases.jsonl"]))
@@ -404,7 +405,7 @@ def test_a_question_shows_all_that_counts(serve, bench, tmp_path):
 
 
 def test_the_judge_sees_what_the_network_sees(tmp_path):
-    """Grey of 16 bits, a camera's rotation: as support.pictures opens them, over white."""
+    """Grey of 16 bits, a camera's rotation: as data.pictures opens them, over white."""
     grey = np.linspace(0, 65535, 64 * 32).round().astype(np.uint16).reshape(32, 64)
     exif = Image.Exif()
     exif[0x0112] = 6

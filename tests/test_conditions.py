@@ -13,10 +13,11 @@ import reference
 import torch
 from safetensors.torch import save_file
 
+from data import encode as conditions
+from data import pictures
+from data.encode import Entry, cached_pool, encode_pool
 from recipe import Prompt, read_prompts
-from support import conditions, pictures
-from support.batches import make_batch
-from support.conditions import Entry, cached_pool, encode_pool
+from training.batches import make_batch
 
 SIZE = 64
 

@@ -19,16 +19,16 @@ from PIL import Image
 
 import eval as evaluation
 import flow
+from checkpoint.export import export
+from checkpoint.files import read_json
+from checkpoint.layout import fingerprint
+from data.pictures import to_pictures, to_tensor
 from model import MMDiT
+from program.options import TOY
 from sample import Pipeline
-from support.checkpoint import fingerprint
-from support.export import export
-from support.files import read_json
-from support.options import TOY
-from support.pictures import to_pictures, to_tensor
-from toy import bench as benches
 from toy import figures, world
-from toy.bench import Sampler
+from toy import score as benches
+from toy.score import Sampler
 
 SIGMAS = [1.0, 0.6, 0.3, 0.0]
 

@@ -17,13 +17,15 @@ from PIL import Image
 import eval as evaluation
 import recipe
 import train
-from encoders.vae import VAE
+from checkpoint.files import read_json
+from experiments import tables as experiments
+from experiments.tables import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above, difference
 from model import MMDiT
-from support import watch
-from support.files import read_json
-from toy import bench as benches
-from toy import experiments, figures, world
-from toy.experiments import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above, difference
+from networks.vae import VAE
+from scores import charts
+from toy import score as benches
+from toy import world
+from training import watch
 
 
 @pytest.fixture
@@ -325,10 +327,10 @@ def test_claims_speak_of_rows_that_are_there():
 
 def test_chart_draws_every_line_at_its_height(tmp_path):
     lines = {"up": [(0, [0.0]), (10, [1.0, 1.0])], "down": [(0, [1.0]), (10, [0.0, 0.2])]}
-    figures.chart({"T2I": lines, "edit": {"up": lines["up"]}}, tmp_path / "curve.png")
+    charts.chart({"T2I": lines, "edit": {"up": lines["up"]}}, tmp_path / "curve.png")
     with Image.open(tmp_path / "curve.png") as image:
         pixels = np.asarray(image.convert("RGB")).astype(int)
-    for panel, colours in ((pixels[:300, 60:520], figures.COLOURS[:2]), (pixels[:300, 580:1040], figures.COLOURS[:1])):
+    for panel, colours in ((pixels[:300, 60:520], charts.COLOURS[:2]), (pixels[:300, 580:1040], charts.COLOURS[:1])):
         for colour, rises in zip(colours, (True, False)):
             rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
             y, x = np.nonzero((np.abs(panel - rgb) < 30).all(axis=2))

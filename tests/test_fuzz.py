@@ -30,10 +30,10 @@ from safetensors.torch import load_file, save_file
 import eval as evaluation
 import sample
 import train
+from checkpoint.lora import new_lora, read_lora, write_lora
+from data.pictures import fit, fitted_size
 from recipe import read_prompts
-from support.lora import new_lora, read_lora, write_lora
-from support.pictures import fit, fitted_size
-from support.rows import write_row
+from scores.rows import write_row
 
 SECONDS = 30
 COUNTS = {  # of the whole run

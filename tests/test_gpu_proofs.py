@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
-import benchmark
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,14 +28,17 @@ import flow
 import model as network
 import recipe
 import train
+from checkpoint.lora import add_role, new_lora
+from data.encode import Entry, Pool
 from model import Condition, MMDiT, MMDiTConfig
+from networks import attention
+from program import ranks
 from sample import Pipeline
-from support import attention, plan, presets, ranks
-from support import trainee as trainee_file
-from support.batches import Batch, batches
-from support.conditions import Entry, Pool
-from support.lora import add_role, new_lora
-from support.trainee import recompute
+from tools import benchmark
+from training import plan, presets
+from training import trainee as trainee_file
+from training.batches import Batch, batches
+from training.trainee import recompute
 
 TINY = MMDiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=16, context_in_dim=24, axes_dims_rope=(4, 6, 6)
@@ -177,7 +179,7 @@ def test_torchs_own_error_on_one_rank_ends_all(tmp_path):
 
     def work():
         torch.distributed.all_reduce(torch.ones(2))
-        with train.together():
+        with train.raise_on_all_ranks():
             if train.rank() == 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         os._exit(0)  # not reached
@@ -286,7 +288,7 @@ def test_exchanges_of_one_of_eight_processes(monkeypatch):
     """At the full width, with 8 blocks. Every forward gathers each block and the rest once, every backward gathers and reduces each once. Nothing else."""
     k, config = 1, MMDiTConfig(num_layers=8)
     for file in (train, trainee_file):
-        monkeypatch.setattr(file, "together", nullcontext)  # its notes are Python objects
+        monkeypatch.setattr(file, "raise_on_all_ranks", nullcontext)  # its notes are Python objects
     monkeypatch.setattr(network, "attend", lambda q, k, v, mask: Flash.apply(q, k, v))
     monkeypatch.setattr(train.Trainee, "update", lambda self, rate: 0.0)
     monkeypatch.setattr(train, "batches", lambda *arguments: iter([large_edit(1, k, "cpu")]))

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from checkpoint.lora import LoRA, add_role, factorise, merge, new_lora, read_lora, role_lora, with_role, write_lora
 from model import Condition, MMDiT
 from sample import Pipeline
-from support.lora import LoRA, add_role, factorise, merge, new_lora, playing, read_lora, role_lora, write_lora
-from support.trainee import recompute
+from training.trainee import recompute
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
 IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
@@ -73,9 +73,9 @@ def test_a_role_is_its_merged_network(model):
     for name, lora in loras.items():
         add_role(model, name, lora)
     for name in loras:
-        with playing(model, name):
+        with with_role(model, name):
             assert_close(model(*inputs()), expected[name])
-            with playing(model, None):
+            with with_role(model, None):
                 assert torch.equal(model(*inputs()), plain)
             assert_close(model(*inputs(), model.with_prefix(*inputs())[1]), expected[name])
         assert (expected[name] - plain).abs().max() > 0.1 * plain.abs().max()
@@ -92,7 +92,7 @@ def test_a_new_role_is_the_base_and_learns_alone(model):
         plain = model(*inputs())
     for name in "student", "fake":
         add_role(model, name, new_lora(model, 2))
-    with playing(model, "student"):
+    with with_role(model, "student"):
         v = model(*inputs())
     assert torch.equal(v, plain)  # B is zero
     v.square().mean().backward()
@@ -114,9 +114,9 @@ def test_the_backward_pass_remembers_the_role(model):
     for again in False, True:
         if again:
             recompute(model)
-        with playing(model, "student"):
+        with with_role(model, "student"):
             v = model(*inputs())
-        with playing(model, "fake"):
+        with with_role(model, "fake"):
             v.square().mean().backward()
         assert all(b.grad is None for _, b, _ in role_lora(model, "fake").values())
         gradients.append([p.grad for a, b, _ in role_lora(model, "student").values() for p in (a, b)])
@@ -129,7 +129,7 @@ def test_factors_in_fp32_learn_on_weights_in_bf16(model):
     expected = merged(model, lora).bfloat16()(*inputs())
     model.bfloat16().requires_grad_(False)
     add_role(model, "student", lora)
-    with playing(model, "student"):
+    with with_role(model, "student"):
         v = model(*inputs())
     v.float().square().mean().backward()
     assert v.dtype == torch.bfloat16
@@ -142,7 +142,7 @@ def test_wrong_roles(model):
     for name in "student", "train", "a.b":
         with pytest.raises(ValueError, match=f"role '{name}'"):
             add_role(model, name, new_lora(model, 2))
-    with pytest.raises(ValueError, match=r"'studnet' is not among \['student'\]"), playing(model, "studnet"):
+    with pytest.raises(ValueError, match=r"'studnet' is not among \['student'\]"), with_role(model, "studnet"):
         pass
 
 

@@ -14,9 +14,9 @@ import eval as evaluation
 import recipe
 import sample
 import train
+from checkpoint.files import read_json
 from model import MMDiT
-from support.files import read_json
-from toy import bench as benches
+from toy import score as benches
 from toy import world
 
 ROOT = Path(train.__file__).parent
@@ -25,7 +25,7 @@ README = [line for page in PAGES for line in (ROOT / page).read_text().splitline
 # The job itself has no flag for fewer cases: its table is meant to be compared with the README's.
 TRAIN = """
 import train
-from toy import bench
+from toy import score as bench
 bench.COMPARED.update(t2i=2, edit=2)
 bench.CATEGORIES = {"t2i": ("text",), "edit": ("object", "style")}
 bench.VARIETY = (1, 2)

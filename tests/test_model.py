@@ -10,10 +10,10 @@ from diffusers import QwenImage21Transformer2DModel
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from safetensors.torch import load_file, save_file
 
+from checkpoint.files import config_from_json, load_weights
 from model import Condition, MMDiT, MMDiTConfig
-from support.attention import attend
-from support.files import config_from_json, load_weights
-from support.trainee import recompute
+from networks.attention import attend
+from training.trainee import recompute
 
 FILE = "diffusion_pytorch_model.safetensors"
 INDEX = f"{FILE}.index.json"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.muon import Muon, orthogonal
+from training.muon import Muon, orthogonal
 
 SHAPES = [(24, 24), (24, 72), (72, 24)]
 

@@ -21,14 +21,16 @@ from safetensors.torch import load_file
 
 import dmd
 import train
-from encoders.vae import VAE, VAEConfig
+from checkpoint.files import write_json
+from checkpoint.lora import merge, new_lora, read_lora, write_lora
+from data import encode as conditions
+from data.encode import Entry, Pool, cached_pool
 from model import MMDiT, MMDiTConfig
+from networks.vae import VAE, VAEConfig
+from program import ranks
 from recipe import Prompt
-from support import conditions, ranks, watch
-from support.conditions import Entry, Pool, cached_pool
-from support.files import write_json
-from support.lora import merge, new_lora, read_lora, write_lora
-from support.run import whole_checkpoints
+from training import watch
+from training.run import whole_checkpoints
 
 TINY = MMDiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=16, context_in_dim=24, axes_dims_rope=(4, 6, 6)
@@ -140,7 +142,7 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
     def update(self, rate):
         if wrong == "signal" and train.rank() == 1 and self.name == "student":
             os.kill(os.getpid(), signal.SIGTERM)
-        grads = torch.cat([ranks.own(m.grad).flatten() for m in self.masters])
+        grads = torch.cat([ranks.local_rows(m.grad).flatten() for m in self.masters])
         done["unrounded"].append((grads != grads.bfloat16().float()).float().mean().item())
         done["updates"].append([self.name, real["update"](self, rate)])
         return done["updates"][-1][1]

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves
 import model as network
 import recipe
 import train
+from data.encode import Entry
 from model import MMDiT, MMDiTConfig
-from support import plan, presets, watch
-from support.conditions import Entry
+from training import plan, presets, watch
 
 SMALL = MMDiTConfig(
     num_layers=4, num_attention_heads=4, attention_head_dim=64, context_in_dim=64, axes_dims_rope=(16, 24, 24)

@@ -9,11 +9,12 @@ from PIL import Image
 
 import recipe
 from dmd import rollout
+from experiments.tables import EXPERIMENTS
 from flow import add_noise, score_from_velocity
-from support.rows import paired, verdict
-from toy import plane, plane_method
-from toy.experiments import EXPERIMENTS
-from toy.plane_method import Mixture, Network, Setting, evaluate, from_samples, measure, ring, train
+from plane import method as plane_method
+from plane import tables as plane
+from plane.method import Mixture, Network, Setting, evaluate, from_samples, measure, ring, train
+from scores.rows import paired, verdict
 
 
 @pytest.mark.parametrize("t", [0.2, 0.6, 0.95])

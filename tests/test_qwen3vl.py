@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import Qwen3VLConfig as LibraryConfig
 from transformers import Qwen3VLForConditionalGeneration
 
-from encoders.qwen3vl import SYSTEM_TURN, Processor, Qwen3VL, Qwen3VLConfig
+from networks.qwen3vl import SYSTEM_TURN, Processor, Qwen3VL, Qwen3VLConfig
 
 CHECKPOINTS = {
     # Grouped heads, two deepstack levels, the library's own config spelling.

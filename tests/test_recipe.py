@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 import recipe
+from data.prompts import fingerprint
 from recipe import RECIPES, Recipe, Rule
-from support.prompts import fingerprint
 
 FAMILIES = ["scene", "enhance", "object", "text", "identity", "style"]
 WORLD = {"t2i": ["landscape", "portrait", "text"], "edit": FAMILIES}

@@ -35,14 +35,13 @@ from reference import (
 from safetensors.torch import load_file, save_file
 
 import sample
-from encoders.qwen3vl import Qwen3VL
+from checkpoint.export import export
+from checkpoint.files import may_write, read_json
+from checkpoint.lora import new_lora, write_lora
+from data.pictures import fit, fitted_size, open_picture
 from model import MMDiT
+from networks.qwen3vl import Qwen3VL
 from sample import Pipeline
-from support import program
-from support.export import export
-from support.files import may_write, read_json
-from support.lora import new_lora, write_lora
-from support.pictures import fit, fitted_size, open_picture
 
 PROMPT = "A capybara wearing a wizard hat"
 TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
@@ -51,7 +50,7 @@ IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(program, "_said", set())
+    monkeypatch.setattr("program.edges._said", set())
 
 
 @pytest.fixture(scope="module")
@@ -741,7 +740,7 @@ def test_as_a_program(base, tmp_path):
     )
     start = time.perf_counter()
     assert "examples:" in run("--help").stdout and time.perf_counter() - start < 2.5
-    python = "import sys, support.program, support.sample_flags; assert 'torch' not in sys.modules"
+    python = "import sys, program.edges, program.sample_options; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", python], cwd=Path(sample.__file__).parent).returncode == 0
     ascii = os.environ | {"PYTHONIOENCODING": "ascii"}
     drawn = run("--checkpoint", str(base), "--prompt", "红色", "--steps", "1", "--out", "new/x.png", env=ascii)

@@ -8,8 +8,8 @@ import reference
 import torch
 
 import toy
-from encoders.qwen3vl import SYSTEM_TURN, Qwen3VL
-from toy.language import build_text_encoder, build_tokenizer
+from networks.qwen3vl import SYSTEM_TURN, Qwen3VL
+from toy.build.language import build_text_encoder, build_tokenizer
 
 COLOURS = ("red", "blue", "green")
 CAPTIONS = [

@@ -28,15 +28,17 @@ from safetensors.torch import load_file
 import dmd
 import flow
 import train
+from checkpoint.files import save_config, write_tensors
+from data.encode import encode_pool
+from data.pool import ENOUGH
 from model import Condition, MMDiT, MMDiTConfig
+from program import options
 from recipe import read_prompts
 from sample import Pipeline
-from support import conditions, options, presets, watch
-from support import trainee as trainees_file
-from support.batches import chosen, generator, make_batch
-from support.conditions import encode_pool
-from support.files import save_config, write_tensors
-from support.run import settle, whole_checkpoints
+from training import presets, watch
+from training import trainee as trainees_file
+from training.batches import chosen, generator, make_batch
+from training.run import fill_defaults, whole_checkpoints
 
 STEPS = 3
 
@@ -351,7 +353,7 @@ def test_flow_objective_overfits_two_pictures(checkpoint, pools, tmp_path):
 
 
 def test_masters_keep_what_bf16_rounds_away_and_average_them(checkpoint, pools, tmp_path):
-    args = settle(make_args(checkpoint, tmp_path, "flow", dtype="bfloat16"))
+    args = fill_defaults(make_args(checkpoint, tmp_path, "flow", dtype="bfloat16"))
     recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
     network = train.Network(trainees_file.load(args, checkpoint / "transformer", torch.float32))
     trainee = train.Trainee("teacher", network, args, 0.0, 1e-6, ema=0.5)
@@ -396,7 +398,7 @@ def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp
     recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
 
     def draws(purpose="fake", update=4, micro_batch=4, seed=0) -> list[tuple]:
-        args = settle(make_args(checkpoint, tmp_path, batch=8, micro_batch=micro_batch, seed=seed))
+        args = fill_defaults(make_args(checkpoint, tmp_path, batch=8, micro_batch=micro_batch, seed=seed))
         found = []
         for batch in train.batches(args, pool, recipe, purpose, update):
             assert len(batch.t) == batch.fraction * 8 <= micro_batch
@@ -410,15 +412,15 @@ def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp
 
 
 def test_an_uneven_ratio_is_said(checkpoint, tmp_path, capsys):
-    settle(make_args(checkpoint, tmp_path, batch=4, micro_batch=2))
+    fill_defaults(make_args(checkpoint, tmp_path, batch=4, micro_batch=2))
     assert "does not divide" not in capsys.readouterr().out
-    settle(make_args(checkpoint, tmp_path, batch=5, micro_batch=3))
+    fill_defaults(make_args(checkpoint, tmp_path, batch=5, micro_batch=3))
     assert "--micro-batch 3 does not divide --batch 5" in capsys.readouterr().out
 
 
 def test_the_first_step_loss_has_the_teachers_of_step_0(checkpoint, pools, tmp_path, monkeypatch):
     """Whichever step DMD scores in this batch: here 3, where other teachers have weight."""
-    args, asked = settle(make_args(checkpoint, tmp_path, recipe="mix-10-0")), []
+    args, asked = fill_defaults(make_args(checkpoint, tmp_path, recipe="mix-10-0")), []
     entry = next(e for e in pools["dmd"].entries if e.task == "t2i")
     batch = make_batch(args, [entry], [generator(0, 0, 0, "test")], k=3)
     job = SimpleNamespace(sigmas=[1.0, 0.9, 0.75, 0.5, 0.0])
@@ -433,10 +435,10 @@ def test_the_first_step_loss_has_the_teachers_of_step_0(checkpoint, pools, tmp_p
 
 def test_micro_batches_are_not_padded_where_lengths_are_common(checkpoint, pools, tmp_path):
     """Padding would count in the target's rotary position: in a micro-batch each sample is as it would be alone."""
-    args = settle(make_args(checkpoint, tmp_path, "flow", batch=64, micro_batch=4, text_dropout=0.5))
+    args = fill_defaults(make_args(checkpoint, tmp_path, "flow", batch=64, micro_batch=4, text_dropout=0.5))
     recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
     model, lengths = MMDiT.from_pretrained(checkpoint / "transformer"), set()
-    pool = train.Pool(pools["flow"].entries * conditions.ENOUGH)
+    pool = train.Pool(pools["flow"].entries * ENOUGH)
     for batch in train.batches(args, pool, recipe, "flow", 0):
         c = batch.condition
         lengths.add((batch.task, c.states.shape[1]))
@@ -461,7 +463,7 @@ def test_rare_lengths_meet_their_neighbours(pools):
     for n in range(50):
         drawn = chosen(args, pool, "fake", like.task, like.category, n)
         lengths = [len(e.states) for e in drawn]
-        assert len({e.bucket for e in drawn}) == 1 and max(lengths) - min(lengths) <= conditions.ENOUGH
+        assert len({e.bucket for e in drawn}) == 1 and max(lengths) - min(lengths) <= ENOUGH
         seen.update(map(id, drawn))
     assert seen == set(map(id, words + edits))  # each prompt is met
 

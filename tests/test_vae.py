@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage21
 from safetensors.torch import load_file, save_file
 
-from encoders.vae import VAE, VAEConfig
+from networks.vae import VAE, VAEConfig
 
 # Between them: shortcuts that double, keep, quarter and halve the channels, with and without time; a last level that
 # halves the channels; more and fewer levels and blocks than published; no decoder_base_dim.
@@ -81,8 +81,8 @@ def test_parts_leave_no_seam(tmp_path, config, monkeypatch):
     images, sizes = pictures[..., :16].reshape(4, 4, -1, 16).clamp(-1, 1), []
     again = vae.encode(images)
     vae.encoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    monkeypatch.setattr("encoders.vae.DECODED", 21)  # three rows
-    monkeypatch.setattr("encoders.vae.ENCODED", 3 * again[0, 0].numel())
+    monkeypatch.setattr("networks.vae.DECODED", 21)  # three rows
+    monkeypatch.setattr("networks.vae.ENCODED", 3 * again[0, 0].numel())
     assert difference(vae.decode(latents), pictures) < 1e-5
     assert difference(vae.encode(images), again) < 1e-5 and sizes == [3, 1]
 

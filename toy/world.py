@@ -30,9 +30,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from data.pictures import open_picture
+from program import edges
 from recipe import TASKS, Prompt, Recipe
-from support import program
-from support.pictures import open_picture
 
 SIDE = 32  # large pixels along a side
 ENLARGE = 4  # pixels of the picture per large pixel
@@ -624,5 +624,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    program.start("toy.world", lambda: None)
+    edges.start("toy.world", lambda: None)
     main()

@@ -1,0 +1,266 @@
+"""Files of the published layout: JSON objects, configs and weights; and the one rule of what may be written where.
+
+Reading is strict: a file holds exactly what is needed, or there is one error that names the file and the key or tensor.
+Writing has two steps. `may_write` decides before the work begins. `aside` writes a file or folder whole or not at all.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from program.edges import inside, parse_json, short
+
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # types of weights, as safetensors calls them
+
+# ---- What may be written where ---------------------------------------------------------------------------------------
+
+
+def may_write(path: str | Path, overwrite: bool = False, folder: bool = False) -> None:
+    """Decide whether `path` may be written, and try whether it can be. Folders above it are created.
+
+    what stands there              it is replaced
+    nothing, or an empty folder    yes
+    a file                         with `overwrite`
+    a folder with anything in it   never
+
+    ValueError or OSError say what is in the way.
+    """
+    path = Path(path)
+    if path.is_dir() and (not folder or any(path.iterdir())):
+        raise ValueError(f"{path}: is a folder with something in it; name another place")
+    if path.is_file() and (folder or not overwrite):
+        raise ValueError(f"{path}: exists; name another{'' if folder else ', or give --overwrite'}")
+    with aside(path) as part:  # a trial: nothing is written, so nothing is renamed
+        part.touch()
+        part.unlink()
+
+
+@contextmanager
+def aside(path: str | Path) -> Iterator[Path]:
+    """Within, write a file or a folder at the path that is given. Afterwards it takes the place of `path`, which is no
+    folder with anything in it.
+
+    After an error, Ctrl-C or a full disk nothing of it is left and `path` is as before. OSError names `path`. The name
+    used beside it is ours alone; a killed run's leftovers are removed by the next one that writes to `path`.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.qwen-image-flash.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(part)
+        yield part
+        if os.path.lexists(part):
+            os.replace(part, path)
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from None
+    finally:
+        with suppress(OSError):  # the first error is the one to be told
+            remove(part)
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a whole folder, where there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- JSON and configs ------------------------------------------------------------------------------------------------
+
+
+def read_json(path: str | Path) -> dict:
+    """Read a file that holds one JSON object; FileNotFoundError or ValueError otherwise."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a checkpoint in the published layout has it")
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object is expected, found {type(content).__name__}")  # noqa: TRY004
+    return content
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Write one JSON object, whole or not at all."""
+    with aside(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def within(default, interval: str):
+    """A field of a config whose number (or numbers) must lie in the interval, such as "[1, 512]"."""
+    return field(default=default, metadata={"within": interval})
+
+
+def config_from_json(cls: type, path: str | Path):
+    """Build the dataclass `cls` from a JSON file with exactly its fields as keys, else ValueError. Keys that begin with
+    "_" are notes of the library that wrote it."""
+    content = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    for key in content:
+        if key not in cls.__dataclass_fields__:
+            raise ValueError(f"{path}: unknown key {key!r}; {cls.__name__} has {', '.join(cls.__dataclass_fields__)}")
+    return build_config(cls, content, f"{path}: ")
+
+
+def build_config(cls: type, content: dict, where: str):
+    """The dataclass `cls` from a dictionary that holds at least its fields; lists become tuples.
+
+    Every value must have its field's type and lie in its field's interval; `where` begins the message of a ValueError. A
+    whole number without an interval is at least 0 and below 2^31.
+    """
+    values = {}
+    for entry in fields(cls):
+        if entry.name not in content:
+            raise ValueError(f"{where}{entry.name!r} is missing")
+        value, interval = content[entry.name], entry.metadata.get("within")
+        if not has_type(value, entry.type):
+            kind = getattr(entry.type, "__name__", entry.type) if not get_args(entry.type) else entry.type
+            raise ValueError(f"{where}{entry.name} is {short(value)}; {kind} is expected")
+        value = tuple(value) if isinstance(value, list) else value
+        for number in value if isinstance(value, tuple) else [value]:
+            limits = interval or {int: "[0, 2147483648)", float: "(-inf, inf)"}.get(type(number))
+            if limits and number is not None and not inside(number, limits):
+                raise ValueError(f"{where}{entry.name} is {short(value)}; numbers in {limits} are expected")
+        values[entry.name] = value
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from None
+
+
+def has_type(value: object, kind: type) -> bool:
+    """Whether a JSON value has the type of a field: int, float (an int will do), bool, str, tuple[...], A | None."""
+    if isinstance(kind, UnionType):
+        return any(has_type(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... and isinstance(value, list) else kinds
+        return isinstance(value, list) and len(value) == len(kinds) and all(map(has_type, value, kinds))
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def save_config(config, path: str | Path, class_name: str) -> None:
+    """Write a config dataclass as config.json of the published layout, for the diffusers class `class_name`."""
+    write_json(path, {"_class_name": class_name, **asdict(config)})
+
+
+# ---- Weights ---------------------------------------------------------------------------------------------------------
+
+
+def load_weights(
+    module: nn.Module,
+    directory: str | Path,
+    stem: str,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    skip: tuple[str, ...] = (),
+) -> None:
+    """Fill `module`, built on the meta device, from `{stem}.safetensors` or the shards in `{stem}.safetensors.index.json`.
+
+    The files must hold exactly the module's tensors in its shapes, but for those whose whole name matches a regular
+    expression in `skip`, and finite values. Tensors are mapped from disk and placed one by one: at its peak, memory holds
+    the module and one tensor. On the meta device, which holds no values, the files are only checked.
+    """
+    directory = Path(directory)
+    single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
+    if single.is_file() == index.is_file():
+        raise FileNotFoundError(f"{directory}: one of {single.name} and {index.name} is expected, not both or neither")
+    listed = {}  # {tensor: file name}, from the index
+    if index.is_file():
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
+            raise ValueError(f"{index}: weight_map is missing or empty")
+    for name, file in listed.items():
+        # As text, without resolving links: download caches keep shards as links that lead elsewhere.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: puts {name} into {short(file)}, which is no .safetensors file of its folder")
+
+    wanted, found = module.state_dict(), {}  # {tensor: file name}, from the files
+    for file_name in sorted(set(listed.values())) or [single.name]:
+        path = directory / file_name
+        with open_weights(path) as file:
+            for name in file.keys():
+                found[name] = file_name
+                if any(re.fullmatch(pattern, name) for pattern in skip):
+                    continue
+                if name not in wanted:
+                    raise ValueError(f"{path}: tensor {name} is unknown to {type(module).__name__}")
+                shape, expected = list(file.get_slice(name).get_shape()), list(wanted[name].shape)
+                if shape != expected:
+                    raise ValueError(f"{path}: {name} has shape {shape}, but by the config {expected}")
+                if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
+                    raise ValueError(f"{path}: {name} has the type {kind}; one of {', '.join(FLOATS)} is expected")
+    if listed and (wrong := listed.items() ^ found.items()):
+        name = min(wrong)[0]
+        raise ValueError(f"{index}: puts {name} into {listed.get(name)}, but it is in {found.get(name)}")
+    if missing := wanted.keys() - found.keys():
+        place = index if listed else single
+        raise ValueError(f"{place}: tensor {min(missing)} is missing ({len(missing)} in all)")
+
+    if torch.device(device).type == "meta":
+        return
+    for name in wanted:
+        # Opened anew for each tensor: what was read of a mapped file counts as ours until it closes.
+        path = directory / found[name]
+        with open_weights(path) as file:
+            tensor = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)  # a copy: the file may change
+        if not finite(tensor):
+            raise ValueError(f"{path}: {name} holds values that are not finite in {dtype}; the file is damaged")
+        owner, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+        setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. By the extremes: that takes a tenth of the time of a copy, and no memory."""
+    return not tensor.numel() or all(end.isfinite().item() for end in tensor.detach().aminmax())
+
+
+def check_finite(tensors: dict[str, Tensor], what: str) -> None:
+    """ValueError names the first tensor that holds a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if not finite(tensor):
+            raise ValueError(f"{what}: {name} holds values that are not finite; nothing is written")
+
+
+def open_weights(path: Path):
+    """A safetensors file, mapped; ValueError where it is none or not whole."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error}); fetch or write it again") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, `notes` in its header, with the permissions of any other new file: the library's own
+    are the owner's alone, whatever the umask. OSError names the file."""
+    try:
+        path.unlink(missing_ok=True)
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, {"format": "pt", **(notes or {})})
+        path.chmod(mode)
+    except SafetensorError as error:  # a full disk, most likely
+        raise OSError(f"{path}: cannot be written ({error})") from None
+
+
+def save_weights(state: dict[str, Tensor], directory: str | Path, stem: str, dtype: torch.dtype) -> None:
+    """Write {name: tensor} as `{stem}.safetensors`."""
+    path = Path(directory) / f"{stem}.safetensors"
+    with aside(path) as part:
+        write_tensors(part, {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()})

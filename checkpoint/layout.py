@@ -1,0 +1,145 @@
+"""What a checkpoint's small files say: model_index.json, the scheduler's config, the sigmas; and devices."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import flow
+from checkpoint.files import finite, read_json, within
+from program.edges import inside, short
+
+MULTIPLE = (
+    32  # sides of pictures are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels
+)
+
+
+@dataclass
+class Scheduler:
+    """scheduler/scheduler_config.json: how a list of sigmas is bent before it is used, and how they are walked.
+
+    The published values bend it towards noise. A few-step student's file leaves it as it is.
+    """
+
+    use_dynamic_shifting: bool = True  # the more target tokens, the longer the steps stay near noise
+    shift: float = within(1.0, "(0, 100]")  # where dynamic shifting is off
+    base_shift: float = within(0.5, "[-10, 10]")
+    max_shift: float = within(0.9, "[-10, 10]")
+    base_image_seq_len: int = within(256, "[1, 1048576]")
+    max_image_seq_len: int = within(8192, "[1, 1048576]")
+    shift_terminal: float | None = within(None, "[0, 1)")  # the last sigma before 0; published: 0.02
+    stochastic_sampling: bool = False  # drawn by flow.renoise, else by flow.euler
+    # The class has more keys. No checkpoint of this family uses them.
+    num_train_timesteps: int = 1000
+    time_shift_type: str = "exponential"
+    invert_sigmas: bool = False
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+
+    def __post_init__(self):
+        for key in fields(self)[8:]:
+            if vars(self)[key.name] != key.default:
+                raise ValueError(f"{key.name} is {short(vars(self)[key.name])}; only {key.default!r} is implemented")
+        if self.base_image_seq_len >= self.max_image_seq_len:
+            raise ValueError(f"base_image_seq_len is {self.base_image_seq_len}; it must be below max_image_seq_len")
+
+    def sigmas(self, steps: int | list[float], tokens: int) -> list[float]:
+        """For a target of `tokens` tokens, from a number of steps or from given sigmas; the final 0 is included.
+
+        ValueError: the file's values make no schedule for a target of this size.
+        """
+        bend = {f.name: getattr(self, f.name) for f in fields(self)[:7]}
+        try:
+            sigmas = flow.teacher_sigmas(steps, tokens, **bend)
+        except (OverflowError, ZeroDivisionError):
+            sigmas = []
+        check_sigmas(sigmas[:-1], f"scheduler_config.json at {tokens} tokens")
+        return sigmas
+
+
+def check_sigmas(sigmas: list[float], name: str) -> list[float]:
+    """The sigmas as they are, or a ValueError that names their origin."""
+    numbers = isinstance(sigmas, (list, tuple)) and sigmas and all(type(s) in (int, float) for s in sigmas)
+    if not numbers or not all(a > b for a, b in pairwise([*sigmas, 0.0])) or sigmas[0] > 1:
+        raise ValueError(f"{name}: {short(sigmas)} is no schedule; it must fall within (0, 1], without the final 0")
+    return [float(s) for s in sigmas]
+
+
+def read_index(directory: str | Path) -> dict:
+    """model_index.json, checked; the three optional keys are filled in with what their absence means."""
+    path = Path(directory) / "model_index.json"
+    index = {"sample_sigmas": None, "resolution": 1024, "guidance": 1.0} | read_json(path)
+    if index.get("_class_name") != "QwenImage21Pipeline":
+        raise ValueError(f"{path}: _class_name is {index.get('_class_name')!r}, QwenImage21Pipeline is expected")
+    known = {"scheduler", "vae", "text_encoder", "processor", "transformer", "sample_sigmas", "resolution", "guidance"}
+    unknown = [key for key in index if key not in known and not key.startswith("_")]
+    if unknown:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}")
+    if index["sample_sigmas"] is not None:
+        index["sample_sigmas"] = check_sigmas(index["sample_sigmas"], f"{path}: sample_sigmas")
+    if type(index["resolution"]) is not int or not inside(index["resolution"], f"[{MULTIPLE}, 4096]"):
+        raise ValueError(f"{path}: resolution is {short(index['resolution'])}, no whole number from {MULTIPLE} to 4096")
+    if type(index["guidance"]) not in (int, float) or not inside(index["guidance"], "[1, 1e6]"):
+        raise ValueError(f"{path}: guidance is {short(index['guidance'])}, not a number from 1 on")
+    return index
+
+
+def check_parts(directory: Path, mmdit, vae, encoder) -> None:
+    """The three networks' configs against each other; ValueError names the numbers that must be equal."""
+    for what, one, other in (
+        ("transformer in_channels and out_channels", mmdit.in_channels, mmdit.out_channels),
+        ("transformer in_channels and vae z_dim", mmdit.in_channels, vae.z_dim),
+        ("transformer context_in_dim and text_encoder hidden_size", mmdit.context_in_dim, encoder.text.hidden_size),
+        ("pixels to a latent pixel: 16 and 2^levels of vae dim_mult", 16, vae.factor),
+    ):
+        if one != other:
+            raise ValueError(f"{directory}: {what} are {one} and {other}; they must be equal")
+
+
+def open_device(name: str | torch.device) -> torch.device:
+    """A device that torch can compute on here, tried; ValueError otherwise."""
+    try:
+        tried = torch.zeros(1, device=name)
+        tried.item()  # "meta" has no values
+        return tried.device
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:  # an unknown name; no such hardware
+        raise ValueError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0]})") from None
+
+
+def fingerprint(checkpoint: Path) -> str:
+    """Changes with the weights. Of large files it reads the two ends: training moves every weight."""
+    digest = hashlib.sha256((checkpoint / "model_index.json").read_bytes())
+    for folder, _, files in sorted(os.walk(checkpoint, followlinks=True)):
+        for path in sorted(Path(folder, name) for name in files if Path(folder) != checkpoint):
+            digest.update(str(path.relative_to(checkpoint)).encode() + ends(path))
+    return digest.hexdigest()[:16]
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str:
+    """A hash of files' names, and of the ends of their contents. It changes with the weights."""
+    return hashlib.sha256(b"".join(p.name.encode() + ends(p) for p in sorted(paths) if p.is_file())).hexdigest()[:16]
+
+
+def ends(path: Path) -> bytes:
+    """A file's size, and its first and last 2^20 bytes."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        parts = [f" {size}".encode()]
+        for start in (0, max(0, size - 2**20)):
+            file.seek(start)
+            parts.append(file.read(2**20))
+    return b"".join(parts)
+
+
+def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> None:
+    """ValueError, with the dtype that may help, where a network's output is not finite."""
+    if not finite(values):
+        wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
+        advice = f"--dtype {wider} may help" if wider else "the checkpoint or a LoRA is damaged, or its scale too large"
+        raise ValueError(f"{stage} are not finite in {str(dtype).removeprefix('torch.')}; {advice}")

@@ -1,0 +1,176 @@
+"""Pictures: opened upright in sRGB in any mode, fitted to the latent grid, as tensors, and written with their settings."""
+
+import json
+import math
+from contextlib import suppress
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageChops, ImageCms, ImageOps
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from checkpoint.files import aside
+from checkpoint.layout import MULTIPLE
+from program.edges import notice
+
+with suppress(ImportError):  # Pillow itself reads no HEIC
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+
+Source = str | Path | Image.Image  # a picture, or the file it is in
+MOST_PIXELS = 4096 * 4096  # of a picture to draw; also the most that the published processor reads
+
+
+def open_picture(source: Source) -> Image.Image:
+    """Read a picture of any mode: upright, in sRGB, as RGBA. OSError or ValueError name the file.
+
+    The reference leaves three traps to the caller. It does not apply a camera's rotation mark, it ignores colour
+    profiles, and it cuts 16-bit grey off at 255, which turns it white.
+    """
+    return _read(source, _upright)
+
+
+def fitted_size(source: Source, resolution: int) -> tuple[int, int]:
+    """The size that `fit` will give a picture: from its file's header where that is sure to say it, else by opening it."""
+
+    def size(picture: Image.Image, name: str) -> tuple[int, int]:
+        if picture.format not in ("JPEG", "PNG", "WEBP"):  # others may be turned or resized as they are decoded
+            return _upright(picture, name).size
+        lies = picture.getexif().get(0x0112) in (5, 6, 7, 8)  # a camera's mark: it has to be turned by a quarter
+        return picture.size[::-1] if lies else picture.size
+
+    return sides(*_read(source, size), resolution, name_of(source))
+
+
+def name_of(source: Source) -> str:
+    return "the picture" if isinstance(source, Image.Image) else str(source)
+
+
+def _read(source: Source, use):
+    """use(picture, its name), where every error of a decoder becomes one that names the file."""
+    name = name_of(source)
+    try:
+        if isinstance(source, Image.Image):
+            return use(source, name)
+        with Image.open(source) as picture:
+            return use(picture, name)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{name}: no such picture") from None
+    except Exception as error:  # decoders raise nearly everything
+        heic = Path(name).suffix.lower() in (".heic", ".heif", ".hif")
+        advice = "; for HEIC install the package pillow-heif" if heic else ""
+        raise ValueError(f"{name}: cannot be read as a picture ({error or type(error).__name__}{advice})") from None
+
+
+def _upright(picture: Image.Image, name: str) -> Image.Image:
+    picture.load()  # first: some formats come out of their decoder upright, and their mark then is gone
+    profile = picture.info.get("icc_profile")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # I;16 and its byte orders; I is what older files of 16 bits open as
+        grey = np.asarray(picture).astype(np.float64) / 257  # 65535 -> 255
+        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if picture.mode in ("F", "LAB"):  # floats without a known range; a mode that Pillow converts to wrong colours
+        raise ValueError(f"mode {picture.mode} has no sure colours; save it as RGB")
+    rgba = picture.convert("RGBA")
+    if profile:
+        base = {"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")  # the kind of colours it speaks of
+        rgba = _srgb(picture if base == "CMYK" else rgba.convert(base), rgba, profile, name)
+    rgba.info = {}  # mark and profile have been applied; nobody may apply them again
+    return rgba
+
+
+def _srgb(colours: Image.Image, rgba: Image.Image, profile: bytes, name: str) -> Image.Image:
+    """`rgba` in sRGB instead of the colours of the profile, which speaks of `colours`."""
+    try:
+        own, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
+        colours = ImageCms.profileToProfile(colours, own, srgb, outputMode="RGB")
+    except Exception as error:
+        notice("profile", f"{name}: its colour profile is broken and not applied ({error})")
+        return rgba
+    if max(high for _, high in ImageChops.difference(colours, rgba.convert("RGB")).getextrema()) <= 1:
+        return rgba  # the profile is sRGB's own; what differs is rounding
+    colours.putalpha(rgba.getchannel("A"))
+    return colours
+
+
+def fit(source: Source, resolution: int, how: str = "stretch", size: tuple[int, int] | None = None) -> Image.Image:
+    """Open a picture and bring it to about resolution^2 pixels in its own shape, sides rounded to multiples of 32.
+
+    size    (width, height) to use instead
+    how     where the shape changes: "stretch" the picture, as the reference does; "crop" what is too much, equally on
+            both sides; or "pad" with white
+
+    One resize serves language model and VAE alike. It is done in RGBA, where Pillow weighs colours by their alpha.
+    """
+    picture, name = open_picture(source), name_of(source)
+    width, height = size or sides(picture.width, picture.height, resolution, name)
+    lanczos = Image.Resampling.LANCZOS
+    if how == "crop":
+        return ImageOps.fit(picture, (width, height), lanczos)
+    if how == "pad":
+        return ImageOps.pad(picture, (width, height), lanczos, "white")
+    change = picture.width * height / (picture.height * width)
+    if max(change, 1 / change) > 1.03:
+        sizes = f"{picture.width} x {picture.height} becomes {width} x {height}"
+        by = f"{max(change, 1 / change) - 1:.0%}"
+        notice("shape", f"{name}: {sizes}, stretched by {by}; --fit crop or pad keeps the shape")
+    return picture.resize((width, height), lanczos)
+
+
+def sides(width: float, height: float, resolution: int, name: str = "the shape") -> tuple[int, int]:
+    """The sides of this aspect ratio at an area of about resolution^2, rounded to multiples of 32."""
+    ratio = width / height
+    exact = math.sqrt(resolution * resolution * ratio)
+    size = round(exact / MULTIPLE) * MULTIPLE, round(exact / ratio / MULTIPLE) * MULTIPLE
+    if min(size) == 0:
+        raise ValueError(f"{name}: {width:g} x {height:g} is too thin for the area {resolution}^2")
+    return size
+
+
+def latent_grid(height: int, width: int, own: int) -> tuple[int, int]:
+    """(h, w) of the latent for a picture to draw, whose sides in pixels are floored to multiples of 32.
+
+    own: the side that the checkpoint was trained at. What a user may not expect is said once. ValueError: too small, or
+    too large to be meant.
+    """
+    h, w = (side // MULTIPLE for side in (height, width))
+    drawn = f"{w * MULTIPLE} x {h * MULTIPLE}"
+    if min(h, w) < 1:
+        raise ValueError(f"{width} x {height} pixels: both sides must be at least {MULTIPLE}")
+    if (area := h * w * MULTIPLE**2) > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels: at most {MOST_PIXELS} are drawn, and these would be {area}, "
+                         f"{area * 16 / 2**30:.3g} GiB for the pixels alone")  # fmt: skip
+    if (height, width) != (h * MULTIPLE, w * MULTIPLE):
+        notice("floor", f"{width} x {height} pixels: drawn as {drawn}; sides are multiples of {MULTIPLE}")
+    if not 0.95 < area / own**2 < 1.05:
+        notice("area", f"{drawn} pixels: the checkpoint was trained at the area {own} x {own}, and may draw worse here")
+    return 2 * h, 2 * w
+
+
+def to_tensor(pictures: list[Image.Image]) -> Tensor:
+    """B RGBA pictures of one size -> (B, 4, H, W) in [-1, 1], fp32."""
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))  # (B, H, W, 4) in 0 .. 255
+    return rearrange(pixels.float() / 255 * 2 - 1, "b h w c -> b c h w")
+
+
+def to_pictures(images: Tensor) -> list[Image.Image]:
+    """(B, 4, H, W), clamped to [-1, 1] -> B RGBA pictures. ValueError: a value is not finite."""
+    if not images.isfinite().all():
+        raise ValueError(f"the decoded pixels are not finite in {images.dtype}; float32 has the widest range")
+    pixels = (images.float().clamp(-1, 1) / 2 + 0.5) * 255
+    pixels = rearrange(pixels.round().to(torch.uint8), "b c h w -> b h w c").cpu().numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def save(picture: Image.Image, path: str | Path, settings: dict) -> None:
+    """Write a PNG, whole or not at all, with the settings as JSON under the text key `parameters`."""
+    info = PngInfo()
+    text = json.dumps(settings, ensure_ascii=False)  # readable, but for the bytes of odd file names
+    info.add_itxt("parameters", text.encode("utf-8", "backslashreplace").decode())
+    with aside(path) as part:
+        picture.save(part, "PNG", pnginfo=info)

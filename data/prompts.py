@@ -1,0 +1,105 @@
+"""Prompt files: JSON lines, read and checked. docs/prompts.md describes them."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from program.edges import parse_json
+
+TASKS = ("t2i", "edit")
+KEYS = ("task", "category", "prompt", "images", "target")
+MOST_IMAGES = 10  # sources of one edit
+LONGEST = 8_000  # characters of one text; ours: the language model's attention grows with the square
+RESERVED = ("<|image_pad|>", "<|video_pad|>")  # the encoder puts pictures in their places
+
+
+@dataclass
+class Prompt:
+    """One training case. Files give paths; the toy world gives pictures that it has just drawn."""
+
+    task: str  # "t2i" or "edit"
+    category: str  # any word; a recipe's composition and routing refer to it
+    prompt: str
+    images: list[Path | Image.Image] = field(default_factory=list)  # the sources of an edit, in the order of the prompt
+    target: Path | Image.Image | None = None  # the picture to learn; only the flow objective needs it
+
+
+def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
+    """Read JSON lines {"task", "category", "prompt", "images", "target"}. Paths are relative to the file's folder.
+
+    An edit needs images, T2I must have none. target is optional. Blank lines are skipped. Any other fault (a key, a type,
+    a missing picture) is a ValueError that names file and line.
+    """
+    prompts = []
+    for file in map(Path, files):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; prompts are expected in it, one JSON object a line")
+        before = len(prompts)
+        # Lines are split as BYTES: str.splitlines also splits at U+2028 and others, which may stand inside a prompt.
+        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+            if line.strip():
+                try:
+                    prompts.append(parse_line(line, file.parent))
+                except (ValueError, OSError) as error:
+                    raise ValueError(f"{file}, line {number}: {error}") from None
+        if len(prompts) == before:
+            raise ValueError(f"{file}: no prompts in it; expected one JSON object a line")
+    return prompts
+
+
+def parse_line(line: bytes, folder: Path) -> Prompt:
+    """One line of a prompt file. ValueError or OSError say what is wrong."""
+    try:
+        row = parse_json(line)
+    except ValueError as error:  # bad JSON and bad UTF-8 alike
+        # The line has only one line of JSON; its number in the file is the caller's to say.
+        raise ValueError(f"not valid JSON: {error}".replace("line 1 ", "")) from None
+    if type(row) is not dict:
+        raise ValueError("a line must be a JSON object")
+    if unknown := row.keys() - KEYS:
+        raise ValueError(f"unknown key {sorted(unknown)}; known are {', '.join(KEYS)}")
+    for key in ("task", "category", "prompt"):
+        if key not in row:
+            raise ValueError(f"{key!r} is missing")
+    images = row.get("images", [])
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise ValueError(f"'images' must be a list of paths, not {images!r}")
+    for key, text in [*((key, row[key]) for key in row if key != "images"), *(("images", image) for image in images)]:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{key!r} must be a text that is not empty, not {text!r}")
+        if half := re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{key!r} has half of a character, {half[0]!r} (a lone surrogate); write the whole one")
+        if len(text) > LONGEST:
+            raise ValueError(f"{key!r} has {len(text):,} characters; at most {LONGEST:,} are possible")
+        if taken := [word for word in RESERVED if word in text]:
+            raise ValueError(f"{key!r} has {taken[0]}, which stands for a picture; remove it")
+
+    if row["task"] not in TASKS:
+        raise ValueError(f"'task' must be one of {TASKS}, not {row['task']!r}")
+    if row["task"] == "edit" and not images:
+        raise ValueError("an edit needs its source pictures in 'images'")
+    if row["task"] == "t2i" and images:
+        raise ValueError("t2i takes no 'images'; is this an edit, or is the picture the 'target'?")
+    if len(images) > MOST_IMAGES:
+        raise ValueError(f"{len(images)} pictures in 'images'; an edit has at most {MOST_IMAGES}")
+    sources = [folder / image for image in images]
+    target = folder / row["target"] if "target" in row else None
+    for picture in [*sources, target] if target else sources:
+        if not picture.is_file():
+            raise ValueError(f"no picture at {picture}")
+    return Prompt(row["task"], row["category"], row["prompt"], sources, target)
+
+
+def fingerprint(files: Iterable[str | Path]) -> str:
+    """A hash of prompt files and of every picture that they name. Errors are those of read_prompts."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in read_prompts(files):
+        digest.update(json.dumps([prompt.task, prompt.category, prompt.prompt, len(prompt.images)]).encode())
+        for picture in (*prompt.images, *([prompt.target] if prompt.target else [])):
+            digest.update(hashlib.blake2b(picture.read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,506 @@
+"""The frozen condition encoder: Qwen3-VL reads the prompt together with its source pictures.
+
+The MMDiT's condition is what the language model holds after its LAST layer and BEFORE its final norm, with the fixed
+system turn cut off the front. Why before: that norm belongs to the guess of the next word. It scales every channel by
+what the vocabulary's matrix (`lm_head`, never applied here either) wants to see, while the MMDiT begins with a norm of
+its own, `txt_in.text_norm`, whose scales were learned for pictures. The trap: libraries call both "the last hidden
+state", and with the normed one nothing fails, pictures only get worse.
+
+Parameter names are the tensor names of the published text_encoder/, so that loading is strict and needs no mapping.
+
+Two towers:
+  vision    cuts a picture into 16 x 16 patches, reads them with a bidirectional transformer, and merges every 2 x 2
+            group of patches into one token of the language model
+  language  a causal transformer over the prompt's tokens, in which each `<|image_pad|>` slot holds one merged token.
+            States from earlier blocks of the vision tower ("deepstack") are added to the slots after the first layers
+
+Shapes in the comments:
+  B prompts   L tokens of the longest prompt   C width of the language model   H query heads   K key heads
+  N pictures of one size   h, w patches down and across   P = h w   S = P / 4 merged tokens   E width of the vision tower
+  D width of a head   J deepstack levels   T image slots of one prompt: the sum of S over its pictures
+
+References: Qwen3-VL technical report (arXiv:2511.21631), Qwen-Image technical report (arXiv:2508.02324).
+"""
+
+from dataclasses import dataclass, field
+from math import isqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from checkpoint.files import build_config, load_weights, read_json, within
+from program.edges import short
+
+SYSTEM_TURN = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
+USER_TURN = "<|im_start|>user\n{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+PICTURE = "<image{number}><|vision_start|>{slots}<|vision_end|>"
+SLOT = "<|image_pad|>"
+TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", SLOT)  # of the template
+SIDE = 32  # pixels across a slot
+
+
+# ---- Configuration ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextConfig:
+    """`text_config` of text_encoder/config.json; the defaults are the 8B's."""
+
+    vocab_size: int = within(151936, "[1, 10000000]")
+    hidden_size: int = within(4096, "[1, 65536]")
+    intermediate_size: int = within(12288, "[1, 1048576]")
+    num_hidden_layers: int = within(36, "[1, 512]")
+    num_attention_heads: int = within(32, "[1, 1024]")
+    num_key_value_heads: int = within(8, "[1, 1024]")
+    head_dim: int = within(128, "[2, 1024]")
+    rms_norm_eps: float = within(1e-6, "(0, 0.1]")
+    rope_theta: float = within(5e6, "[1, 1e12]")
+    mrope_section: tuple[int, int, int] = (24, 20, 20)  # rotary frequencies that turn with time, height and width
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_key_value_heads is {self.num_key_value_heads}; it must divide num_attention_heads")
+        if 2 * sum(self.mrope_section) != self.head_dim:
+            raise ValueError(f"mrope_section is {self.mrope_section}; its sum must be half of head_dim")
+
+
+@dataclass
+class VisionConfig:
+    """`vision_config` of text_encoder/config.json; the defaults are the 8B's."""
+
+    depth: int = within(27, "[1, 512]")
+    hidden_size: int = within(1152, "[1, 65536]")
+    intermediate_size: int = within(4304, "[1, 1048576]")
+    num_heads: int = within(16, "[1, 1024]")
+    in_channels: int = within(3, "[3, 3]")
+    patch_size: int = within(16, "[16, 16]")  # a slot stands for 2 x 2 latent tokens of 16 x 16 pixels
+    temporal_patch_size: int = within(2, "[1, 16]")
+    spatial_merge_size: int = within(2, "[2, 2]")
+    num_position_embeddings: int = within(2304, "[1, 1048576]")  # learned on a square grid, 48 x 48
+    out_hidden_size: int = within(4096, "[1, 65536]")
+    deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)  # blocks whose states go to the language model as well
+
+    def __post_init__(self):
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(f"num_heads is {self.num_heads}; heads of a multiple of 4 channels must fill hidden_size")
+        if isqrt(self.num_position_embeddings) ** 2 != self.num_position_embeddings:
+            raise ValueError(f"num_position_embeddings is {self.num_position_embeddings}; a square is expected")
+        levels = self.deepstack_visual_indexes
+        if len(set(levels)) != len(levels) or not all(level < self.depth for level in levels):
+            raise ValueError(f"deepstack_visual_indexes is {levels}; different blocks below depth are expected")
+
+
+@dataclass
+class Qwen3VLConfig:
+    text: TextConfig = field(default_factory=TextConfig)
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    image_token_id: int = 151655
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Qwen3VLConfig":
+        """Read text_encoder/config.json in either spelling of the rope: `rope_theta` beside `rope_scaling` (as
+        published), or `rope_parameters` with both inside (as transformers 5 writes it).
+
+        The file is full of keys for training and generation, so unknown ones are passed over. A missing key, a wrong
+        value, or one that asks for other arithmetic than this file's is a ValueError with file and key.
+        """
+        content = read_json(path)
+        text = _section(path, content, "text_config", TextConfig, {"hidden_act": "silu", "rope_type": "default"})
+        understood = {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 1e4}
+        vision = _section(path, content, "vision_config", VisionConfig, understood)
+        slot = content.get("image_token_id")
+        if type(slot) is not int or not 0 <= slot < text.vocab_size:
+            raise ValueError(f"{path}: 'image_token_id' is {short(slot)}; a token of the vocabulary is expected")
+        if vision.out_hidden_size != text.hidden_size:
+            raise ValueError(f"{path}: vision_config.out_hidden_size must be text_config.hidden_size")
+        if len(vision.deepstack_visual_indexes) > text.num_hidden_layers:
+            raise ValueError(f"{path}: vision_config.deepstack_visual_indexes has more levels than text_config layers")
+        return cls(text, vision, slot)
+
+
+def _section(path: str | Path, content: dict, name: str, kind: type, understood: dict):
+    section = content.get(name)
+    ropes = [section.get(key) or {} for key in ("rope_scaling", "rope_parameters")] if isinstance(section, dict) else []
+    if not ropes or not all(isinstance(rope, dict) for rope in ropes):
+        raise ValueError(f"{path}: key {name!r} is missing, or it or its rope is not an object")
+    section = ropes[0] | ropes[1] | section
+    for key, value in (understood | {"attention_bias": False, "mrope_interleaved": True}).items():
+        if section.get(key, value) != value:
+            raise ValueError(f"{path}: {name}.{key} is {short(section[key])}; only {value!r} is implemented")
+    return build_config(kind, section, f"{path}: {name}.")
+
+
+# ---- Rotary positions, for both towers -------------------------------------------------------------------------------
+
+
+def rotary_frequencies(width: int, theta: float, device: torch.device) -> Tensor:
+    """theta^(-2i/width) for i < width/2, in fp32: (width/2,)."""
+    return theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + D/2) of x (..., P, D) by angles whose cosine and sine are `rope`, each (P, D/2) in fp32.
+    The MMDiT's rope turns adjacent pairs instead."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)  # (..., P, D/2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # (..., P, D)
+
+
+# ---- Vision tower ----------------------------------------------------------------------------------------------------
+
+
+class VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.heads = config.num_heads
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "n p (qkv h d) -> qkv n h p d", qkv=3, h=self.heads)  # (N, H, P, D) each
+        # Pictures lie along the batch axis: each attends to itself alone, without a mask.
+        x = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)  # (N, H, P, D)
+        return self.proj(rearrange(x, "n h p d -> n p (h d)"))  # (N, P, E)
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.linear_fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.linear_fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_fc2(F.gelu(self.linear_fc1(x), approximate="tanh"))  # (N, P, E)
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.attn(self.norm1(x), rope)  # (N, P, E)
+        return x + self.mlp(self.norm2(x))  # (N, P, E)
+
+
+class Merger(nn.Module):
+    """Groups of four neighbouring patches become tokens of the language model."""
+
+    def __init__(self, config: VisionConfig, norm_group: bool):
+        super().__init__()
+        self.norm_group = norm_group  # deepstack mergers norm a group of four as one vector, the last one each patch
+        self.group = config.spatial_merge_size**2
+        width = self.group * config.hidden_size
+        self.norm = nn.LayerNorm(width if norm_group else config.hidden_size, eps=1e-6)
+        self.linear_fc1 = nn.Linear(width, width)
+        self.linear_fc2 = nn.Linear(width, config.out_hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.norm_group else self.norm(x)  # (N, P, E)
+        x = rearrange(x, "n (s g) e -> n s (g e)", g=self.group)  # (N, S, 4E)
+        x = self.norm(x) if self.norm_group else x  # (N, S, 4E)
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))  # (N, S, C); here the exact GELU, in the blocks the tanh one
+
+
+class VisionTower(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        patch = config.temporal_patch_size, config.patch_size, config.patch_size
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv3d(config.in_channels, config.hidden_size, patch)})
+        self.pos_embed = nn.Embedding(config.num_position_embeddings, config.hidden_size)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = Merger(config, norm_group=False)
+        levels = config.deepstack_visual_indexes
+        self.deepstack_merger_list = nn.ModuleList(Merger(config, norm_group=True) for _ in levels)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pictures of one size (N, 3, 16h, 16w) -> (1 + J, N, S, C): the merged tokens, row-major over the
+        grid (h/2, w/2), then the deepstack levels."""
+        c, proj = self.config, self.patch_embed["proj"]
+        h, w = pixels.shape[-2] // c.patch_size, pixels.shape[-1] // c.patch_size
+        # A patch spans two frames of a video; a still picture is shown twice. The kernel is applied as a product: in
+        # bf16 a convolution with stride 16 comes out plainly wrong on some CPUs (torch 2.13, oneDNN with AMX).
+        sides = {"i": c.patch_size, "j": c.patch_size, "a": c.spatial_merge_size, "b": c.spatial_merge_size}
+        patches = "n c (h a i) (w b j) -> n (h w a b) (c t i j)"  # in the order of _grouped
+        x = repeat(pixels.to(proj.weight.dtype), patches, t=c.temporal_patch_size, **sides)  # (N, P, 3 2 16 16)
+        x = F.linear(x, proj.weight.flatten(1), proj.bias)  # (N, P, E)
+
+        side = round(c.num_position_embeddings**0.5)
+        learned = rearrange(self.pos_embed.weight.float(), "(i j) e -> 1 e i j", i=side)  # (1, E, 48, 48)
+        learned = F.interpolate(learned, size=(h, w), mode="bilinear", align_corners=True)  # (1, E, h, w)
+        x = x + self._grouped(learned).to(x.dtype)  # (N, P, E)
+
+        ys, xs = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")  # (h, w) each
+        places = self._grouped(torch.stack([ys, xs])[None].to(x.device))[0]  # (P, 2)
+        frequency = rotary_frequencies(c.hidden_size // c.num_heads // 2, 1e4, x.device)  # (D/4,)
+        angles = (places[:, :, None] * frequency).flatten(1)  # (P, D/2): height's half, then width's
+        rope = angles.cos(), angles.sin()
+
+        levels = []
+        for index, block in enumerate(self.blocks):
+            x = block(x, rope)  # (N, P, E)
+            if index in c.deepstack_visual_indexes:
+                merger = self.deepstack_merger_list[c.deepstack_visual_indexes.index(index)]
+                levels.append(merger(x))  # (N, S, C)
+        return torch.stack([self.merger(x), *levels])  # (1 + J, N, S, C)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """A map (N, E, h, w) as a sequence (N, P, E) in which the four patches of a 2 x 2 group are neighbours."""
+        m = self.config.spatial_merge_size
+        return rearrange(x, "n e (h a) (w b) -> n (h w a b) e", a=m, b=m)  # (N, P, E)
+
+
+# ---- Language model --------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        width, inner = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        heads, d = "b l (h d) -> b h l d", self.config.head_dim
+        q = rearrange(self.q_proj(x), heads, d=d)  # (B, H, L, D)
+        k = rearrange(self.k_proj(x), heads, d=d)  # (B, K, L, D)
+        v = rearrange(self.v_proj(x), heads, d=d)  # (B, K, L, D)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)  # (B, H, L, D), (B, K, L, D)
+        # Causal is all the mask there is: padding stands on the right, where no token before it can look.
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, L, D)
+        return self.o_proj(rearrange(x, "b h l d -> b l (h d)"))  # (B, L, C)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, L, C)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope)  # (B, L, C)
+        return x + self.mlp(self.post_attention_layernorm(x))  # (B, L, C)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        # In the files and never applied: see the top of this file.
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, places: Tensor, slots: Tensor, seen: Tensor) -> Tensor:
+        """tokens (B, L) ids; places (3, L) time, height and width of each; slots (T,) where the pictures' tokens go and
+        seen (1 + J, B, T, C) what the vision tower made of them -> states (B, L, C) before the final norm."""
+        # Interleaved axes: height has the frequencies 1, 4, 7, ..., width 2, 5, 8, ..., time all the others.
+        frequency = rotary_frequencies(self.config.head_dim, self.config.rope_theta, tokens.device)  # (D/2,)
+        axis = torch.zeros_like(frequency, dtype=torch.long)  # (D/2,)
+        axis[1 : 3 * self.config.mrope_section[1] : 3] = 1
+        axis[2 : 3 * self.config.mrope_section[2] : 3] = 2
+        angles = places.T[:, axis] * frequency  # (L, D/2)
+        rope = angles.cos(), angles.sin()
+
+        x = self.embed_tokens(tokens)  # (B, L, C)
+        x[:, slots] = seen[0]  # (B, L, C): the slot's own embedding is overwritten
+        for index, layer in enumerate(self.layers):
+            x = layer(x, rope)  # (B, L, C)
+            if index + 1 < len(seen):
+                x[:, slots] += seen[index + 1]  # (B, L, C): deepstack level by level
+        return x  # (B, L, C)
+
+
+# ---- Prompts and pictures in, states out -----------------------------------------------------------------------------
+
+
+@dataclass
+class PixelSettings:
+    """Keys of processor/preprocessor_config.json; the edges bound a picture's area, in pixels."""
+
+    image_mean: tuple[float, float, float] = within((0.5, 0.5, 0.5), "[0, 1]")
+    image_std: tuple[float, float, float] = within((0.5, 0.5, 0.5), "[0.001, 1]")
+    shortest_edge: int = within(65536, "[0, 1e9]")
+    longest_edge: int = within(16777216, "[1, 1e9]")
+
+
+class Processor:
+    """What the published processor/ folder says about tokens and pixels."""
+
+    def __init__(self, directory: str | Path):
+        path = Path(directory) / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; a checkpoint in the published layout has it")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer.no_padding()  # the file may carry the padding of whoever saved it
+            self.tokenizer.no_truncation()
+            self.tokenizer.encode(SYSTEM_TURN + USER_TURN)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises no narrower class, and panics with a wider one
+            raise ValueError(f"{path}: not a tokenizer ({error})") from None
+        missing = [token for token in TOKENS if self.tokenizer.token_to_id(token) is None]
+        if missing:
+            raise ValueError(f"{path}: lacks the token {missing[0]}, which the prompt's template needs")
+
+        path = Path(directory) / "preprocessor_config.json"
+        if not path.is_file() and path.with_name("processor_config.json").is_file():
+            path = path.with_name("processor_config.json")  # transformers 5 saves the same keys inside this one
+        settings = read_json(path)
+        settings = settings.get("image_processor", settings)
+        size = settings.get("size") if isinstance(settings, dict) else None
+        if not isinstance(size, dict):
+            raise ValueError(f"{path}: 'size' is missing or not an object")
+        self.settings = build_config(PixelSettings, settings | size, f"{path}: ")
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """One picture as (3, H, W), in [-1, 1] with the published mean and deviation of 0.5. Transparency shows white.
+
+        ValueError where the processor would still resize: the slots must fit the latents of the very same picture.
+        """
+        width, height = image.size
+        fewest, most = self.settings.shortest_edge, self.settings.longest_edge
+        if width % SIDE or height % SIDE or not fewest <= width * height <= most:
+            area = f"the area between {fewest} and {most} pixels (processor/preprocessor_config.json)"
+            raise ValueError(f"a source picture is {width} x {height}: sides must be multiples of {SIDE}, and {area}")
+        image = image.convert("RGBA")
+        white = Image.new("RGB", image.size, "white")
+        image = Image.composite(image.convert("RGB"), white, image.getchannel("A"))
+        x = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255  # (3, H, W)
+        mean, std = torch.tensor([self.settings.image_mean, self.settings.image_std]).view(2, 3, 1, 1)  # (3, 1, 1) each
+        return (x - mean) / std  # (3, H, W)
+
+
+class Qwen3VL(nn.Module):
+    """Build it with `from_pretrained`; `encode` is its one use."""
+
+    def __init__(self, config: Qwen3VLConfig, processor: Processor):
+        super().__init__()
+        self.config = config
+        self.processor = processor
+        self.model = nn.ModuleDict({"visual": VisionTower(config.vision), "language_model": LanguageModel(config.text)})
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> "Qwen3VL":
+        """Open text_encoder/ and processor/ of the checkpoint `directory`, strictly and frozen.
+
+        FileNotFoundError or ValueError name the file, and the key or tensor, that is missing or does not fit.
+        """
+        directory = Path(directory)
+        config = Qwen3VLConfig.from_json(directory / "text_encoder" / "config.json")
+        processor = Processor(directory / "processor")
+        if processor.tokenizer.token_to_id(SLOT) != config.image_token_id:
+            raise ValueError(f"{directory}: {SLOT} differs in text_encoder/config.json and processor/tokenizer.json")
+        if max(processor.tokenizer.get_vocab().values()) >= config.text.vocab_size:
+            raise ValueError(f"{directory}: processor/tokenizer.json has more tokens than text_encoder/ has embeddings")
+        with torch.device("meta"):
+            encoder = cls(config, processor)
+        load_weights(encoder, directory / "text_encoder", "model", dtype, device, skip=(r"lm_head\.weight",))
+        return encoder.eval().requires_grad_(False)
+
+    # Not inference_mode: its tensors may not enter a graph, and the MMDiT's backward pass needs the states.
+    @torch.no_grad()
+    def encode(
+        self, prompts: list[str], images: list[list[Image.Image]] | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
+        """The condition of a batch of prompts, each with its own source pictures, already resized.
+
+        images: one list per prompt; None for text to image. All prompts of a batch have equally many, of the same
+        sizes in the same order: a batch has one layout. seen: what `look` made of them, if other words were read before.
+        Returns states (B, L, C), zero-padded on the right, L without the system turn; mask (B, L), True at real tokens;
+        and for each picture [start, stop) of its slots along L, row-major, one slot for 32 x 32 pixels.
+        ValueError: an unequal layout, a size the vision tower cannot take, a prompt that writes a slot token itself.
+        """
+        images = [[] for _ in prompts] if images is None else images
+        if not prompts or len(images) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(images)} lists of source pictures: one list per prompt")
+        sizes = [image.size for image in images[0]]
+        if any([image.size for image in row] != sizes for row in images):
+            raise ValueError("the prompts of one batch need equally many source pictures of equal sizes: encode apart")
+        for prompt in prompts:
+            if SLOT in prompt or "<|video_pad|>" in prompt:
+                raise ValueError(f"prompt {prompt!r}: {SLOT} and <|video_pad|> are kept for pictures; remove them")
+        seen = self.look(images) if seen is None else seen  # (1 + J, B, T, C)
+
+        # Text is cut into tokens after the slots are written out, special tokens in a user's text included.
+        grids = [(height // SIDE, width // SIDE) for width, height in sizes]
+        counts = [rows * columns for rows, columns in grids]
+        pictures = [PICTURE.format(number=i, slots=SLOT * count) for i, count in enumerate(counts, start=1)]
+        # An empty prompt becomes one space: the language model has no start token, it must have something to read.
+        users = [USER_TURN.format(pictures=" ".join(pictures), prompt=prompt or " ") for prompt in prompts]
+        tokens = [encoding.ids for encoding in self.processor.tokenizer.encode_batch([SYSTEM_TURN + u for u in users])]
+        lengths = torch.tensor([len(ids) for ids in tokens])  # (B,)
+        longest = int(lengths.max())
+        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in tokens])  # (B, L)
+
+        # The pictures stand before the prompt, so their slots and every position are the same for the whole batch.
+        slots = (tokens[0] == self.config.image_token_id).nonzero()[:, 0]  # (T,)
+        runs = [(int(run[0]), int(run[-1]) + 1) for run in slots.split(counts)]
+        places = rope_places(longest, runs, grids)  # (3, L)
+        to = seen.device
+        states = self.model["language_model"](tokens.to(to), places.to(to), slots.to(to), seen)  # (B, L, C)
+
+        cut = len(self.processor.tokenizer.encode(SYSTEM_TURN).ids)
+        mask = (torch.arange(longest) < lengths[:, None])[:, cut:].to(to)  # (B, L - cut)
+        states = states[:, cut:].masked_fill(~mask[..., None], 0)  # (B, L - cut, C)
+        return states, mask, [(start - cut, stop - cut) for start, stop in runs]
+
+    @torch.no_grad()
+    def look(self, images: list[list[Image.Image]]) -> Tensor:
+        """What the vision tower makes of each prompt's pictures, one after the other: (1 + J, B, T, C). See `encode`."""
+        weight = self.model["visual"].pos_embed.weight
+        columns = [weight.new_zeros(1, len(images), 0, self.config.text.hidden_size)]  # (1, B, 0, C), without pictures
+        for column in zip(*images, strict=True):
+            once = {id(image): image for image in column}  # prompts often share a picture
+            pixels = torch.stack([self.processor.pixels(image) for image in once.values()])  # (N, 3, H, W)
+            features = self.model["visual"](pixels.to(weight.device))  # (1 + J, N, S, C)
+            columns.append(features[:, [list(once).index(id(image)) for image in column]])  # (1 + J, B, S, C)
+        return torch.cat(columns[1:] or columns, dim=2)
+
+
+def rope_places(length: int, runs: list[tuple[int, int]], grids: list[tuple[int, int]]) -> Tensor:
+    """Time, height and width (3, length) of every token, for pictures in the slots `runs` with merged `grids` (rows, columns).
+
+    Text advances a counter on all three axes. A picture stands still in time at the counter, and its rows and columns
+    count from there, not centred as in the MMDiT; then the counter advances by the longer of its sides.
+    """
+    pieces, counter, at = [], 0, 0
+    for (start, stop), (rows, columns) in zip(runs, grids, strict=True):
+        pieces.append((counter + torch.arange(start - at)).expand(3, -1))  # (3, text before)
+        counter, at = counter + start - at, stop
+        grid = torch.meshgrid(torch.zeros(1).long(), torch.arange(rows), torch.arange(columns), indexing="ij")
+        pieces.append(counter + torch.stack(grid).flatten(1))  # (3, rows * columns)
+        counter += max(rows, columns)
+    pieces.append((counter + torch.arange(length - at)).expand(3, -1))  # (3, text after)
+    return torch.cat(pieces, dim=1)  # (3, length)

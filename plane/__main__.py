@@ -1,0 +1,4 @@
+from plane.tables import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""DMD where a picture is a point in the plane, and a teacher's velocity is a formula.
+
+flow.py, dmd.py and recipe.py are used as they are. For every category a teacher draws from a mixture of Gaussians, so no
+result holds the error of a teacher's network. The commands and the claims are in plane/tables.py.
+
+    S        seeds: students that train side by side, each with its own weights and draws, as one batched product
+    N        samples of all seeds together, seed after seed; states are (N, 2)
+    M        modes of a mixture
+    truth    what a perfect model would draw; "base", "text" and "edit" are the teachers, each with its own errors
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, silu
+from tqdm import tqdm
+
+from dmd import dmd_gradient, fake_score_loss, first_step_loss, mix_teachers, rollout, surrogate_loss
+from flow import Velocity, euler, per_sample, shifted_uniform, student_sigmas, walk
+from recipe import Recipe
+
+SIGMAS = student_sigmas(4)  # the student's: 1, 0.9, 0.75, 0.5, 0
+TEACHER_SIGMAS = [1 - i / 40 for i in range(41)]
+CATEGORIES = {"t2i": ("landscape", "portrait", "text"), "edit": ("object", "style")}
+TASKS = {category: task for task, categories in CATEGORIES.items() for category in categories}
+Model = Callable[[str, Tensor], Velocity]  # category, source (N, 2) -> velocity
+
+
+# ---- the world and its teachers ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """M Gaussians of equal weight and one standard deviation sd, around centre + modes. The velocity in closed form:
+
+    Given mode j, z = (1 - t) x + t eps is Gaussian around (1 - t) mu_j, with variance var = (1 - t)^2 sd^2 + t^2. So
+
+        P(j | z)      = softmax over j of -|z - (1 - t) mu_j|^2 / (2 var)
+        E[x | z, j]   = mu_j + (1 - t) sd^2 / var (z - (1 - t) mu_j)
+        E[eps | z, j] = t / var (z - (1 - t) mu_j)
+        v = E[eps - x | z] = (t - (1 - t) sd^2) / var (z - (1 - t) mu) - mu,  with mu = sum_j P(j | z) mu_j
+    """
+
+    modes: Tensor  # (M, 2), or (S, M, 2): other modes for each seed
+    sd: float
+    centre: Tensor | float = 0.0  # (N, 2) or 0: moves all modes of a sample; an edit's answers lie around its source
+
+    def velocity(self, z: Tensor, t: Tensor) -> Tensor:
+        t = per_sample(t, z)  # (N, 1)
+        var = (1 - t) ** 2 * self.sd**2 + t**2  # (N, 1)
+        y = z - (1 - t) * self.centre  # as if the centre were 0
+        split = (*self.modes.shape[:-2], -1)  # (N,); (S, N / S) where each seed has its own modes
+        # The exponent without |y|^2, which is the same for all j: (1 - t) / var (y mu_j - (1 - t) |mu_j|^2 / 2)
+        logits = y.reshape(*split, 2) @ self.modes.mT  # (N, M)
+        logits = logits - (1 - t).reshape(*split, 1) * self.modes.square().sum(-1)[..., None, :] / 2  # (N, M)
+        logits = ((1 - t) / var).reshape(*split, 1) * logits  # (N, M)
+        mu = (logits.softmax(-1) @ self.modes).reshape(z.shape)  # (N, 2)
+        return (t - (1 - t) * self.sd**2) / var * (y - (1 - t) * mu) - mu - self.centre
+
+    def sample(self, n: int, rng: torch.Generator) -> Tensor:
+        """n exact samples, (n, 2); modes (M, 2)."""
+        chosen = self.modes[torch.randint(len(self.modes), (n,), generator=rng)]
+        return self.centre + chosen + self.sd * torch.randn(n, 2, generator=rng)
+
+
+def ring(modes: int, radius: float, turn: float = 0.0) -> Tensor:
+    """Modes on a circle, (modes, 2); turn in radians."""
+    angles = turn + torch.arange(modes) * (2 * math.pi / modes)
+    return radius * torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What there is to draw, how teachers err, and how students are trained: all numbers that a sweep may change. Ours."""
+
+    blur: float = 2.0  # the base's standard deviation at text, in the truth's
+    sharp: float = 0.5  # a specialist's standard deviation, in the truth's
+    displaced: float = 0.5  # how far a specialist's modes are moved, in the truth's standard deviations
+    open: float = 1.0  # radius of the circle of right answers to an edit; at 0 there is one answer
+    # The training is the same for all rows. Its numbers are from pilots with seed 1; the tables use seed 0.
+    seeds: int = 32
+    seed: int = 0  # of all draws
+    updates: int = 1000  # of the student
+    batch: int = 64  # samples of one seed, all of one category
+    fake_updates: int = 2  # before each of the student
+    lr: float = 1e-3
+    fake_lr: float = 5e-3  # higher, because the fake score has to keep up with the student
+    beta1: float = 0.9  # Adam's
+    ema: float = 0.97  # decay per update of the averaged weights, which are what draws
+    renoise: bool = False  # students draw with new noise at every step, and not by Euler's method
+    step_aware: bool = False  # the fake score is told k, and so learns each step's pictures and not their pool
+    oracle: bool = False  # the fake score is computed from samples, not learned; T2I only
+
+    def mixture(self, teacher: str, category: str, source: Tensor) -> Mixture:
+        """What a teacher, or the "truth", draws. source: (N, 2); only edits use it."""
+        line = torch.tensor([-1.2, 0.0, 1.2])
+        modes, sd, blur, centre = {
+            "landscape": (ring(4, 1.5), 0.3, 1.0, 0.0),
+            "portrait": (ring(4, 1.5, math.pi / 4), 0.3, 1.0, 0.0),
+            "text": (torch.cartesian_prod(line, line), 0.12, self.blur, 0.0),  # many narrow modes
+            "object": (ring(3, self.open), 0.2, 1.5, source * torch.tensor([-1.0, 1.0])),  # the source, mirrored
+            "style": (ring(4, self.open), 0.2, 1.5, 0.7 * source.flip(1)),
+        }[category]
+        if teacher == "truth":
+            return Mixture(modes, sd, centre)
+        if teacher == "base":
+            return Mixture(modes, sd * blur, centre)
+        return Mixture(modes + torch.tensor([self.displaced * sd, 0.0]), sd * self.sharp, centre)
+
+    def teacher(self, specialised: bool = False) -> Model:
+        """The base teacher; or the specialised ones, each for what it was made for."""
+        who = {"text": "text", "object": "edit", "style": "edit"} if specialised else {}
+        return lambda category, source: self.mixture(who.get(category, "base"), category, source).velocity
+
+    def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """noises (1, n, 2), or (4, n, 2) to re-noise; xi, source (n, 2), t (n,). Every recipe gets the same numbers in the
+        same order, so rows are paired."""
+        noises, xi = torch.randn(2, 1, n, 2, generator=rng)
+        source = self.mixture("truth", "landscape", xi[0]).sample(n, rng)  # an edit changes a landscape
+        t = shifted_uniform(torch.rand(n, generator=rng), 1.0)
+        if self.renoise:
+            noises = torch.cat([noises, torch.randn(len(SIGMAS) - 2, n, 2, generator=rng)])
+        return noises, xi[0], source, t
+
+
+# ---- student and fake score ----------------------------------------------------------------------------------------
+
+
+class Network:
+    """S networks at once: the base teacher's velocity plus an MLP whose last layer is zero at the start. A Model."""
+
+    def __init__(self, setting: Setting, rng: torch.Generator):
+        sizes = [2 + 2 + 8 + len(TASKS) + 4 + 2, 64, 64, 64, 2]  # z, the base's v, t, category, step, source
+        self.setting, self.weights, self.biases = setting, [], []
+        for i, (inside, outside) in enumerate(zip(sizes, sizes[1:])):
+            weight = torch.randn(setting.seeds, inside, outside, generator=rng)  # (S, inside, outside)
+            self.weights.append(weight * (inside**-0.5 if i < 3 else 0.0))
+            self.biases.append(torch.zeros(setting.seeds, 1, outside))
+        self.parameters = [p.requires_grad_() for p in self.weights + self.biases]
+
+    def __call__(self, category: str, source: Tensor, k: int | None = None) -> Velocity:
+        """The velocity with its condition bound to it. source: (N, 2). k: a fake score may be told the student's step."""
+        base = self.setting.mixture("base", category, source)
+        words = torch.zeros(len(source), len(TASKS) + 4)
+        words[:, list(TASKS).index(category)] = 1
+        if k is not None:
+            words[:, len(TASKS) + k] = 1
+        condition = torch.cat([words, source * (TASKS[category] == "edit")], dim=1)
+        octaves = math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])
+
+        def velocity(z: Tensor, t: Tensor) -> Tensor:
+            v, waves = base.velocity(z, t), per_sample(t, z) * octaves  # (N, 2), (N, 4)
+            h = torch.cat([z, v, waves.sin(), waves.cos(), condition], dim=1)
+            h = h.reshape(self.setting.seeds, -1, h.shape[1])  # (S, N / S, inputs)
+            for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
+                h = torch.baddbmm(bias, silu(h) if i else h, weight)  # (S, N / S, 64), at last 2
+            return v + h.reshape(z.shape)
+
+        return velocity
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
+    """The oracle: a narrow Gaussian around each of the student's fresh samples, of all its steps. noises: those of a
+    rollout, for each of the four k."""
+    with torch.no_grad():
+        points = [rollout(drawing, some, SIGMAS, k) for k, some in enumerate(noises)]
+    return Mixture(torch.cat([x.reshape(seeds, -1, 2) for x in points], dim=1), 0.1)
+
+
+def real_velocity(setting: Setting, recipe: Recipe, k: int, category: str, source: Tensor) -> Velocity:
+    """The real score at the student's step k: the teachers, mixed by the recipe's lambdas (Eq. 5)."""
+    weights = recipe.weights(k, len(SIGMAS) - 1, TASKS[category], category)
+    return mix_teachers(weights, {name: setting.mixture(name, category, source).velocity for name in weights})
+
+
+def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[int, Network, Network]]:
+    """Trains S students; yields (updates done, students with averaged weights, fake scores) at each of the looks."""
+    rng = torch.Generator().manual_seed(setting.seed)
+    recipe = recipe.resolve(CATEGORIES, ("text", "edit"))
+    lowest = 1 if recipe.first_step_weight else 0  # step 0 then has a loss of its own
+    student, fake, averaged = (Network(setting, rng) for _ in range(3))
+    optimisers = {
+        network: torch.optim.Adam(network.parameters, lr, (setting.beta1, 0.999), fused=True)
+        for network, lr in ((student, setting.lr), (fake, setting.fake_lr))
+    }
+
+    def batch(turn: int) -> tuple:
+        """The category, k, student and fake score under it, and the draws."""
+        _, category, _ = recipe.turn(turn)
+        noises, xi, source, t = setting.draw(setting.seeds * setting.batch, rng)
+        k = int(torch.randint(10**6, (), generator=rng)) % (len(SIGMAS) - 1 - lowest) + lowest
+        seen = fake(category, source, k if setting.step_aware else None)
+        return category, k, student(category, source), seen, noises, xi, source, t
+
+    def update(network: Network, loss: Tensor) -> None:
+        (loss * setting.seeds).backward()  # a sum over seeds: each has its own loss
+        optimisers[network].step()
+        optimisers[network].zero_grad()
+
+    for step in tqdm(range(setting.updates + 1), recipe.name, leave=False):
+        for mean, now in zip(averaged.parameters, student.parameters):
+            mean.detach().lerp_(now.detach(), 1 - setting.ema if step else 1.0)  # at first a copy
+        if step in looks:
+            yield step, averaged, fake
+        if step == setting.updates:
+            return
+        # 1. The fake score learns what the student draws by now. The student draws, and does not learn.
+        for turn in range(step * setting.fake_updates, (step + 1) * setting.fake_updates):
+            _, k, drawing, seen, noises, xi, _, t = batch(turn)
+            with torch.no_grad():
+                x_theta = rollout(drawing, noises, SIGMAS, k)
+            update(fake, fake_score_loss(seen, x_theta, xi, t).mean())
+        # 2. The student learns once.
+        category, k, drawing, seen, noises, xi, source, t = batch(step)
+        real = real_velocity(setting, recipe, k, category, source)
+        if setting.oracle:
+            seen = from_samples(drawing, torch.randn(4, *noises.shape, generator=rng), setting.seeds).velocity
+        x_theta = rollout(drawing, noises, SIGMAS, k)
+        loss = surrogate_loss(x_theta, dmd_gradient(real, seen, x_theta, xi, t).g)
+        if recipe.first_step_weight:  # imitate the teacher's own four small steps to where the student's first one ends
+            near = euler(real_velocity(setting, recipe, 0, category, source), noises[0], TEACHER_SIGMAS[:5])
+            first = first_step_loss(drawing, noises[0], near, TEACHER_SIGMAS[4])  # (N,)
+            loss = loss + recipe.first_step_weight * first.mean()
+        update(student, loss)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+
+
+def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+    """2 E|x - y| - E|x - x'| - E|y - y'| of samples (n, 2), (); without the pairs of a sample with itself."""
+    within = (torch.cdist(x, x) + torch.cdist(y, y)).sum() / (len(x) * (len(x) - 1))
+    return 2 * torch.cdist(x, y).mean() - within
+
+
+def measure(points: Tensor, truth: Mixture, seeds: int, rng: torch.Generator) -> dict[str, Tensor]:
+    """How good samples (N, 2) are; each (S,).
+
+    precision: share within 3 standard deviations of a true mode. It looks at one picture at a time, as a judge does.
+    fine: share within 1 of them; 0.39 of exact samples, more if they are too narrow.
+    coverage: share of the modes that hold at least a quarter of their due.
+    distance: energy distance to exact samples; 0 on average for the truth.
+    """
+    x = (points - truth.centre).reshape(seeds, -1, 2)  # (S, n, 2)
+    n, modes = x.shape[1], len(truth.modes)
+    y = Mixture(truth.modes, truth.sd).sample(seeds * n, rng).reshape(x.shape)
+    off, nearest = torch.cdist(x, truth.modes.expand(seeds, -1, 2)).min(-1)  # (S, n) each
+    held = (one_hot(nearest, modes) * (off < 3 * truth.sd)[..., None]).sum(1)  # (S, M)
+    return {
+        "precision": (off < 3 * truth.sd).float().mean(1),
+        "fine": (off < truth.sd).float().mean(1),
+        "coverage": (held >= 0.25 * n / modes).float().mean(1),
+        "distance": torch.stack([energy_distance(*pair) for pair in zip(x, y)]),
+    }
+
+
+def evaluate(setting: Setting, model: Model, sigmas: list[float]) -> dict[str, dict[str, Tensor]]:
+    """category -> measures, of 400 samples a seed: the same noise, sources and exact samples for every model."""
+    rng, scores = torch.Generator().manual_seed(10**6), {}
+    for category in TASKS:
+        noises, _, source, _ = setting.draw(setting.seeds * 400, rng)
+        noises = noises if sigmas is SIGMAS else noises[:1]  # with many steps, as teachers have, Euler's method
+        points = walk(model(category, source), noises, sigmas)
+        scores[category] = measure(points, setting.mixture("truth", category, source), setting.seeds, rng)
+    return scores

@@ -1,0 +1,113 @@
+"""Draw, edit and export with a checkpoint in the published layout.
+
+examples:
+  python sample.py --prompt "A landscape of hills, clear day sky, house on the left." --out house.png
+  python sample.py --checkpoint runs/dmd-flash/student --prompt "This house at night, by the sea." --image house.png --out night.png
+  python sample.py --checkpoint base --lora student.safetensors:0.8 --prompt "a red house"    draw with a LoRA
+  python sample.py --checkpoint base --lora student.safetensors --export student              make it a folder
+  python sample.py --checkpoint student --base base --export student.safetensors              make a folder a LoRA
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from program import options
+from program.edges import check_range
+from program.options import TOY, Options, flag, option
+
+DRAW = "drawing, and --export draws nothing"
+FOLDER = "--export of a folder"
+LORA = "--export OUT.safetensors, a LoRA"
+
+
+@dataclass
+class Args(Options):
+    """The options of sample.py."""
+
+    checkpoint: str = option(str(TOY), "folder in the published layout")
+    lora: tuple[str, ...] = option((), "FILE or FILE:SCALE, change the MMDiT by these; the scale is 1")
+    sigmas: tuple[float, ...] = option((), "stop at exactly these times from 1 down, without the last 0", "(0, 1]")
+    overwrite: bool = option(False, "replace files that stand at --out or --export; folders are never replaced")
+    device: str | None = option(None, "default: cuda where there is one, else cpu")
+    dtype: str | None = option(None, "default: bfloat16 on cuda, else float32", "bfloat16 | float16 | float32")
+    offload: bool = option(False, "keep on the device only the network at work")
+    compile: bool = option(False, "torch.compile the MMDiT: minutes at first, then faster")
+
+    prompt: str | None = option(None, "what to draw, or how to edit", use=DRAW)
+    image: tuple[str, ...] = option((), "sources of an edit: any format that Pillow reads, and HEIC with the package "
+                                    "pillow-heif", use=DRAW)  # fmt: skip
+    prompt_file: str | None = option(None, "JSON lines as train.py reads them, instead of both", use=DRAW)
+    negative_prompt: str | None = option(None, "what to stay away from, with guidance above 1", use=DRAW)
+    guidance: float | None = option(None, "1 is off; default: the checkpoint's", "[1, 1000]", DRAW)
+    steps: int | None = option(None, "default: the checkpoint's sigmas, else 40", "[1, 1000]", DRAW)
+    height: int | None = option(None, "in pixels, floored to a multiple of 32", "[32, 16384]", DRAW)
+    width: int | None = option(None, "likewise", "[32, 16384]", DRAW)
+    aspect: str | None = option(None, "W:H, this shape at the resolution's area, instead of both", use=DRAW)
+    resolution: int | None = option(None, "sources get this side's area; default: the checkpoint's", "[32, 4096]", DRAW)
+    fit: str = option("stretch", "sources whose shape is not one of multiples of 32", "stretch | crop | pad", DRAW)
+    seed: int = option(0, "of the noise", "[0, 9223372036854775807]", DRAW)
+    num_images: int = option(1, "for each prompt, with seeds N, N + 1, ...", "[1, 10000]", DRAW)
+    out: str = option("out.png", "FILE.png; several are FILE-1.png, ...", use=DRAW)
+
+    export: str | None = option(None, "write the student as a folder, or as a LoRA OUT.safetensors")
+    link: bool = option(False, "of a folder: link what did not change instead of copying it", use=FOLDER)
+    base: str | None = option(None, "of a LoRA: the checkpoint that it will be loaded onto", use=LORA)
+    rank: int = option(64, "of a LoRA", "[1, 65536]", LORA)
+
+    @property
+    def loras(self) -> list[tuple[str, float]]:
+        """File and scale of each --lora."""
+        return [split_scale(given) for given in self.lora]
+
+    @property
+    def shape(self) -> tuple[float, float] | None:
+        return None if self.aspect is None else split_aspect(self.aspect)
+
+
+def check(args: Args) -> None:
+    """ValueError where flags do not go together, as far as it can be known without a checkpoint."""
+    use = DRAW if args.export is None else LORA if Path(args.export).suffix == ".safetensors" else FOLDER
+    for f in fields(args):  # what would be passed over without a word
+        if f.metadata["use"] not in (None, use) and getattr(args, f.name) != f.default:
+            raise ValueError(f"{flag(f.name)} is for {f.metadata['use']}")
+    if use == LORA and not args.base:
+        raise ValueError(f"--export {args.export}: a LoRA changes a base; name its folder with --base")
+    if use == DRAW:
+        if Path(args.out).suffix.lower() != ".png":
+            raise ValueError(f"--out {args.out}: pictures have an alpha channel and are written as .png")
+        if (args.prompt is None) == (args.prompt_file is None) or (args.prompt_file is not None and args.image):
+            raise ValueError("give either --prompt (with --image FILE ... for an edit) or --prompt-file")
+        for text in args.prompt, args.negative_prompt:
+            if any(0xD800 <= ord(letter) < 0xE000 for letter in text or ""):
+                raise ValueError(f"--prompt {text!r}: holds half a letter (a lone surrogate); give whole text")
+        if args.shape and (args.height or args.width):
+            raise ValueError(f"--aspect {args.aspect}: it gives both sides, so no --height or --width is taken")
+
+
+def split_aspect(given: str) -> tuple[float, float]:
+    """The two numbers of --aspect."""
+    try:
+        width, height = (float(side) for side in given.split(":"))
+        fits = 0.01 <= width / height <= 100
+    except (ValueError, ZeroDivisionError):
+        fits = False
+    if not fits:
+        raise ValueError(f"--aspect {given[:100]}: W:H from 1:100 to 100:1 is expected, such as 16:9")
+    return width, height
+
+
+def split_scale(given: str) -> tuple[str, float]:
+    """FILE[:SCALE] of --lora; a colon may be part of the file's name."""
+    file, colon, scale = given.rpartition(":")
+    try:
+        file, scale = (file, float(scale)) if colon else (given, 1.0)
+    except ValueError:
+        return given, 1.0
+    check_range(f"--lora {file}: the scale", scale, "[-1000, 1000]")
+    return file, scale
+
+
+def parse(argv: list[str] | None = None) -> Args:
+    args = options.parse(argv, Args, __doc__)
+    check(args)
+    return args

@@ -1,0 +1,255 @@
+"""Makes the checkpoint in toy/checkpoint: `python -m toy.build --out runs/toy` (hours of two cores: toy/README.md).
+
+Stages. Each is done once; a killed build goes on where it was:
+
+    language     tokenizer trained on the captions; a random, frozen Qwen3-VL
+    vae          the autoencoder (toy/build/autoencoder.py)
+    base         the base teacher, from random weights, by train.py's flow objective
+    more         the same network goes on, with more edits and more words
+    text, edit   the specialised teachers, from the base, each on its own task alone and on narrower pictures
+    scores       what the autoencoder and every teacher reach, and whether the paper's premises hold
+
+OUT/checkpoint has the published layout. OUT/build.json, with a copy in the checkpoint, is the log: steps, seconds, losses,
+scores.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import flow
+import recipe as recipes
+import train
+from checkpoint.files import write_json
+from checkpoint.layout import Scheduler, fingerprint
+from data.encode import Pool, encode_pool
+from data.encode import fingerprint as encoders
+from experiments.tables import difference
+from model import MMDiT, MMDiTConfig
+from recipe import Prompt, Recipe
+from sample import Pipeline
+from toy import judge, world
+from toy import score as benches
+from toy.build import language
+from toy.build.autoencoder import train_vae
+from toy.figures import answer
+from training import presets
+from training.run import open_run
+
+SEED = 0
+RESOLUTION = world.SIDE * world.ENLARGE
+# Ours: a size that two cores can train. The text encoder's width is language.build_text_encoder's.
+TEACHER = dict(
+    num_layers=6, num_attention_heads=3, attention_head_dim=64, context_in_dim=128, axes_dims_rope=(16, 24, 24)
+)
+SCHEDULER = Scheduler(shift_terminal=0.02)  # as published
+GUIDANCE = 2.0  # of the teachers; ours
+TIME_SHIFT = 1.65  # of the teachers' p(t): e^0.5, about the schedule's shift for 64 tokens
+VAE_STEPS = 3600
+BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more and noisier steps get further in the same time here
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of a teacher."""
+
+    recipe: Recipe
+    steps: int
+    scale: float  # of the learning rates
+    pool: dict[str, int]  # prompts in each category or family
+    narrow: bool  # world.draw_spec
+
+    def categories(self, task: str) -> list[str]:
+        return list((self.recipe.t2i if task == "t2i" else self.recipe.edit) or world.BENCHES[task])
+
+    def prompts(self, most: int) -> list[Prompt]:
+        """What the stage learns from; of each category at most so many."""
+        found = []
+        for task, count in self.pool.items():
+            for category in self.categories(task):
+                found += world.training_prompts(task, category, min(most, count), SEED, narrow=self.narrow)
+        return found
+
+
+# First the base sees few posters and few edits, then more of both, and not enough for either: so it is worst at text, and a
+# specialised teacher can be better than it. These are the paper's premises. A specialised teacher learns from narrower
+# pictures, as after training on chosen ones.
+STAGES = {
+    "base": Stage(
+        Recipe("base", (7, 3), t2i={"landscape": 3, "portrait": 3, "text": 2}),
+        3400,
+        1.0,
+        {"t2i": 6000, "edit": 2500},
+        False,
+    ),
+    "more": Stage(Recipe("more", (4, 6)), 2400, 0.7, {"t2i": 6000, "edit": 2500}, False),
+    "text": Stage(Recipe("text", (10, 0), t2i={"text": 1}), 500, 0.5, {"t2i": 6000}, True),
+    "edit": Stage(Recipe("edit", (0, 10)), 1000, 0.5, {"edit": 2500}, True),
+}
+
+
+def build_language(folder: Path) -> None:
+    rng = random.Random(SEED)
+    captions = [world.caption(world.draw_spec(c, rng)) for c in world.CATEGORIES for _ in range(2000)]
+    captions += [world.draw_edit(f, rng).prompt for f in world.FAMILIES for _ in range(1000)]
+    language.build_tokenizer(captions, folder)
+    language.build_text_encoder(folder, SEED)
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler"} | asdict(SCHEDULER)
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    classes = {
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "vae": ["diffusers", "AutoencoderKLQwenImage21"],
+        "text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"],
+        "processor": ["transformers", "Qwen3VLProcessor"],
+        "transformer": ["diffusers", "QwenImage21Transformer2DModel"],
+    }
+    index = {"_class_name": "QwenImage21Pipeline", "resolution": RESOLUTION, "guidance": GUIDANCE}
+    write_json(folder / "model_index.json", index | classes)
+
+
+def build_pool(folder: Path, stage: Stage, home: Path) -> Pool:
+    """Every prompt that a teacher learns from, encoded: 33,000 of the base's, about 0.8 GB in memory."""
+    # Two stages may have the same pool. Its name says what it was made from.
+    made_from = [world.digest(stage.prompts(4)), *map(str, stage.pool.values()), encoders(folder)]
+    cache = home / f"{'-'.join(made_from)}.pool"
+    if cache.exists():
+        return Pool(torch.load(cache, weights_only=False))
+    pipeline = Pipeline.from_pretrained(folder)
+    pipeline.vae.to(memory_format=torch.channels_last)  # half again as fast on a CPU
+    pool = encode_pool(pipeline, stage.prompts(10**6), RESOLUTION, targets=True)
+    torch.save(pool.entries, cache.with_suffix(".part"))
+    cache.with_suffix(".part").replace(cache)
+    return pool
+
+
+def train_teacher(name: str, folder: Path, out: Path, compile: bool) -> dict:
+    """One run of train.py's flow objective from folder/transformer, as STAGES says; the log's entry.
+
+    p(t) is shifted as the teacher's own steps are: most times lie where a picture's parts find their places.
+    """
+    stage = STAGES[name]
+    pool = build_pool(folder, stage, out.parent)
+    args = train.Args(
+        **presets.FLOW | {"batch": BATCH, "micro_batch": MICRO_BATCH, "time_shift": TIME_SHIFT, "steps": stage.steps}
+    )
+    args = replace(args, checkpoint=folder, out=out, recipe=stage.recipe.name, guidance=GUIDANCE, seed=SEED)
+    args = replace(args, muon_lr=stage.scale * args.muon_lr, lr=stage.scale * args.lr, compile=compile, save_every=100)
+    recipes.RECIPES[stage.recipe.name] = stage.recipe  # not on import: for everyone else the table stays the paper's
+    args, state = open_run(replace(args, resume=(out / "args.json").exists()))
+    train.train(args, pool, state)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    every = max(1, len(lines) // 20)
+    curve = [{"step": line["step"], "loss": round(line["loss"], 4)} for line in lines[every - 1 :: every]]
+    return {"steps": stage.steps, "seconds": round(sum(line["seconds"] for line in lines)), "curve": curve}
+
+
+def put_in_place(name: str, folder: Path, out: Path) -> None:
+    """The trained network replaces folder/transformer (base and more) or becomes folder/teachers/NAME. This is a stage of its
+    own: killed on the way, it is done again, while the network's training is known to be over."""
+    place = folder / "transformer" if name in ("base", "more") else folder / "teachers" / name
+    shutil.copytree(out / "transformer", place, dirs_exist_ok=True)
+
+
+def score_autoencoder(folder: Path) -> dict:
+    """The scores of the right answers, through the autoencoder and back: no teacher can have higher ones."""
+    pipeline, row = benches.open_checkpoint(folder), {}
+    for bench, categories in benches.CATEGORIES.items():
+        verdicts = {}
+        for category in categories:
+            cases = world.bench(bench, category, benches.CASES[bench])
+            flat = np.stack([np.asarray(answer(case).convert("RGB"), np.float32) / 255 for case in cases])
+            again = (benches.reconstruct(pipeline, flat) * 255).round().astype(np.uint8)
+            pictures = [Image.fromarray(picture) for picture in again]
+            verdicts[category] = judge.judge(pictures, cases, partial(benches.reconstruct, pipeline))
+        row |= benches.summary(bench, verdicts)
+    return row
+
+
+def score(folder: Path, name: str) -> list[dict]:
+    """The rows of a teacher: at 80 NFE, and of the base also in the student's four steps, by both samplers. A specialised one is
+    scored at what it was trained for."""
+    pipeline = benches.open_checkpoint(folder)
+    samplers, tasks, only = benches.teacher_samplers(pipeline, flow.student_sigmas(4)), ["t2i", "edit"], ()
+    if name != "base":
+        pipeline.mmdit = MMDiT.from_pretrained(folder / "teachers" / name).eval()
+        samplers = [replace(samplers[0], name=f"{name} teacher")]
+        tasks, only = {"text": (["t2i"], ("text",)), "edit": (["edit"], ())}[name]
+    rows = [benches.evaluate(pipeline, sampler, tasks, each=True, only=only)[0] for sampler in samplers]
+    print(benches.table(rows))
+    return rows
+
+
+def premises(log: dict) -> list[dict]:
+    """What the paper takes for granted, what was measured, and whether it holds. Differences of scores are paired by case, with
+    95% intervals. A narrow teacher's pictures of one prompt lie nearer to each other."""
+    (base, euler, renoise), (text,), (edit,) = (log[f"score {name}"]["rows"] for name in ("base", "text", "edit"))
+    found = []
+
+    def add(premise: str, measured: str, holds: bool) -> None:
+        found.append({"premise": premise, "measured": measured, "holds": bool(holds)})
+
+    for bench, title in (("t2i", "drawing"), ("edit", "editing")):
+        for few, most in ((euler, 0.85), (renoise, 0.92)):
+            kept = few[bench]["average"] / base[bench]["average"]
+            add(f"{few['name']} keep at most {most} of {title}", f"{kept:.2f}", kept <= most)
+    scores = {category: base["t2i"][category] for category in benches.CATEGORIES["t2i"]}
+    numbers = ", ".join(f"{category} {score:.3f}" for category, score in scores.items())
+    add("text is what the base teacher draws worst", numbers, min(scores, key=scores.get) == "text")
+    for row, bench, categories in ((text, "t2i", ["text"]), (edit, "edit", list(benches.CATEGORIES["edit"]))):
+        sides = [np.array([one[f"{bench}_each"]["score"][c] for c in categories]) for one in (row, base)]
+        mean, half = difference(*(side[None] for side in sides))
+        add(f"the {row['name']} is better at its task by 0.1", f"{mean:+.3f} ± {half:.3f}", mean >= 0.1 and mean > half)
+        apart = [np.mean([one[f"{bench}_diversity"]["distance"][c] for c in categories]) for one in (row, base)]
+        numbers = "distance of pictures {:.3f}, the base teacher's {:.3f}".format(*apart)
+        add(f"the {row['name']} is narrower", numbers, apart[0] < apart[1])
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/toy"))
+    parser.add_argument("--compile", action="store_true", help="torch.compile: faster, needs a C++ compiler")
+    args = parser.parse_args(argv)
+    folder, log_file = args.out / "checkpoint", args.out / "build.json"
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = json.loads(log_file.read_text()) if log_file.exists() else {}
+
+    def stage(name: str, work) -> None:
+        """Do the work unless the log has it; what it returns is logged."""
+        if name not in log:
+            began = time.time()
+            print(f"--- {name}", flush=True)
+            log[name] = {"wall_seconds": 0} | (work() or {})
+            log[name]["wall_seconds"] = round(time.time() - began)
+            write_json(log_file, log)
+
+    stage("language", lambda: build_language(folder))
+    stage("vae", lambda: train_vae(folder / "vae", args.out / "vae-state", VAE_STEPS, SEED, compile=args.compile))
+
+    def fresh() -> None:
+        torch.manual_seed(SEED)
+        MMDiT(MMDiTConfig(**TEACHER)).save_pretrained(folder / "transformer", torch.float32)
+
+    stage("init", fresh)
+    for name in STAGES:
+        stage(name, partial(train_teacher, name, folder, args.out / name, args.compile))
+        stage(f"{name} in place", partial(put_in_place, name, folder, args.out / name))
+    stage("score autoencoder", lambda: score_autoencoder(folder))
+    for name in ("base", "text", "edit"):
+        stage(f"score {name}", lambda: {"rows": score(folder, name)})  # noqa: B023 (called at once)
+    stage("premises", lambda: {"premises": premises(log)})
+    write_json(folder / "build.json", log | {"fingerprint": fingerprint(folder)})
+    print(f"finished: {folder}")
+
+
+if __name__ == "__main__":
+    main()

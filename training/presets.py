@@ -1,0 +1,53 @@
+"""What the options of train.py become where it is not the laptop's distillation; each number with its source."""
+
+import math
+import os
+
+from program.options import TOY
+
+# The toy's teacher (ours).
+FLOW = dict(objective="flow", steps=2000, batch=96, micro_batch=16, save_every=500, panel_every=500, warmup=100)
+FLOW |= dict(muon_lr=0.02, lr=2e-3, decay=0.5, ema=0.999, time_shift=1.0)
+# A student of the 7B's size. The papers give no values, and we have not run these. They come from others' DMD:
+# ModelOpt's of Qwen-Image (both rates, 1,000 steps), Self-Forcing-Plus's of a 14B network (5 fake updates, an EMA of 0.99)
+# and DP-DMD's of SD3.5-M (a batch of 32, no weight decay). Checkpoints are 199 GB: 4 in a run.
+LARGE = dict(steps=1000, batch=32, micro_batch=8, save_every=250, panel_every=20, dtype="bfloat16", recompute=True)
+LARGE |= dict(muon_lr=0.0, lr=2e-6, fake_muon_lr=0.0, fake_lr=2e-6, fake_updates=5, warmup=20, decay=0.0)
+LARGE |= dict(ema=0.99, time_shift=3.0, aspects=True)
+# The same with LoRAs: both rates, fake updates, batch and EMA are those of configs/qwen_image_dmd.yaml of the fork
+# Chevolier/Self-Forcing-Plus, which distils Qwen-Image-Edit at rank 32. LightX2V has the same rates.
+LARGE_LORA = LARGE | dict(micro_batch=2, save_every=50, lr=1e-4, fake_lr=2e-5)
+# A specialised teacher of the 7B's size. No source has numbers for its fine-tuning. Not run by us.
+LARGE_FLOW = dict(objective="flow", muon_lr=0.0)  # AdamW, as in the paper's section 3
+LARGE_FLOW |= dict(lr=1e-5, batch=32)  # ours: as DP-DMD, which moves all weights of SD3.5-M
+LARGE_FLOW |= dict(micro_batch=8, recompute=True, dtype="bfloat16")  # ours, for memory; the masters are fp32
+LARGE_FLOW |= dict(steps=2000, ema=0.99)  # ours: the paper's students (section 3); the longest EMA seen with students
+LARGE_FLOW |= dict(warmup=20, decay=0.0, time_shift=3.0, panel_every=100)  # ours; clip and text_dropout: 2.0 report
+LARGE_FLOW_LORA = LARGE_FLOW | dict(micro_batch=2, lr=1e-4)  # ours: one GPU's memory; LightX2V's rate of a LoRA
+
+
+def defaults(objective: str, parameters: int, lora_rank: int) -> dict:
+    """The values that replace those of train.Args for this objective and a network of so many parameters."""
+    if parameters <= 1e9:
+        return FLOW if objective == "flow" else {}
+    large, lora = (LARGE_FLOW, LARGE_FLOW_LORA) if objective == "flow" else (LARGE, LARGE_LORA)
+    return lora if lora_rank else large
+
+
+def divisible(batch: int, micro_batch: int, processes: int) -> dict[str, int]:
+    """Both rounded up, so that each process has an equal part of every micro-batch."""
+    micro_batch = math.ceil(micro_batch / processes) * processes
+    return {"batch": math.ceil(batch / micro_batch) * micro_batch, "micro_batch": micro_batch}
+
+
+def of_run(args) -> dict:
+    """The defaults of a run whose given options are in `args`: for objective, checkpoint and number of processes."""
+    config, parameters = args.checkpoint / "transformer" / "config.json", 0
+    if args.checkpoint != TOY and config.is_file():  # where there is none, who opens the checkpoint says so
+        from training import plan  # imports torch
+
+        parameters = plan.parameters(plan.read_config(args.checkpoint))
+    own = {"batch": type(args).batch, "micro_batch": type(args).micro_batch}
+    own |= defaults(args.objective, parameters, args.lora_rank)
+    processes = args.gpus or int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
+    return own | divisible(own["batch"], own["micro_batch"], processes)
