@@ -57,6 +57,11 @@ def x0_from_velocity(z: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return z.float() - per_sample(t, z) * v.float()
 
 
+def predict_x0(velocity: Velocity, z: Tensor, t: Tensor) -> Tensor:
+    """A network's guess of the clean data behind z (B, ...) at time t (B,)."""
+    return x0_from_velocity(z, velocity(z, t), t)
+
+
 def score_from_velocity(z: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """The score, the gradient in z of log p_t(z), from a velocity; t in (0, 1].
 
@@ -69,12 +74,16 @@ def score_from_velocity(z: Tensor, v: Tensor, t: Tensor) -> Tensor:
 
 
 def flow_matching_loss(velocity: Velocity, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Squared error of the predicted velocity (Eq. 2), one number for each sample: (B,).
+    """Squared error of the predicted velocity, one number for each sample: (B,).
 
     It is not averaged over the batch, so that the caller can look at the loss by t. A flow model that is wrong is
     usually wrong at one end of the path, and an average hides that.
     """
-    v = velocity(add_noise(x, eps, t), t)
+    return velocity_loss(velocity(add_noise(x, eps, t), t), x, eps)
+
+
+def velocity_loss(v: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+    """The squared error of a velocity that was predicted between data x and noise eps, (B,)."""
     return (v.float() - (eps.float() - x.float())).square().flatten(1).mean(1)  # Eq. 2
 
 
@@ -91,6 +100,16 @@ def shifted_uniform(u: Tensor, time_shift: float, low: float = 0.02, high: float
     """DMD's p(t): uniform, shifted, and clamped away from both ends. At t = 0 there is no noise to explain. At t = 1 the
     score is -z, whatever the data. The paper does not give p(t); these are the field's usual numbers."""
     return shift_time(u.float(), time_shift).clamp(low, high)
+
+
+def renoise_times(u: Tensor, time_shift: float, sigmas: Sequence[float], k: int, below: bool = False) -> Tensor:
+    """The times (B,) at which DMD noises the student's picture of step k again, from uniform numbers u (B,).
+
+    sigmas: the student's, K + 1 numbers. By default p(t) is the same for all steps, as in DMD2: k plays no part.
+    below: only times up to the step's own level, sigma_k. Why this can matter: the head of dmd.py.
+    """
+    t = shifted_uniform(u, time_shift)
+    return (0.02 + (sigmas[k] - 0.02) * t).clamp(max=0.98) if below else t
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -144,6 +163,7 @@ def teacher_sigmas(
 
 
 # ---- samplers ----------------------------------------------------------------------------------------------------
+# They carry a gradient where the caller allows one. Whoever only draws calls them under torch.no_grad().
 
 
 def guided(conditional: Velocity, unconditional: Velocity, w: float) -> Velocity:
@@ -163,7 +183,6 @@ def time_like(z: Tensor, sigma: float) -> Tensor:
     return torch.full((z.shape[0],), sigma, device=z.device)
 
 
-@torch.no_grad()
 def euler(velocity: Velocity, z: Tensor, sigmas: Iterable[float]) -> Tensor:
     """Integrates dz/dt = v from sigmas[0] to sigmas[-1] in straight steps; z (B, ...) is the state at sigmas[0].
 
@@ -175,7 +194,6 @@ def euler(velocity: Velocity, z: Tensor, sigmas: Iterable[float]) -> Tensor:
     return z
 
 
-@torch.no_grad()
 def renoise(velocity: Velocity, noises: Tensor, sigmas: Iterable[float]) -> Tensor:
     """From noise to data without integrating: at each stop the clean prediction, then NEW noise on it for the next stop.
 
@@ -184,8 +202,7 @@ def renoise(velocity: Velocity, noises: Tensor, sigmas: Iterable[float]) -> Tens
     """
     z = noises[0].float()
     for k, (sigma, sigma_next) in enumerate(pairwise(sigmas), 1):
-        t = time_like(z, sigma)
-        z = x0_from_velocity(z, velocity(z, t), t)
+        z = predict_x0(velocity, z, time_like(z, sigma))
         if sigma_next > 0:
             z = add_noise(z, noises[k], time_like(z, sigma_next))
     return z

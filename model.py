@@ -77,7 +77,6 @@ class Condition:
     mask: Tensor  # (B, L) bool, True where a token is real
     sources: list[Tensor]  # each (B, 64, h_i, w_i), normalised latents in the prompt's order; [] for text to image
     slots: list[tuple[int, int]]  # [start, stop) along L of each source's run
-    skipped: int = 0  # positions between the last state and the target: padding that this rank can do without
 
     def __post_init__(self):
         length = self.states.shape[1]
@@ -373,8 +372,7 @@ class MMDiT(nn.Module):
         """Rotations (S, 1, d/2, 2) and segments of the prefix and, last, of a target of `grid` (h, w) tokens."""
         weight, tokens = self.img_in.weight, grid[0] * grid[1]
         layout = tuple(size or stop - start for start, stop, size in condition.pieces)
-        skipped = (0, condition.skipped)  # a picture of no tokens, which moves the counter
-        cos_sin = rotations((*layout, skipped, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2, 2)
+        cos_sin = rotations((*layout, grid), self.config.axes_dims_rope, weight.device)  # (S, 1, d/2, 2)
         length, bias = len(cos_sin) - tokens, None
         padding = ~condition.mask[:, None, None, condition.unpadded :]  # (B, 1, 1, L - unpadded)
         if padding.shape[-1] > 0:  # the target sees the whole prefix without its padding

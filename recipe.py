@@ -105,24 +105,35 @@ class Recipe:
             raise ValueError(f"recipe {self.name!r}: for {where} the lambdas are not >= 0 with a sum of 1: {weights}")
         return {teacher: weight for teacher, weight in weights.items() if weight > 1e-9}
 
+    def mean_teachers(self, k: int, steps: int, task: str) -> float:
+        """How many teachers are evaluated at step k, on average over the task's categories. Without a composition these
+        are, in equal parts, the categories with rules of their own and one more for all others."""
+        categories: list[str | None] = [None]
+        categories += sorted({rule.category for rule in self.rules if rule.task == task and rule.category})
+        if self.composition(task):
+            categories = list(spread(self.composition(task)))
+        return sum(len(self.weights(k, steps, task, category)) for category in categories) / len(categories)
+
+    def composition(self, task: str) -> dict[str, int]:
+        return self.t2i if task == "t2i" else self.edit
+
     def turn(self, i: int) -> tuple[str, str, int]:
         """(task, category, n) of the i-th micro-batch, of a resolved recipe.
 
         n counts the earlier micro-batches of this task and category. It chooses the prompts, so that at any time all
-        prompts of a category were seen equally often, or once less (exceptions: `chosen` in training/batches.py). Any ten
+        prompts of a category were seen equally often, or once less (exceptions: nth_entries in data/batches.py). Any ten
         turns in a row hold the ratio of tasks exactly. Within a task, any full round of its composition does. Both are
         spread evenly. The student's micro-batches and the fake score's are counted separately.
         """
         task, of_task = nth_name(dict(zip(TASKS, self.ratio, strict=True)), i)
-        category, n = nth_name({"t2i": self.t2i, "edit": self.edit}[task], of_task)
+        category, n = nth_name(self.composition(task), of_task)
         return task, category, n
 
     def resolve(self, available: dict[str, Iterable[str]], teachers: Iterable[str]) -> "Recipe":
         """This recipe on a certain data set, with certain teachers: the one to train with.
 
         available: task -> categories that have prompts (see `categories`). An empty composition becomes all of them, in
-        equal parts. ValueError for a task or category without prompts. The rules for teachers that are not among
-        `teachers`, a list of names, get the weight 0: the base takes their part.
+        equal parts. ValueError for a task or category without prompts. teachers: the names of the specialised ones.
         """
         compositions = {}
         for task, parts, composition in zip(TASKS, self.ratio, (self.t2i, self.edit), strict=True):
@@ -133,9 +144,13 @@ class Recipe:
                 of = f" of the categories {wanted}" if wanted else ""
                 raise ValueError(f"{needs}{of}, but there are {found or 'none'}; add some, or choose another recipe")
             compositions[task] = composition or dict.fromkeys(found, 1)
+        return replace(self, **compositions).with_teachers(teachers)
+
+    def with_teachers(self, teachers: Iterable[str]) -> "Recipe":
+        """This recipe where only these specialised teachers exist: the base teacher takes the part of all others."""
         teachers = set(teachers)
         rules = [rule if rule.teacher in teachers else replace(rule, by_quarter=(0.0,) * 4) for rule in self.rules]
-        return replace(self, **compositions, rules=tuple(rules))
+        return replace(self, rules=tuple(rules))
 
 
 def spread(parts: dict[str, int]) -> list[str]:

@@ -215,7 +215,7 @@ class Pipeline:
 
     def velocity(self, condition: Condition) -> flow.Velocity:
         """The MMDiT under one condition, v(z, t), as flow.py takes it. z (B, 64, h, w); t (B,)."""
-        return Network(self.mmdit).velocity(condition.to(self.device, self.dtype), keep=True)
+        return Network(self.mmdit).velocity(condition.to(self.device, self.dtype), calls=math.inf)
 
     def sigmas(self, steps: int | None, tokens: int) -> list[float]:
         """The schedule of a picture of `tokens` tokens, its final 0 included. steps None: the checkpoint's, else 40."""

@@ -42,11 +42,12 @@ from toy import judge, world
 from toy import score as benches
 from toy.figures import contact_sheet
 from toy.score import Sampler
+from training.options import TrainOptions
 from training.run import faster_dtype, find_teachers, open_run, whole_checkpoints
 
 # One optimisation for all rows of all tables. It is the main job's, but with smaller and fewer updates, so that all three
 # tables fit into an evening, and without decay: a run is made in stages, and each would end with it.
-STUDENT = train.Args(decay=0.0, steps=100, batch=12)
+STUDENT = TrainOptions(decay=0.0, steps=100, batch=12)
 TIMES = 5  # so many times as long are the rows that ask what happens later
 # Prompts in a category or family. Two categories have twice as many as one, as in the paper.
 POOL = {"t2i": 512, "edit": 256}

@@ -10,6 +10,7 @@ result holds the error of a teacher's network. The commands and the claims are i
 """
 
 import math
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot, silu
 from tqdm import tqdm
 
-from dmd import dmd_gradient, fake_score_loss, first_step_loss, mix_teachers, rollout, surrogate_loss
-from flow import Velocity, euler, per_sample, shifted_uniform, student_sigmas, walk
+from dmd import RealScore, Round, fake_losses, first_step_losses, rollout, student_losses
+from flow import Velocity, per_sample, renoise_times, student_sigmas, walk
 from recipe import Recipe
 
 SIGMAS = student_sigmas(4)  # the student's: 1, 0.9, 0.75, 0.5, 0
@@ -116,14 +117,14 @@ class Setting:
         return lambda category, source: self.mixture(who.get(category, "base"), category, source).velocity
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """noises (1, n, 2), or (4, n, 2) to re-noise; xi, source (n, 2), t (n,). Every recipe gets the same numbers in the
-        same order, so rows are paired."""
+        """noises (1, n, 2), or (4, n, 2) to re-noise; xi, source (n, 2); u (n,), uniform, for the time. Every recipe gets the
+        same numbers in the same order, so rows are paired."""
         noises, xi = torch.randn(2, 1, n, 2, generator=rng)
         source = self.mixture("truth", "landscape", xi[0]).sample(n, rng)  # an edit changes a landscape
-        t = shifted_uniform(torch.rand(n, generator=rng), 1.0)
+        u = torch.rand(n, generator=rng)
         if self.renoise:
             noises = torch.cat([noises, torch.randn(len(SIGMAS) - 2, n, 2, generator=rng)])
-        return noises, xi[0], source, t
+        return noises, xi[0], source, u
 
 
 # ---- student and fake score ----------------------------------------------------------------------------------------
@@ -173,10 +174,10 @@ def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
     return Mixture(torch.cat([x.reshape(seeds, -1, 2) for x in points], dim=1), 0.1)
 
 
-def real_velocity(setting: Setting, recipe: Recipe, k: int, category: str, source: Tensor) -> Velocity:
+def real_score(setting: Setting, recipe: Recipe, k: int, category: str, source: Tensor) -> RealScore:
     """The real score at the student's step k: the teachers, mixed by the recipe's lambdas (Eq. 5)."""
     weights = recipe.weights(k, len(SIGMAS) - 1, TASKS[category], category)
-    return mix_teachers(weights, {name: setting.mixture(name, category, source).velocity for name in weights})
+    return RealScore(weights, {name: setting.mixture(name, category, source).velocity for name in weights})
 
 
 def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[int, Network, Network]]:
@@ -185,23 +186,43 @@ def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[i
     recipe = recipe.resolve(CATEGORIES, ("text", "edit"))
     lowest = 1 if recipe.first_step_weight else 0  # step 0 then has a loss of its own
     student, fake, averaged = (Network(setting, rng) for _ in range(3))
+    networks = {"student": student, "fake": fake}
     optimisers = {
-        network: torch.optim.Adam(network.parameters, lr, (setting.beta1, 0.999), fused=True)
-        for network, lr in ((student, setting.lr), (fake, setting.fake_lr))
+        name: torch.optim.Adam(networks[name].parameters, lr, (setting.beta1, 0.999), fused=True)
+        for name, lr in (("student", setting.lr), ("fake", setting.fake_lr))
     }
 
-    def batch(turn: int) -> tuple:
-        """The category, k, student and fake score under it, and the draws."""
-        _, category, _ = recipe.turn(turn)
-        noises, xi, source, t = setting.draw(setting.seeds * setting.batch, rng)
+    def make_round(name: str, number: int) -> tuple[Round, str, Tensor]:
+        """The draws of this update, and the three networks under their condition; the category, and the sources."""
+        _, category, _ = recipe.turn(number)
+        noises, xi, source, u = setting.draw(setting.seeds * setting.batch, rng)
         k = int(torch.randint(10**6, (), generator=rng)) % (len(SIGMAS) - 1 - lowest) + lowest
-        seen = fake(category, source, k if setting.step_aware else None)
-        return category, k, student(category, source), seen, noises, xi, source, t
 
-    def update(network: Network, loss: Tensor) -> None:
-        (loss * setting.seeds).backward()  # a sum over seeds: each has its own loss
-        optimisers[network].step()
-        optimisers[network].zero_grad()
+        def fresh(what: str, shape: tuple[int, ...]) -> Tensor:
+            own = torch.Generator().manual_seed(zlib.crc32(f"{setting.seed} {name} {number} {what}".encode()))
+            return torch.randn(len(u), *shape, generator=own)
+
+        round = Round(
+            student=student(category, source),
+            fake=fake(category, source, k if setting.step_aware else None),
+            real=real_score(setting, recipe, k, category, source),
+            noises=noises,
+            sigmas=SIGMAS,
+            k=k,
+            xi=xi,
+            t=renoise_times(u, 1.0, SIGMAS, k),
+            fresh=fresh,
+        )
+        return round, category, source
+
+    def update(name: str, losses: Tensor) -> None:
+        if not losses.isfinite().all():
+            raise FloatingPointError(f"{recipe.name}: the {name}'s loss is not finite")
+        optimisers[name].zero_grad()  # what another network's loss may have left there
+        (losses.mean() * setting.seeds).backward()  # a sum over seeds: each has its own loss
+        optimisers[name].step()
+        for optimiser in optimisers.values():
+            optimiser.zero_grad()
 
     for step in tqdm(range(setting.updates + 1), recipe.name, leave=False):
         for mean, now in zip(averaged.parameters, student.parameters):
@@ -211,23 +232,20 @@ def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[i
         if step == setting.updates:
             return
         # 1. The fake score learns what the student draws by now. The student draws, and does not learn.
-        for turn in range(step * setting.fake_updates, (step + 1) * setting.fake_updates):
-            _, k, drawing, seen, noises, xi, _, t = batch(turn)
-            with torch.no_grad():
-                x_theta = rollout(drawing, noises, SIGMAS, k)
-            update(fake, fake_score_loss(seen, x_theta, xi, t).mean())
+        for number in range(step * setting.fake_updates, (step + 1) * setting.fake_updates):
+            round, _, _ = make_round("fake", number)
+            update("fake", fake_losses(round))
         # 2. The student learns once.
-        category, k, drawing, seen, noises, xi, source, t = batch(step)
-        real = real_velocity(setting, recipe, k, category, source)
+        round, category, source = make_round("student", step)
         if setting.oracle:
-            seen = from_samples(drawing, torch.randn(4, *noises.shape, generator=rng), setting.seeds).velocity
-        x_theta = rollout(drawing, noises, SIGMAS, k)
-        loss = surrogate_loss(x_theta, dmd_gradient(real, seen, x_theta, xi, t).g)
+            noises = torch.randn(4, *round.noises.shape, generator=rng)
+            round.fake = from_samples(round.student, noises, setting.seeds).velocity
+        losses, _ = student_losses(round)
         if recipe.first_step_weight:  # imitate the teacher's own four small steps to where the student's first one ends
-            near = euler(real_velocity(setting, recipe, 0, category, source), noises[0], TEACHER_SIGMAS[:5])
-            first = first_step_loss(drawing, noises[0], near, TEACHER_SIGMAS[4])  # (N,)
-            loss = loss + recipe.first_step_weight * first.mean()
-        update(student, loss)
+            real = real_score(setting, recipe, 0, category, source)
+            first = first_step_losses(round.student, real, round.noises[0], TEACHER_SIGMAS[:5])  # (N,)
+            losses = losses + recipe.first_step_weight * first
+        update("student", losses)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -260,6 +278,7 @@ def measure(points: Tensor, truth: Mixture, seeds: int, rng: torch.Generator) ->
     }
 
 
+@torch.no_grad()
 def evaluate(setting: Setting, model: Model, sigmas: list[float]) -> dict[str, dict[str, Tensor]]:
     """category -> measures, of 400 samples a seed: the same noise, sources and exact samples for every model."""
     rng, scores = torch.Generator().manual_seed(10**6), {}

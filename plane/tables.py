@@ -32,7 +32,7 @@ from experiments.tables import (
     TEACHER,
     Above,
 )
-from flow import Velocity, add_noise, euler
+from flow import Velocity, add_noise, euler, predict_x0
 from plane import panels
 from plane.method import CATEGORIES, SIGMAS, TASKS, TEACHER_SIGMAS, Setting, evaluate, train
 from program.edges import check_range
@@ -181,15 +181,23 @@ def write(place: Path, title: str, tables: list[list[list[str]]], result: dict) 
 # ---- the main job --------------------------------------------------------------------------------------------------
 
 
+def look(real: Velocity, fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """g, x0_real and x0_fake, (N, 2) each, of samples x_theta that are noised again by xi (N, 2) at times t (N,)."""
+    x_t = add_noise(x_theta, xi, t)
+    x0_real, x0_fake = predict_x0(real, x_t, t), predict_x0(fake, x_t, t)
+    return dmd_gradient(x_theta, x0_real, x0_fake), x0_real, x0_fake
+
+
+@torch.no_grad()
 def gradients(real: Velocity, fake: Velocity, x_theta: Tensor) -> tuple[list[Tensor], Tensor]:
     """Of one sample with one noise: x_theta, x_t, x0_real, x0_fake, (2,) each. Of all, (N, 2): g, the mean of 60 noises."""
     x = x_theta[(x_theta - torch.tensor([0.3, 0.9])).norm(dim=1).argmin()].expand_as(x_theta)  # between two modes
     xi, t = torch.tensor([0.9, -0.1]).expand_as(x), torch.full((len(x),), 0.5)
-    _, x0_real, x0_fake = dmd_gradient(real, fake, x, xi, t)
+    _, x0_real, x0_fake = look(real, fake, x, xi, t)
     one, rng, g = [x[0], add_noise(x, xi, t)[0], x0_real[0], x0_fake[0]], torch.Generator().manual_seed(0), 0
     for _ in range(60):
         xi, t = torch.randn(x.shape, generator=rng), 0.02 + 0.96 * torch.rand(len(x), generator=rng)
-        g = g + dmd_gradient(real, fake, x_theta, xi, t).g / 60
+        g = g + look(real, fake, x_theta, xi, t)[0] / 60
     return one, g
 
 
@@ -208,7 +216,8 @@ def show(setting: Setting, out: Path) -> None:
     truths = {category: setting.mixture("truth", category, source[:1]) for category in TASKS}
     frames, found = [], {student: {}}  # found: model -> updates -> category -> measures
     for step, students, fake in train(setting, OURS[EDITS_BASE], {early, *frames_at, *marks}):
-        samples = {category: euler(students(category, source), noise, SIGMAS) for category in TASKS}
+        with torch.no_grad():
+            samples = {category: euler(students(category, source), noise, SIGMAS) for category in TASKS}
         if step in frames_at:
             frames.append(panels.frame(step, samples, truths, source[:1]))
         if step in marks:
@@ -222,7 +231,8 @@ def show(setting: Setting, out: Path) -> None:
     models[student] = students, SIGMAS
     ways = {}  # of samples from noise to picture, (steps + 1, N, 2)
     for row, (model, sigmas) in models.items():
-        stops = [euler(model("portrait", source), noise, sigmas[: i + 1]) for i in range(len(sigmas))]
+        with torch.no_grad():
+            stops = [euler(model("portrait", source), noise, sigmas[: i + 1]) for i in range(len(sigmas))]
         ways[row] = torch.stack(stops)
     panels.six_panels(truths["portrait"], ways, early, corrections, found).save(out / "dmd.png", optimize=True)
     frames[0].save(out / "dmd.gif", save_all=True, append_images=frames[1:] + frames[-1:] * 8, duration=200, loop=0)

@@ -6,7 +6,6 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import reference
@@ -15,9 +14,9 @@ from safetensors.torch import save_file
 
 from data import encode as conditions
 from data import pictures
+from data.batches import condition_of
 from data.encode import Entry, cached_pool, encode_pool
 from recipe import Prompt, read_prompts
-from training.batches import make_batch
 
 SIZE = 64
 
@@ -165,13 +164,11 @@ def test_the_cache_keeps_words_and_latents_alone(checkpoint, prompts, tmp_path):
             kept += shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")  # without the header
     assert kept == expected and slots > 0
 
-    args = SimpleNamespace(device="cpu", dtype="float32", objective="dmd", sampler="euler", time_shift=1.0)
     for prompt, a, b in zip(listed, pool.entries, memory.entries, strict=True):
         images = [pictures.fit(image, SIZE) for image in prompt.images]
-        made = [make_batch(args, [entry], [torch.Generator().manual_seed(0)]) for entry in (a, b)]
-        for words, name in ((prompt.prompt, "condition"), ("", "empty")):
+        for words, empty in ((prompt.prompt, False), ("", True)):
             states, mask, slots = encoders.encoder.encode([words], [images])
-            mine, other = (getattr(batch, name) for batch in made)
+            mine, other = (condition_of([entry], "cpu", torch.float32, empty) for entry in (a, b))
             assert torch.equal(mine.states, other.states) and all(map(torch.equal, mine.sources, other.sources))
             assert torch.equal(mine.mask, mask) and mine.slots == slots == other.slots
             for start, stop in slots:

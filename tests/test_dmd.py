@@ -26,6 +26,17 @@ def gradients(network):
     return [parameter.grad for parameter in network.parameters()]
 
 
+def look(real, fake, x_theta, xi, t):
+    """g, x0_real and x0_fake at x_theta."""
+    x_t = flow.add_noise(x_theta, xi, t)
+    x0_real, x0_fake = flow.predict_x0(real, x_t, t), flow.predict_x0(fake, x_t, t)
+    return dmd.dmd_gradient(x_theta, x0_real, x0_fake), x0_real, x0_fake
+
+
+def round_of(student, fake, real, noises, k, xi, t, sigmas=SIGMAS):
+    return dmd.Round(student, fake, real, noises, sigmas, k, xi, t, fresh=lambda name, shape: draw(len(t), *shape))
+
+
 def counted(velocity, calls):
     def counting(z, t):
         calls.append(t)
@@ -62,6 +73,16 @@ def test_the_last_step_of_a_rollout_is_what_the_sampler_draws(noises):
     torch.testing.assert_close(dmd.rollout(student, noises, SIGMAS, 3), flow.walk(student, noises, SIGMAS))
 
 
+def test_a_gradient_through_all_steps_is_that_of_the_whole_walk():
+    """d x_theta / da of x_theta = z_0 (1 - d a)(1 - sigma a) with d = sigma_0 - sigma_1: by hand, and by autograd."""
+    student, noise = Affine(b=0.0), draw(1, 3, 2)
+    x_theta = dmd.rollout(student, noise, SIGMAS, 1, through=True)
+    x_theta.sum().backward()
+    a, d, sigma = 0.3, SIGMAS[0] - SIGMAS[1], SIGMAS[1]
+    by_hand = (-d * (1 - sigma * a) - sigma * (1 - d * a)) * noise.sum()
+    torch.testing.assert_close(student.a.grad, by_hand)
+
+
 def test_k_out_of_range():
     for k in (-1, 4):
         with pytest.raises(ValueError, match=f"k = {k} of 4"):
@@ -74,20 +95,34 @@ def test_k_out_of_range():
 def test_mixture_of_scores_is_the_score_of_the_mixed_velocity():
     z, t = draw(4, 3, 2), torch.tensor([0.02, 0.3, 0.7, 0.98])
     base, text = gaussian_velocity(0.7, 0.4), flow.guided(gaussian_velocity(-1.0, 0.1), lambda z, t: z.cos(), 2.5)
-    mixed = dmd.mix_teachers({"base": 0.3, "text": 0.7}, {"base": base, "text": text})
+    mixed = dmd.RealScore({"base": 0.3, "text": 0.7}, {"base": base, "text": text})
     scores = 0.3 * flow.score_from_velocity(z, base(z, t), t) + 0.7 * flow.score_from_velocity(z, text(z, t), t)
     torch.testing.assert_close(flow.score_from_velocity(z, mixed(z, t), t), scores, rtol=1e-4, atol=1e-4)
 
 
 def test_a_zero_weight_and_a_guidance_of_one_cost_no_forward():
     calls = {"base": [], "empty": [], "text": []}
-    base = flow.guided(counted(Affine(), calls["base"]), counted(Affine(), calls["empty"]), 1.0)
-    teachers = {"base": base, "text": counted(Affine(), calls["text"])}
-    dmd.mix_teachers({"base": 1.0, "text": 0.0}, teachers)(draw(2, 3), torch.ones(2))
+    conditional = {name: counted(Affine(), calls[name]) for name in ("base", "text")}
+    unconditional = {"base": counted(Affine(), calls["empty"])}
+    dmd.RealScore({"base": 1.0, "text": 0.0}, conditional)(draw(2, 3), torch.ones(2))
     assert [len(made) for made in calls.values()] == [1, 0, 0]
-    guided = {"base": flow.guided(counted(Affine(), calls["base"]), counted(Affine(), calls["empty"]), 2.0)}
-    dmd.mix_teachers({"base": 1.0}, guided)(draw(2, 3), torch.ones(2))
+    dmd.RealScore({"base": 1.0}, conditional, unconditional, w=2.0)(draw(2, 3), torch.ones(2))
     assert [len(made) for made in calls.values()] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("w", [1.0, 2.5])
+def test_the_real_score_is_its_plain_part_and_its_guidance(w):
+    """Both by hand: two teachers with weights .3 and .7; v + (w - 1)(v - u) of each."""
+    z, t = draw(4, 3), torch.tensor([0.1, 0.4, 0.7, 0.9])
+    conditional = {"base": Affine(0.3), "text": Affine(0.5, 0.1)}
+    unconditional = {"base": Affine(-0.2), "text": Affine(0.0, 0.4)}
+    weights = {"base": 0.3, "text": 0.7}
+    real = dmd.RealScore(weights, conditional, unconditional, w)
+    plain = 0.3 * (0.3 * z - 0.2) + 0.7 * (0.5 * z + 0.1)
+    difference = 0.3 * (0.5 * z) + 0.7 * (0.5 * z - 0.3)
+    torch.testing.assert_close(real.plain(z, t), plain)
+    torch.testing.assert_close(real.guidance(z, t), (w - 1) * difference)
+    torch.testing.assert_close(real(z, t), plain + (w - 1) * difference)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +130,7 @@ def test_a_zero_weight_and_a_guidance_of_one_cost_no_forward():
 )
 def test_weights_that_do_not_add_up(weights):
     with pytest.raises(ValueError, match="sum to 1"):
-        dmd.mix_teachers(weights, {"a": Affine(), "b": Affine()})
+        dmd.RealScore(weights, {"a": Affine(), "b": Affine()})
 
 
 # ---- the two losses ----
@@ -105,7 +140,7 @@ def test_gradient_is_the_score_difference_rescaled():
     """g = (s_stu - s_real) t^2 / (1 - t) / mean |x_theta - x0_real|, each factor by hand."""
     real, fake = gaussian_velocity(0.7, 0.4), gaussian_velocity(0.1, 0.8)
     x_theta, xi, t = draw(3, 2, 2), draw(3, 2, 2, seed=1), torch.tensor([0.1, 0.5, 0.9])
-    g, x0_real, x0_fake = dmd.dmd_gradient(real, fake, x_theta, xi, t)
+    g, x0_real, x0_fake = look(real, fake, x_theta, xi, t)
     x_t, s = flow.add_noise(x_theta, xi, t), t[:, None, None]
     difference = flow.score_from_velocity(x_t, fake(x_t, t), t) - flow.score_from_velocity(x_t, real(x_t, t), t)
     distance = (x_theta - x0_real).abs().mean((1, 2), keepdim=True)
@@ -114,17 +149,17 @@ def test_gradient_is_the_score_difference_rescaled():
 
 
 def test_gradient_is_zero_when_fake_equals_real():
-    g = dmd.dmd_gradient(Affine(), Affine(), draw(3, 4), draw(3, 4, seed=1), torch.tensor([0.1, 0.5, 0.9])).g
+    g, _, _ = look(Affine(), Affine(), draw(3, 4), draw(3, 4, seed=1), torch.tensor([0.1, 0.5, 0.9]))
     assert g.abs().max() == 0
 
 
 def test_surrogate_has_the_hand_written_gradient():
     x_theta, g = draw(3, 2, 2).requires_grad_(), draw(3, 2, 2, seed=1)
-    dmd.surrogate_loss(x_theta, g).backward()
+    dmd.surrogate_loss(x_theta, g).mean().backward()
     torch.testing.assert_close(x_theta.grad, g / 12)
     # and through a student: with x_theta = z - sigma (a z + b), dL/da = -sum(g sigma z) / numel
     student, z = Affine(), draw(3, 2, 2)
-    dmd.surrogate_loss(dmd.rollout(student, z[None], SIGMAS, 0), g).backward()
+    dmd.surrogate_loss(dmd.rollout(student, z[None], SIGMAS, 0), g).mean().backward()
     torch.testing.assert_close(student.a.grad, -(g * z).sum() / 12)
     torch.testing.assert_close(student.b.grad, -g.sum() / 12)
 
@@ -132,44 +167,63 @@ def test_surrogate_has_the_hand_written_gradient():
 def test_each_loss_touches_its_own_network_alone():
     student, fake, base, text = Affine(), Affine(0.1), Affine(0.2), Affine(0.4)
     noises, xi, t = draw(4, 2, 3), draw(2, 3, seed=1), torch.tensor([0.3, 0.6])
-    real = dmd.mix_teachers({"base": 0.5, "text": 0.5}, {"base": base, "text": text})
+    real = dmd.RealScore({"base": 0.5, "text": 0.5}, {"base": base, "text": text})
+    round = round_of(student, fake, real, noises, 2, xi, t)
 
-    x_theta = dmd.rollout(student, noises, SIGMAS, 2)
-    dmd.fake_score_loss(fake, x_theta, xi, t).mean().backward()
+    dmd.fake_losses(round).mean().backward()
     assert all(gradient.abs() > 0 for gradient in gradients(fake))
     assert all(gradient is None for network in (student, base, text) for gradient in gradients(network))
 
     fake.zero_grad()
-    target = flow.euler(real, noises[0], [1.0, 0.9, 0.8])
-    gradient = dmd.dmd_gradient(real, fake, x_theta, xi, t)
-    assert not any(part.requires_grad for part in gradient)  # no graph is kept through teachers and fake score
-    loss = dmd.surrogate_loss(x_theta, gradient.g)
-    (loss + dmd.first_step_loss(student, noises[0], target, 0.8).mean()).backward()
+    losses, panel = dmd.student_losses(round)
+    assert not any(
+        values.requires_grad for values in panel.values()
+    )  # no graph is kept through teachers and fake score
+    (losses + dmd.first_step_losses(student, real, noises[0], [1.0, 0.9, 0.8])).mean().backward()
     assert all(gradient.abs() > 0 for gradient in gradients(student))
     assert all(gradient is None for network in (fake, base, text) for gradient in gradients(network))
 
 
-@pytest.mark.parametrize("culprit", ["x_theta", "x0_real", "x0_fake"])
-def test_a_gradient_that_is_not_finite_stops_the_run(culprit):
+def test_the_students_loss_is_made_of_these_parts():
+    """rollout, noise again, both guesses, g, surrogate: put together by hand."""
+    student, fake, base = Affine(), Affine(0.1), Affine(0.2)
+    noises, xi, t = draw(4, 2, 3), draw(2, 3, seed=1), torch.tensor([0.3, 0.6])
+    losses, panel = dmd.student_losses(
+        round_of(student, fake, dmd.RealScore({"base": 1.0}, {"base": base}), noises, 2, xi, t)
+    )
+    x_theta = dmd.rollout(student, noises, SIGMAS, 2).detach()
+    g, x0_real, x0_fake = look(base, fake, x_theta, xi, t)
+    for name, expected in (("x_theta", x_theta), ("x0_real", x0_real), ("x0_fake", x0_fake)):
+        torch.testing.assert_close(panel[name], expected.detach())
+    torch.testing.assert_close(losses, 0.5 * g.square().mean(1))
+
+
+@pytest.mark.parametrize("culprit", ["x_theta", "real", "fake"])
+def test_a_value_that_is_not_finite_reaches_the_loss_of_its_sample(culprit):
+    """It is never replaced by zeros. Who trains looks at the loss before the update (Trainee.backward)."""
+
     def broken(z, t):
         return Affine()(z, t) + torch.where(t > 0.5, float("nan"), 0.0)[:, None]
 
-    real, fake = (broken if culprit == name else Affine() for name in ("x0_real", "x0_fake"))
-    x_theta = draw(2, 3)
+    real, fake = (broken if culprit == name else Affine() for name in ("real", "fake"))
+    noises = draw(4, 2, 3)
     if culprit == "x_theta":
-        x_theta[1, 0] = float("inf")
-    with pytest.raises(FloatingPointError, match=rf"t = \[0.75\].*'{culprit}'"):
-        dmd.dmd_gradient(real, fake, x_theta, draw(2, 3, seed=1), torch.tensor([0.25, 0.75]))
+        noises[0, 1, 0] = float("inf")
+    score = dmd.RealScore({"base": 1.0}, {"base": real})
+    round = round_of(Affine(), fake, score, noises, 0, draw(2, 3, seed=1), torch.tensor([0.25, 0.75]))
+    losses, panel = dmd.student_losses(round)
+    assert losses.isfinite().tolist() == [True, False]
+    assert panel["x_theta"].isfinite().all() == (culprit != "x_theta")
 
 
 def test_first_step_loss():
     """A student that is the teacher makes no error over one step of the teacher's, and some over three curved ones."""
     teacher, noise = gaussian_velocity(0.7, 0.4), draw(3, 4)
     sigmas = [1.0, 0.9, 0.7, 0.4]
-    one = dmd.first_step_loss(teacher, noise, flow.euler(teacher, noise, sigmas[:2]), sigmas[1])
+    one = dmd.first_step_losses(teacher, teacher, noise, sigmas[:2])
     torch.testing.assert_close(one, torch.zeros(3), atol=1e-10, rtol=0)
     end = flow.euler(teacher, noise, sigmas)
-    three = dmd.first_step_loss(teacher, noise, end, sigmas[3])
+    three = dmd.first_step_losses(teacher, teacher, noise, sigmas)
     at_noise = noise - 0.7  # the teacher's velocity at t = 1: eps minus the data's mean
     torch.testing.assert_close(three, ((at_noise - (noise - end) / 0.6) ** 2).mean(1))
     assert three.min() > 1e-4
@@ -203,24 +257,23 @@ def test_gaussian_teacher_moves_the_student_to_its_mean_and_variance(steps):
     sigmas = flow.student_sigmas(steps)
     student = Steps(sigmas)
     fake = nn.ParameterDict({"mean": nn.Parameter(torch.zeros(steps)), "std": nn.Parameter(torch.ones(steps))})
-    real = dmd.mix_teachers({"base": 1.0}, {"base": gaussian_velocity(0.7, 0.4)})
+    real = dmd.RealScore({"base": 1.0}, {"base": gaussian_velocity(0.7, 0.4)})
     optimisers = [torch.optim.Adam(network.parameters(), lr=0.02, betas=(0.5, 0.99)) for network in (student, fake)]
     rates = [torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, 300 * steps) for optimiser in optimisers]
 
-    def rolled_out():
+    def drawn_round():
         k = int(torch.randint(steps, ()))
-        x_theta = dmd.rollout(student, torch.randn(steps, 256, 8), sigmas, k)
-        t = flow.shifted_uniform(torch.rand(256), 1.0)
-        return gaussian_velocity(fake["mean"][k], fake["std"][k]), x_theta, torch.randn(256, 8), t
+        noises, t = torch.randn(steps, 256, 8), flow.renoise_times(torch.rand(256), 1.0, sigmas, k)
+        own = gaussian_velocity(fake["mean"][k], fake["std"][k])
+        return round_of(student, own, real, noises, k, torch.randn(256, 8), t, sigmas)
 
     for _ in range(300 * steps):
         for _ in range(3):
             optimisers[1].zero_grad()
-            dmd.fake_score_loss(*rolled_out()).mean().backward()
+            dmd.fake_losses(drawn_round()).mean().backward()
             optimisers[1].step()
         optimisers[0].zero_grad()
-        _, x_theta, _, _ = student_turn = rolled_out()
-        dmd.surrogate_loss(x_theta, dmd.dmd_gradient(real, *student_turn).g).backward()
+        dmd.student_losses(drawn_round())[0].mean().backward()
         optimisers[0].step()
         for rate in rates:
             rate.step()

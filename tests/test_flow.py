@@ -203,3 +203,12 @@ def test_guidance():
     # A guided velocity is a velocity: the sampler takes it as it is.
     x = flow.euler(flow.guided(lambda z, t: z, unconditional, 4.0), z, [1.0, 0.0])
     torch.testing.assert_close(x, z - 7 * z)
+
+
+def test_renoise_times_below_stay_under_the_steps_own_level():
+    u, sigmas = torch.rand(1000), flow.student_sigmas(4)
+    pooled = flow.renoise_times(u, 1.5, sigmas, 2)
+    torch.testing.assert_close(pooled, flow.shifted_uniform(u, 1.5))
+    for k, sigma in enumerate(sigmas[:-1]):
+        t = flow.renoise_times(u, 1.0, sigmas, k, below=True)
+        assert 0.02 <= t.min() < 0.06 and sigma - 0.06 < t.max() <= min(sigma, 0.98)

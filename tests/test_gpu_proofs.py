@@ -29,15 +29,16 @@ import model as network
 import recipe
 import train
 from checkpoint.lora import add_role, new_lora
+from data.batches import Batch
 from data.encode import Entry, Pool
 from model import Condition, MMDiT, MMDiTConfig
 from networks import attention
 from program import ranks
 from sample import Pipeline
 from tools import benchmark
-from training import plan, presets
+from training import plan, presets, sharding
 from training import trainee as trainee_file
-from training.batches import Batch, batches
+from training.options import TrainOptions
 from training.trainee import recompute
 
 TINY = MMDiTConfig(
@@ -74,9 +75,16 @@ def small_pool(lengths: tuple[int, ...] = (5, 5, 5, 5, 5, 5, 5, 5)) -> Pool:
     return Pool(entries)
 
 
-def small_args(**numbers) -> train.Args:
+def small_args(**numbers) -> TrainOptions:
     given = dict(dtype="float32", device="cpu", batch=4, micro_batch=2, guidance=1.0, fake_updates=2)
-    return train.Args(**given | numbers)
+    return TrainOptions(**given | numbers)
+
+
+def job_of(options, pool, recipe, teachers=None, trainees=None) -> train.Job:
+    """A job as train.open_job makes it; without networks the draws can be looked at."""
+    per_step = {"fake": options.fake_updates, "student": 1, "teacher": 1}
+    sigmas = flow.student_sigmas(options.student_steps)
+    return train.Job(options, pool, recipe, sigmas, teachers or {}, trainees or {}, per_step)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------
@@ -116,7 +124,9 @@ def test_redraw_changes_the_random_numbers_of_that_step_alone():
     pool, found = small_pool(), recipe.find("flash").resolve({"t2i": ["text"], "edit": ["scene"]}, ())
     for purpose, updates in (("student", [2]), ("fake", [4, 5])):  # of step 3
         for update in range(8):
-            once, again = (list(batches(small_args(redraw=r), pool, found, purpose, update)) for r in (None, 3))
+            once, again = (
+                list(train.draw_batches(job_of(small_args(redraw=r), pool, found), purpose, update)) for r in (None, 3)
+            )
             same = [torch.equal(a.noises, b.noises) and torch.equal(a.t, b.t) for a, b in zip(once, again, strict=True)]
             assert same == [update not in updates] * len(same)
             assert [b.task for b in once] == [b.task for b in again]
@@ -154,7 +164,7 @@ def test_a_student_is_drawn_at_the_times_it_was_trained_at(monkeypatch, steps, d
 def test_the_path_is_built_at_the_time_that_is_told():
     found = recipe.find("flash").resolve({"t2i": ["text"], "edit": ["scene"]}, ())
     for update in range(4):
-        for batch in batches(small_args(dtype="bfloat16"), small_pool(), found, "student", update):
+        for batch in train.draw_batches(job_of(small_args(dtype="bfloat16"), small_pool(), found), "student", update):
             assert torch.equal(batch.t, flow.network_time(batch.t, torch.bfloat16))
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
     every = every[(every >= 0) & (every <= 1)]
@@ -169,7 +179,7 @@ def test_the_path_is_built_at_the_time_that_is_told():
 @pytest.mark.parametrize("processes", [1, 2, 3, 8, 16])
 def test_the_defaults_can_be_shared_by_any_number_of_processes(processes, lora_rank):
     values = presets.defaults("dmd", 7_100_000_000, lora_rank)
-    args = train.Args(**values | presets.divisible(values["batch"], values["micro_batch"], processes))
+    args = TrainOptions(**values | presets.divisible(values["batch"], values["micro_batch"], processes))
     assert args.batch >= 32 and all(size % processes == 0 for size in args.sizes)
     assert len(set(args.sizes)) == 1 and args.micro_batch < (8 if not lora_rank else 2) + processes
 
@@ -179,7 +189,7 @@ def test_torchs_own_error_on_one_rank_ends_all(tmp_path):
 
     def work():
         torch.distributed.all_reduce(torch.ones(2))
-        with train.raise_on_all_ranks():
+        with ranks.raise_on_all_ranks():
             if train.rank() == 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         os._exit(0)  # not reached
@@ -232,7 +242,18 @@ def large_edit(size: int, k: int, device: str) -> Batch:
     told.mask, told.sources = torch.empty(size, 1224, dtype=torch.bool, device=device), [grid.bfloat16()]
     times = [0.5] * size
     return Batch(
-        "edit", "scene", told, told, None, grid.expand(4, *grid.shape), grid.clone(), torch.empty(size), times, k
+        task="edit",
+        category="scene",
+        fraction=1.0,
+        condition=told,
+        empty=told,
+        target=None,
+        k=k,
+        noises=grid.expand(4, *grid.shape),
+        xi=grid.clone(),
+        t=torch.empty(size),
+        times=times,
+        fresh=lambda name, shape: torch.empty(size, *shape),
     )
 
 
@@ -243,7 +264,7 @@ def test_peak_of_a_lora_update_of_the_7b_is_the_plans(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda *a, fused, **b: adam(*a, **b, foreach=False))
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda tensors, most, foreach: clip(tensors, most))
     network.prefix_segments((8, (64, 64), 192))
-    args = train.Args(**presets.LARGE_LORA | dict(batch=2, guidance=1.0, lora_rank=32, device="meta"))
+    args = TrainOptions(**presets.LARGE_LORA | dict(batch=2, guidance=1.0, lora_rank=32, device="meta"))
     with torch.device("meta"):
         model = MMDiT(MMDiTConfig()).to(torch.bfloat16).requires_grad_(False)
         recompute(model)
@@ -252,13 +273,13 @@ def test_peak_of_a_lora_update_of_the_7b_is_the_plans(monkeypatch):
             add_role(model, role, new_lora(model, args.lora_rank))
             trainees.append(train.Trainee(role, train.Network(model, role), args, 0.0, args.lr, ema))
         found = replace(recipe.find("mix-0-10"), rules=())
-        job = train.Job(args, None, found, flow.student_sigmas(4), {"base": train.Network(model)}, *trainees)
-        monkeypatch.setattr(train, "batches", lambda *arguments: iter([large_edit(args.micro_batch, 1, "meta")]))
+        job = job_of(args, None, found, {"base": train.Network(model)}, dict(zip(("student", "fake"), trainees)))
+        monkeypatch.setattr(train, "draw_batches", lambda *arguments: iter([large_edit(args.micro_batch, 1, "meta")]))
         with Held() as held:
             for tensor in [*model.parameters(), *trainees[0].average]:
                 held.hold(tensor)
-            train.update_fake(job, 0, 1.0)
-            train.update_student(job, 0, 1.0)
+            train.update(job, "fake", 0, 1.0)
+            train.update(job, "student", 0, 1.0)
     planned = plan.make_plan(args, MMDiTConfig(), found, gpus=1, frozen=1, layouts={"edit": (4296, 4096)})
     assert abs(planned.peak / held.most - 1) < 0.1, (planned.peak, held.most)
     assert 20e9 < held.most < 27e9
@@ -287,13 +308,12 @@ class Exchanges(TorchDispatchMode):
 def test_exchanges_of_one_of_eight_processes(monkeypatch):
     """At the full width, with 8 blocks. Every forward gathers each block and the rest once, every backward gathers and reduces each once. Nothing else."""
     k, config = 1, MMDiTConfig(num_layers=8)
-    for file in (train, trainee_file):
-        monkeypatch.setattr(file, "raise_on_all_ranks", nullcontext)  # its notes are Python objects
+    monkeypatch.setattr(trainee_file, "raise_on_all_ranks", nullcontext)  # its notes are Python objects
     monkeypatch.setattr(network, "attend", lambda q, k, v, mask: Flash.apply(q, k, v))
-    monkeypatch.setattr(train.Trainee, "update", lambda self, rate: 0.0)
-    monkeypatch.setattr(train, "batches", lambda *arguments: iter([large_edit(1, k, "cpu")]))
+    monkeypatch.setattr(train.Trainee, "update", lambda self, rate: None)
+    monkeypatch.setattr(train, "draw_batches", lambda *arguments: iter([large_edit(1, k, "cpu")]))
     network.prefix_segments((8, (64, 64), 192))
-    args = train.Args(**presets.LARGE | dict(guidance=1.0, device="cpu"))
+    args = TrainOptions(**presets.LARGE | dict(guidance=1.0, device="cpu"))
     found = replace(recipe.find("mix-0-10"), rules=())
     mesh = device_mesh.init_device_mesh  # reads values of the ranks' numbers, which are not to be fake
     monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *a: unset_fake_temporarily()(mesh)(*a))
@@ -306,13 +326,15 @@ def test_exchanges_of_one_of_eight_processes(monkeypatch):
             torch.set_default_dtype(torch.float32)
             for model in models:
                 recompute(model)
-            ranks.shard(models[2], args)
+            sharding.shard(models[2], args)
             for model, name in zip(models, ("student", "fake")):
                 trainees.append(train.Trainee(name, train.Network(model), args, 0.0, args.lr, 0.0))
-            job = train.Job(args, None, found, flow.student_sigmas(4), {"base": train.Network(models[2])}, *trainees)
-            for update, gathers in ((train.update_fake, (k + 1) + 2), (train.update_student, (k + 1) + 1 + 2)):
+            job = job_of(
+                args, None, found, {"base": train.Network(models[2])}, dict(zip(("student", "fake"), trainees))
+            )
+            for name, gathers in (("fake", (k + 1) + 2), ("student", (k + 1) + 1 + 2)):
                 with Exchanges() as seen:
-                    update(job, 0, 1.0)
+                    train.update(job, name, 0, 1.0)
                 groups, weights = config.num_layers + 1, plan.parameters(config)
                 assert seen.number == {"_allgather_base_": gathers * groups, "_reduce_scatter_base_": groups}
                 assert seen.bytes["_allgather_base_"] == pytest.approx(gathers * 2 * weights, rel=0.01)  # in bf16

@@ -27,9 +27,9 @@ from data import encode as conditions
 from data.encode import Entry, Pool, cached_pool
 from model import MMDiT, MMDiTConfig
 from networks.vae import VAE, VAEConfig
-from program import ranks
 from recipe import Prompt
-from training import watch
+from training import sharding, watch
+from training.options import TrainOptions
 from training.run import whole_checkpoints
 
 TINY = MMDiTConfig(
@@ -118,7 +118,7 @@ def in_processes(number: int | None, work: Callable[[], None]) -> None:
 def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **numbers) -> None:
     """One training run of this rank, which leaves a note of what it did and how it ended."""
     done = {"calls": 0, "batches": [], "teachers": [], "updates": [], "unrounded": [], "ended": "finished"}
-    real = {"batches": train.batches, "mix": dmd.mix_teachers, "gradient": dmd.dmd_gradient}
+    real = {"batches": train.draw_batches, "score": dmd.RealScore, "gradient": dmd.dmd_gradient}
     real |= {"update": train.Trainee.update, "forward": MMDiT.forward, "with_prefix": MMDiT.with_prefix}
 
     def counted(name: str):
@@ -128,35 +128,35 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
 
         return call
 
-    def batches(args, pool, recipe, purpose, update):
-        for batch in real["batches"](args, pool, recipe, purpose, update):
+    def draw_batches(job, name, update):
+        for batch in real["batches"](job, name, update):
             done["batches"].append(
-                [purpose, update, batch.task, batch.category, batch.k, batch.noises[0, 0, 0].numel(), len(batch.t)]
+                [name, update, batch.task, batch.category, batch.k, batch.noises[0, 0, 0].numel(), len(batch.t)]
             )
             yield batch
 
-    def mix(weights, teachers):
-        done["teachers"].append(weights)
-        return real["mix"](weights, teachers)
+    class Score(real["score"]):
+        def __call__(self, z, t):
+            done["teachers"].append(self.weights)
+            return super().__call__(z, t)
 
     def update(self, rate):
-        if wrong == "signal" and train.rank() == 1 and self.name == "student":
+        if wrong == "signal" and train.rank() == 1 and self.title == "student":
             os.kill(os.getpid(), signal.SIGTERM)
-        grads = torch.cat([ranks.local_rows(m.grad).flatten() for m in self.masters])
+        grads = torch.cat([sharding.local_rows(m.grad).flatten() for m in self.masters])
         done["unrounded"].append((grads != grads.bfloat16().float()).float().mean().item())
-        done["updates"].append([self.name, real["update"](self, rate)])
-        return done["updates"][-1][1]
+        real["update"](self, rate)
+        done["updates"].append([self.title, self.grad_norm])
 
     def gradient(*arguments):
-        found = real["gradient"](*arguments)  # as in dmd.py, the value is looked at when all networks have run
-        if wrong == "value" and train.rank() == 1 and "student" in dict(done["updates"]):
-            raise FloatingPointError("not finite, and only here")
-        return found
+        g = real["gradient"](*arguments)
+        wrong_here = wrong == "value" and train.rank() == 1 and "student" in dict(done["updates"])
+        return g / 0 if wrong_here else g
 
     patch = pytest.MonkeyPatch()
     for where, name, what in [
-        (train, "batches", batches),
-        (dmd, "mix_teachers", mix),
+        (train, "draw_batches", draw_batches),
+        (dmd, "RealScore", Score),
         (dmd, "dmd_gradient", gradient),
         (train.Trainee, "update", update),
         (MMDiT, "forward", counted("forward")),
@@ -166,7 +166,7 @@ def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **num
     if not numbers.pop("pictures", False):
         patch.setattr(watch, "draw_pictures", lambda *arguments: None)
     try:
-        args, state = train.open_run(train.Args(checkpoint=checkpoint, out=out, **COMMON | numbers))
+        args, state = train.open_run(TrainOptions(checkpoint=checkpoint, out=out, **COMMON | numbers))
         train.train(args, pool, state)
     except (ArithmeticError, ValueError, OSError, SystemExit) as error:
         done["ended"] = f"{type(error).__name__}: {error}"
@@ -279,7 +279,7 @@ def test_gradients_are_averaged_in_fp32(runs):
 def test_one_rank_stops_all(runs):
     for end in noted(runs, "two-wrong"):
         assert end["ended"].startswith("FloatingPointError: step 2: task")
-        assert end["ended"].endswith("not finite, and only here")
+        assert end["ended"].endswith("the student's loss is not finite")
         assert [name for name, _ in end["updates"]].count("student") == 1  # the broken step took none
     assert [f.name for f in whole_checkpoints(runs / "two-wrong")] == ["00000001"]
     assert [end["ended"] for end in noted(runs, "two-stopped")] == [
@@ -341,7 +341,7 @@ def test_torchrun(tmp_path):
 
 def test_roles_share_one_copy_of_the_weights(checkpoint, tmp_path):
     """Counted in bytes: base weights once, in bf16; each role its own factors; the student's average."""
-    args = train.Args(checkpoint=checkpoint, out=tmp_path, lora_rank=4, dtype="bfloat16", device="cpu")
+    args = TrainOptions(checkpoint=checkpoint, out=tmp_path, lora_rank=4, dtype="bfloat16", device="cpu")
     teachers = train.frozen(args, {"text": checkpoint / "teachers" / "text.safetensors"})
     student, fake = (
         train.Trainee(role, train.learner(args, role, teachers["base"]), args, 0.0, 1e-4, ema)

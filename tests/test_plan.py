@@ -16,6 +16,7 @@ import train
 from data.encode import Entry
 from model import MMDiT, MMDiTConfig
 from training import plan, presets, watch
+from training.options import TrainOptions
 
 SMALL = MMDiTConfig(
     num_layers=4, num_attention_heads=4, attention_head_dim=64, context_in_dim=64, axes_dims_rope=(16, 24, 24)
@@ -70,7 +71,7 @@ def test_measured_peak_is_within_15_percent(checkpoint, tmp_path, monkeypatch, w
     numbers = dict(steps=2, batch=4, micro_batch=4, recipe="mix-0-10", muon_lr=0.0, fake_muon_lr=0.0, device="cpu")
     numbers |= dict(dtype="bfloat16" if way in ("bf16", "LoRA") else "float32", recompute=way == "weights recomputed")
     numbers |= dict(lora_rank=8 if way == "LoRA" else 0, panel_every=100, save_every=100, fake_updates=1)
-    args, _ = train.open_run(train.Args(checkpoint=checkpoint, out=tmp_path / "run", **numbers))
+    args, _ = train.open_run(TrainOptions(checkpoint=checkpoint, out=tmp_path / "run", **numbers))
     # On a CPU attention in bf16 keeps a matrix of scores for its backward pass, which a GPU's does not.
     monkeypatch.setattr(network, "attend", lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, bias))
     monkeypatch.setattr(train, "save", lambda *arguments: None)
@@ -103,11 +104,11 @@ def test_numbers_of_the_published_network():
     assert abs(edit / tera / 370 - 1) < 0.02 and abs(4 * training / 3 / tera / 571 - 1) < 0.02
 
     layouts = {"t2i": (200, 4096), "edit": (4296, 4096)}
-    args = train.Args(**presets.LARGE | dict(guidance=1.0, ema=0.0))
+    args = TrainOptions(**presets.LARGE | dict(guidance=1.0, ema=0.0))
     planned = plan.make_plan(args, config, recipe.find("flash"), gpus=8, frozen=1, layouts=layouts)
     fixed = [planned.bytes[part] for part in ("frozen weights", "masters", "optimiser", "gradients")]
     assert abs(sum(fixed) / 1e9 - (1.8 + 7.1 * (12 + 12 + 4) / 8)) < 0.5  # one network's gradients at a time
-    args = train.Args(**presets.LARGE_LORA, guidance=1.0, lora_rank=32)
+    args = TrainOptions(**presets.LARGE_LORA, guidance=1.0, lora_rank=32)
     planned = plan.make_plan(args, config, recipe.find("flash"), gpus=1, frozen=1, layouts=layouts)
     assert planned.trained == 33_554_432
     assert 14 < (planned.peak - planned.bytes["activations"]) / 1e9 < 20

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+import dmd
 import recipe
 from dmd import rollout
 from experiments.tables import EXPERIMENTS
-from flow import add_noise, score_from_velocity
+from flow import add_noise, renoise_times, score_from_velocity
 from plane import method as plane_method
 from plane import tables as plane
 from plane.method import Mixture, Network, Setting, evaluate, from_samples, measure, ring, train
@@ -96,13 +97,14 @@ class OneMode(Setting):
 
 def test_student_reaches_mean_and_variance_of_one_mode(monkeypatch):
     """Trained at its last step alone, for a quick test: with all steps in turn it takes many times as long."""
-    monkeypatch.setattr(plane_method, "rollout", lambda v, noises, sigmas, k: rollout(v, noises, sigmas, 3))
+    monkeypatch.setattr(dmd, "rollout", lambda v, noises, sigmas, k: rollout(v, noises, sigmas, 3))
     row = recipe.Recipe("text", (10, 0), t2i={"text": 1}, rules=recipe.routing(1.0, 1.0, 1.0, 1.0))
     setting = OneMode(seeds=2, updates=250, lr=2e-3)
     ((_, student, _),) = train(setting, row, {250})
     noises, _, source, _ = setting.draw(4000, torch.Generator().manual_seed(9))
     before, after = (
-        plane_method.walk(model("text", source), noises, plane_method.SIGMAS) for model in (setting.teacher(), student)
+        plane_method.walk(model("text", source), noises, plane_method.SIGMAS).detach()
+        for model in (setting.teacher(), student)
     )
     assert before.mean(0).abs().max() < 0.05 and before.std(0).min() > 0.59
     torch.testing.assert_close(after.mean(0), torch.tensor([0.8, -0.4]), atol=0.06, rtol=0.0)
@@ -146,10 +148,11 @@ def test_rows_are_paired(monkeypatch):
 
 def test_xi_moves_along_the_path():
     """The world's edits are of landscapes: their source has the landscape's modes."""
-    _, xi, source, t = Setting().draw(4000, torch.Generator().manual_seed(0))
+    _, xi, source, u = Setting().draw(4000, torch.Generator().manual_seed(0))
     assert (
         measure(source, Setting().mixture("truth", "landscape", source), 4, torch.Generator())["precision"].min() > 0.97
     )
+    t = renoise_times(u, 1.0, plane_method.SIGMAS, 0)
     assert add_noise(source, xi, t).shape == source.shape and 0.02 <= t.min() and t.max() <= 0.98
 
 

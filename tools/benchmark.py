@@ -17,6 +17,7 @@ OMP_NUM_THREADS=1). Prints Markdown.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
@@ -40,6 +41,7 @@ from data.encode import Entry  # noqa: E402
 from model import Condition, MMDiT, MMDiTConfig  # noqa: E402
 from networks import attention  # noqa: E402
 from training import plan, presets, watch  # noqa: E402
+from training.options import TrainOptions  # noqa: E402
 from training.trainee import Network, recompute  # noqa: E402
 
 TOY = MMDiTConfig(
@@ -142,13 +144,17 @@ def row(*cells: object) -> None:
 
 def update(student, fake, teacher, optimizers, condition: Condition, noise: Tensor, xi: Tensor, t: Tensor) -> None:
     """A whole DMD update at k = 3, one of the fake score and one of the student; three callables (z, t) under a condition."""
-    with torch.no_grad():
-        x = dmd.rollout(student(), noise.expand(4, *noise.shape), SIGMAS, 3)
-    dmd.fake_score_loss(fake(), x, xi, t).mean().backward()
+
+    def make_round() -> dmd.Round:
+        real = dmd.RealScore({"base": 1.0}, {"base": teacher()})
+        noises = noise.expand(4, *noise.shape)
+        return dmd.Round(
+            student(), fake(), real, noises, SIGMAS, 3, xi, t, fresh=lambda name, shape: torch.randn(shape)
+        )
+
+    dmd.fake_losses(make_round()).mean().backward()
     optimizers[1].step(), optimizers[1].zero_grad()
-    x = dmd.rollout(student(), noise.expand(4, *noise.shape), SIGMAS, 3)
-    g = dmd.dmd_gradient(teacher(), fake(), x, xi, t).g
-    dmd.surrogate_loss(x, g).backward()
+    dmd.student_losses(make_round())[0].mean().backward()
     optimizers[0].step(), optimizers[0].zero_grad()
 
 
@@ -160,7 +166,7 @@ def plain(network, condition: Condition) -> Callable:
 def cached(network: MMDiT, condition: Condition, role: str | None = None) -> Callable:
     """The same as Network.velocity, which is what a training run calls."""
 
-    return lambda: Network(network, role).velocity(condition, keep=True)
+    return lambda: Network(network, role).velocity(condition, calls=math.inf)
 
 
 @torch.no_grad()
@@ -180,7 +186,7 @@ def look4(network, z: Tensor, condition: Condition) -> None:
 
 @torch.no_grad()
 def picture(network, prefix: bool, z: Tensor, condition: Condition) -> None:
-    flow.euler(Network(network).velocity(condition, keep=prefix), z, SIGMAS)
+    flow.euler(Network(network).velocity(condition, calls=math.inf if prefix else 1), z, SIGMAS)
 
 
 def cpu(quick: bool) -> None:
@@ -321,7 +327,7 @@ def drawing(bench: Bench) -> None:
         )
 
 
-def lora_roles(bench: Bench, args: train.Args) -> list[train.Trainee]:
+def lora_roles(bench: Bench, args: TrainOptions) -> list[train.Trainee]:
     """Student and fake score on the network, fresh. The network is used up: its blocks are recomputed from now on."""
     recompute(bench.model)
     for role in ("student", "fake"):
@@ -334,7 +340,7 @@ def training(bench: Bench, parts: list[str]) -> None:
     """A LoRA update of one sample at k = 3, and two steps as train.py takes them, beside the plan."""
     side, config = bench.noise.shape[-1], bench.model.config
     numbers = presets.LARGE_LORA | dict(batch=4, lora_rank=32, guidance=1.0, device=bench.device)
-    args = train.Args(**numbers | dict(dtype=str(bench.dtype).removeprefix("torch.")))
+    args = TrainOptions(**numbers | dict(dtype=str(bench.dtype).removeprefix("torch.")))
     trainees = lora_roles(bench, args)
     for task, condition in bench.conditions.items() if "update" in parts else ():
         players = [cached(bench.model, condition, role) for role in ("student", "fake", None)]
@@ -354,14 +360,22 @@ def training(bench: Bench, parts: list[str]) -> None:
 
     pool = train.Pool([entry(task) for task in ("t2i", "edit") for _ in range(8)])
     found = recipe.find("flash").resolve({"t2i": ["any"], "edit": ["any"]}, ())
-    job = train.Job(args, pool, found, SIGMAS, {"base": Network(bench.model)}, *trainees)
+    job = train.Job(
+        args,
+        pool,
+        found,
+        SIGMAS,
+        {"base": Network(bench.model)},
+        dict(zip(("student", "fake"), trainees)),
+        {"fake": args.fake_updates, "student": 1},
+    )
     layouts = {"t2i": (bench.words, side * side), "edit": (bench.words + side * side, side * side)}
     planned = plan.make_plan(args, config, found, 1, 1, layouts)
 
     def step(number: int) -> None:
-        for i in range(args.fake_updates):
-            train.update_fake(job, args.fake_updates * number + i, 1.0)
-        train.update_student(job, number, 1.0)
+        for name, count in job.updates_per_step.items():
+            for i in range(count):
+                train.update(job, name, count * number + i, 1.0)
 
     if bench.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

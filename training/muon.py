@@ -29,6 +29,8 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             for w in group["params"]:
+                if w.grad is None:
+                    continue
                 momentum = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))  # (rows, columns)
                 momentum.lerp_(w.grad, 1 - MOMENTUM)
                 g = w.grad.lerp(momentum, MOMENTUM)  # Nesterov's: where the momentum will be

@@ -1,6 +1,6 @@
 """What a run takes, by arithmetic from a checkpoint's config alone: memory, work and time (`train.py --plan`).
 
-Bytes are one process's, by part; FLOPs those of a whole update. `args` is train.Args, settled.
+Bytes are one process's, by part; FLOPs those of a whole update. The options are filled in (training/run.py).
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +11,10 @@ import torch
 from checkpoint.files import config_from_json
 from data.prompts import TASKS
 from model import MMDiT, MMDiTConfig
+from training.options import TrainOptions
 
+PEAK_TFLOPS = 989.0  # of one GPU in bf16: an H100's
+UTILISATION = 0.4  # the part of the peak that is reached; ours, not measured
 TEXT = 200  # tokens of a long prompt with its template, for the plan; real ones differ little in work
 
 
@@ -25,7 +28,7 @@ def parameters(config: MMDiTConfig) -> int:
 
 
 def sample_flops(
-    config: MMDiTConfig, purpose: str, prefix: int, target: int, k: int | None, scorers: int, lora: bool = False
+    config: MMDiTConfig, purpose: str, prefix: int, target: int, k: int | None, scorers: float, lora: bool = False
 ) -> float:
     """One sample's part of one update: "flow", "fake" or "student"; `scorers`: forwards that make the real score.
 
@@ -63,78 +66,102 @@ class Plan:
         return rest + max(self.waiting + computing, self.bytes["gradients"])
 
 
-def make_plan(args, config: MMDiTConfig, recipe, gpus: int, frozen: int, layouts: dict[str, tuple[int, int]]) -> Plan:
-    """recipe: with rules for the teachers there are. frozen: networks. layouts: task -> tokens of one sample, those of text
+def make_plan(
+    options: TrainOptions,
+    config: MMDiTConfig,
+    recipe,
+    gpus: int,
+    frozen: int,
+    layouts: dict[str, tuple[int, int]],
+) -> Plan:
+    """recipe: a Recipe, with the teachers there are. frozen: networks. layouts: task -> tokens of one sample, those of text
     and sources and those of the target."""
-    flows, e = args.objective == "flow", getattr(torch, args.dtype).itemsize
+    flows, e = options.objective == "flow", getattr(torch, options.dtype).itemsize
     total, width = parameters(config), config.num_attention_heads * config.attention_head_dim
-    learners, sharded = 1 if flows else 2, gpus > 1 and not args.lora_rank
+    learners, sharded = 1 if flows else 2, gpus > 1 and not options.lora_rank
     rows = gpus if sharded else 1
     inside = config.num_layers * (4 + 3 * config.mlp_ratio) * width**2  # the blocks' part of the weights
-    trained = 8 * config.num_layers * width * args.lora_rank or total
-    copies = 0 if sharded or args.lora_rank or e == 4 else learners  # working weights beside the masters
-    muon = inside if args.muon_lr and not args.lora_rank else 0  # Muon has one moment where AdamW has two
-    waiting = 4 * trained / rows if len(args.sizes) > 1 else 0.0
+    trained = 8 * config.num_layers * width * options.lora_rank or total
+    copies = 0 if sharded or options.lora_rank or e == 4 else learners  # working weights beside the masters
+    muon = inside if options.muon_lr and not options.lora_rank else 0  # Muon has one moment where AdamW has two
+    waiting = 4 * trained / rows if len(options.sizes) > 1 else 0.0
     gathered = 2 * inside / config.num_layers * (2 * e + 4) + (total - inside) * (e + 4) if sharded else 0.0
 
     # Saved for the backward pass, by token and block, in units of the width: counted from the lines of model.Block and
     # held against measurements by tests/test_plan.py. A frozen weight does not need its input, so a LoRA saves less.
-    inner = (17 if args.lora_rank else 25) * e + 4 * 4
-    guided = 1 if args.guidance == 1 else 2
+    inner = (17 if options.lora_rank else 25) * e + 4 * 4
+    guided = 1 if options.guidance == 1 else 2
     activations, rollout, flops = 0.0, 0.0, 0.0
     for task, (prefix, target) in layouts.items():
         block = (prefix + target) * inner * width
         kept = (prefix + target) * e * width  # by a block that is computed again
-        saved = config.num_layers * kept + block if args.recompute else config.num_layers * block
+        saved = config.num_layers * kept + block if options.recompute else config.num_layers * block
         saved += (8 * (prefix + target) + 10 * target) * e * width  # ends, tokens' modulation; gradients on their way
         # A rollout keeps the student's keys and values of text and sources, and computes a block without gradient.
         kept = 0 if flows else (2 * config.num_layers * prefix + 20 * (prefix + target)) * e * width
         activations, rollout = max(activations, saved), max(rollout, kept)
-        for k in range(args.student_steps):
-            scorers = guided * len(recipe.weights(k, args.student_steps, task, None))
-            kinds = {"flow": 1} if flows else {"fake": args.fake_updates, "student": 1}
-            work = sum(
-                n * sample_flops(config, kind, prefix, target, k, scorers, args.lora_rank > 0)
-                for kind, n in kinds.items()
-            )
-            share = dict(zip(TASKS, recipe.ratio, strict=True))[task] / sum(recipe.ratio)
-            flops += args.batch * share * work / args.student_steps
+        share = dict(zip(TASKS, recipe.ratio, strict=True))[task] / sum(recipe.ratio)
+        for k in range(options.student_steps):
+            scorers = guided * recipe.mean_teachers(k, options.student_steps, task)
+            kinds = {"flow": 1} if flows else {"fake": options.fake_updates, "student": 1}
+            work = 0.0
+            for kind, updates in kinds.items():
+                lora = options.lora_rank > 0
+                work += updates * sample_flops(config, kind, prefix, target, k, scorers, lora)
+            flops += options.batch * share * work / options.student_steps
     parts = {
         "frozen weights": frozen * total * e / rows,
         "working weights": copies * total * e,
         "masters": learners * trained * 4 / rows,
-        "average": trained * 4 / rows if args.ema else 0.0,
+        "average": trained * 4 / rows if options.ema else 0.0,
         "optimiser": learners * (8 * trained - 4 * muon) / rows,
         "gradients": 4 * trained / rows + (copies > 0 and waiting > 0) * total * e,
         "gathered": gathered,
-        "activations": args.sizes[0] / gpus * activations,
-        "rollout": args.sizes[0] / gpus * rollout,
+        "activations": options.sizes[0] / gpus * activations,
+        "rollout": options.sizes[0] / gpus * rollout,
     }
     return Plan(total, trained, parts, waiting, flops)
 
 
-def describe(args, recipe, gpus: int, teachers: dict[str, Path]) -> str:
-    """The plan as a table. A sample is a square of args.resolution with TEXT tokens; an edit has one source of that size."""
-    config = read_config(args.checkpoint)
-    tokens = (args.resolution // 16) ** 2
-    recipe = replace(recipe, rules=tuple(rule for rule in recipe.rules if rule.teacher in teachers))
+def describe(options: TrainOptions, recipe, gpus: int, teachers: dict[str, Path]) -> str:
+    """The plan as a table. A sample is a square of options.resolution with TEXT tokens; an edit has one source of that size."""
+    config = read_config(options.checkpoint)
+    tokens = (options.resolution // 16) ** 2
+    recipe = recipe.with_teachers(teachers)
     frozen = 1 + sum(teachers[name].is_dir() for name in recipe.teacher_names)
-    frozen = frozen if args.objective == "dmd" else int(args.lora_rank > 0)
+    frozen = frozen if options.objective == "dmd" else int(options.lora_rank > 0)
     tasks = [task for task, parts in zip(TASKS, recipe.ratio, strict=True) if parts]
     layouts = {task: (TEXT + (tokens if task == "edit" else 0), tokens) for task in tasks}
-    plan = make_plan(args, config, recipe, gpus, frozen, layouts)
-    seconds = plan.update_flops / (gpus * 1e12 * args.peak_tflops * args.utilisation)
-    way = f"LoRA of rank {args.lora_rank}" if args.lora_rank else "all weights"
+    plan = make_plan(options, config, recipe, gpus, frozen, layouts)
+    if options.lora_rank:
+        trained = f"LoRA of rank {options.lora_rank}"
+    else:
+        trained = "all weights"
     lines = [
-        f"{args.checkpoint}: {plan.parameters / 1e9:.3f} billion parameters, {plan.trained / 1e6:.1f} million trained",
-        f"{args.objective}, {way}, {args.dtype}, {gpus} process(es), {frozen} frozen network(s), batch {args.batch} in "
-        f"micro-batches of {args.micro_batch}, {args.resolution} x {args.resolution}, recompute {args.recompute}",
+        f"{options.checkpoint}: {plan.parameters / 1e9:.3f} billion parameters, {plan.trained / 1e6:.1f} million trained",
+        f"{options.objective}, {trained}, {options.dtype}, {gpus} process(es), {frozen} frozen network(s), "
+        f"batch {options.batch} in micro-batches of {options.micro_batch}, {options.resolution} x {options.resolution}, "
+        f"recompute {options.recompute}",
         *(f"  {task}: {p:,} tokens of text and sources, {n:,} of the target" for task, (p, n) in layouts.items()),
         "GB a process:",
         *(f"  {name:16} {size / 1e9:9.3f}" for name, size in plan.bytes.items() if size),
         f"  {'peak':16} {plan.peak / 1e9:9.3f}",
-        f"{plan.update_flops / 1e12:,.2f} TFLOP an update",
-        f"{seconds:,.2f} s an update, {seconds * args.steps / 3600:,.2f} h for {args.steps} steps, at "
-        f"{args.utilisation:.0%} of {args.peak_tflops:,.0f} TFLOP/s a process (--peak-tflops; an H100's is 989)",
+        cost(plan, options, gpus),
     ]
+    if options.objective == "dmd":  # what the other choice of guidance would cost
+        other = replace(options, guidance=1.0 if options.guidance != 1 else 4.0)
+        without_or_with = "with guidance (w above 1)" if options.guidance == 1 else "without guidance (w = 1)"
+        other_plan = make_plan(other, config, recipe, gpus, frozen, layouts)
+        lines.append(f"{without_or_with}: {cost(other_plan, other, gpus)}")
     return "\n".join(lines)
+
+
+def cost(plan: Plan, options: TrainOptions, gpus: int) -> str:
+    """Work and time of a plan, in words."""
+    seconds = plan.update_flops / (gpus * 1e12 * PEAK_TFLOPS * UTILISATION)
+    hours = seconds * options.steps / 3600
+    at = f"at {UTILISATION:.0%} of {PEAK_TFLOPS:,.0f} TFLOP/s a process (an H100 in bf16)"
+    return (
+        f"{plan.update_flops / 1e12:,.2f} TFLOP an update; {seconds:,.2f} s an update, {hours:,.2f} h for "
+        f"{options.steps} steps, {at}"
+    )

@@ -21,34 +21,52 @@ from checkpoint.export import check_base, export
 from checkpoint.files import read_json, write_json, write_tensors
 from checkpoint.lora import role_lora, write_lora
 from data import prompts
-from program.options import flag
+from program.options import TOY, flag
 from program.ranks import on_rank0, raise_on_all_ranks, rank, ranks, say
+from training.options import TrainOptions
 from training.trainee import Trainee
 
-# What may differ in a resumed run: it changes no number, or only how far the run goes.
+# What may differ in a resumed run: it changes no number, or only how far the run goes. Of checkpoint, prompts and teachers
+# the contents are compared, not the spelling of their paths.
 FREE = {"resume", "redraw", "out", "steps", "save_every", "panel_every", "device", "compile", "recompute", "cache"}
-FREE |= {"plan", "gpus", "peak_tflops", "utilisation"}
+FREE |= {"plan", "gpus", "checkpoint", "prompts", "teacher"}
 
 
 # ---- the start -------------------------------------------------------------------------------------------------------
 
 
-def fill_defaults(args):
+def fill_defaults(options: TrainOptions) -> TrainOptions:
     """Fill in what depends on the checkpoint and the machine. ValueError names the flag."""
-    index = checkpoint.read_index(args.checkpoint)
-    if uneven := [size for size in args.sizes if size % ranks()]:
-        parts = f"--batch {args.batch} in --micro-batch {args.micro_batch} makes parts of {uneven[0]}"
+    index = checkpoint.read_index(options.checkpoint)
+    if uneven := [size for size in options.sizes if size % ranks()]:
+        parts = f"--batch {options.batch} in --micro-batch {options.micro_batch} makes parts of {uneven[0]}"
         raise ValueError(
             f"{parts} samples, which {ranks()} processes cannot divide equally; take multiples of {ranks()}"
         )
-    if len(set(args.sizes)) > 1:
+    if len(set(options.sizes)) > 1:
         ratio = "the recipe's ratio holds for them, but not for samples"
-        say(f"--micro-batch {args.micro_batch} does not divide --batch {args.batch}: micro-batches differ, {ratio}")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        say(
+            f"--micro-batch {options.micro_batch} does not divide --batch {options.batch}: micro-batches differ, {ratio}"
+        )
+    if options.prompts and options.checkpoint == TOY:
+        say("no --checkpoint is given: your prompts train the toy, which draws 128 x 128 pixels and was made for its own "
+            "captions; its text encoder is random. For real pictures give --checkpoint DIR")  # fmt: skip
+    guidance, source = options.guidance, "--guidance"
+    if guidance is None:
+        guidance, source = float(index["guidance"]), "the checkpoint's model_index.json"
+    if options.objective == "dmd":
+        off = ", which is off" if guidance == 1 else ""
+        say(f"guidance of the teachers: w = {guidance:g}{off}, from {source}")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint.open_device(device)
-    guidance = float(index["guidance"] if args.guidance is None else args.guidance)
-    resolution, dtype = args.resolution or index["resolution"], args.dtype or faster_dtype(device)
-    return replace(args, out=args.home, guidance=guidance, resolution=resolution, device=device, dtype=dtype)
+    return replace(
+        options,
+        out=options.home,
+        guidance=guidance,
+        resolution=options.resolution or index["resolution"],
+        device=device,
+        dtype=options.dtype or faster_dtype(device),
+    )
 
 
 def faster_dtype(device: str) -> str:
@@ -65,12 +83,12 @@ def faster_dtype(device: str) -> str:
     return "bfloat16" if device != "cpu" or seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
 
 
-def find_teachers(args) -> dict[str, Path]:
+def find_teachers(options: TrainOptions) -> dict[str, Path]:
     """Specialised teachers by name, each a transformer folder or a LoRA file: the checkpoint's teachers/NAME, and
     --teacher NAME=PLACE, which goes first. ValueError for a --teacher that is neither."""
-    places = sorted((args.checkpoint / "teachers").glob("*"))
+    places = sorted((options.checkpoint / "teachers").glob("*"))
     found = {p.stem: p for p in places if p.is_dir() or p.suffix == ".safetensors"}
-    for given in args.teacher:
+    for given in options.teacher:
         name, _, place = given.partition("=")
         if name in ("", "base", "student", "fake") or not place:
             raise ValueError(f"--teacher {given}: NAME=FOLDER_OR_LORA is expected; NAME is not base, student or fake")
@@ -83,39 +101,41 @@ def find_teachers(args) -> dict[str, Path]:
     return found
 
 
-def open_run(args) -> tuple[object, Path | None]:
-    """Settle the arguments and open the run's folder: the arguments, and the checkpoint to go on from (None: the start).
+def open_run(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
+    """Fill in the options and open the run's folder: the arguments, and the checkpoint to go on from (None: the start).
 
     A folder that is not empty needs --resume, the same arguments, and the same contents of prompts, checkpoint and
     teachers. Else it is a ValueError, before anything is written. A resumed run changes its folder only in `restore`.
     """
-    return on_rank0(lambda: _open_run(args))
+    return on_rank0(lambda: _open_run(options))
 
 
-def _open_run(args) -> tuple[object, Path | None]:
-    out, before = args.home, None
-    if args.resume:
+def _open_run(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
+    out, before = options.home, None
+    if options.resume:
         if not (out / "args.json").is_file():
             raise ValueError(f"{out}: no run to go on with; start one without --resume, or name its folder with --out")
         before = read_json(out / "args.json")
         if not (isinstance(before.get("arguments"), dict) and isinstance(before.get("contents"), dict)):
-            raise ValueError(f"{out / 'args.json'}: does not say how the run was started; it cannot go on")
-        args = replace(args, dtype=args.dtype or before["arguments"].get("dtype"))  # not measured a second time
+            raise ValueError(f"{out / 'options.json'}: does not say how the run was started; it cannot go on")
+        options = replace(
+            options, dtype=options.dtype or before["arguments"].get("dtype")
+        )  # not measured a second time
     elif out.is_dir() and {f.name for f in out.iterdir()} - {"args.json", "conditions"}:  # these: a failed start
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
 
-    args = fill_defaults(args)
-    contents = {"the checkpoint": checkpoint.fingerprint(args.checkpoint)}
-    for name, place in find_teachers(args).items():
+    options = fill_defaults(options)
+    contents = {"the checkpoint": checkpoint.fingerprint(options.checkpoint)}
+    for name, place in find_teachers(options).items():
         contents[f"teacher {name}"] = checkpoint.files_fingerprint(place.iterdir() if place.is_dir() else [place])
-    contents |= {"a prompt or its picture": prompts.fingerprint(args.prompts)} if args.prompts else {}
-    started = start_record(args)
-    check_base(args.checkpoint)
+    contents |= {"a prompt or its picture": prompts.fingerprint(options.prompts)} if options.prompts else {}
+    started = start_record(options)
+    check_base(options.checkpoint)
 
     if before is None:
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "args.json", started | {"contents": contents})
-        return args, None
+        return options, None
     for name, value in started["arguments"].items():
         then = before["arguments"].get(name)
         if name not in FREE and value != then:
@@ -124,16 +144,16 @@ def _open_run(args) -> tuple[object, Path | None]:
         if contents.get(name) != before["contents"].get(name):
             raise ValueError(f"{name} is not what the run in {out} was started with; put it back, or start anew")
     state = [None, *whole_checkpoints(out)][-1]
-    if state and int(state.name) > args.steps:
-        raise ValueError(f"--steps {args.steps}: the run in {out} is at step {int(state.name)} already")
-    return args, state
+    if state and int(state.name) > options.steps:
+        raise ValueError(f"--steps {options.steps}: the run in {out} is at step {int(state.name)} already")
+    return options, state
 
 
-def start_record(args) -> dict:
+def start_record(options: TrainOptions) -> dict:
     """What args.json notes of a start."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     here = {"host": platform.node(), "pid": os.getpid(), "processes": ranks()}
-    arguments = json.loads(json.dumps(asdict(args), default=str))
+    arguments = json.loads(json.dumps(asdict(options), default=str))
     return {"arguments": arguments, "versions": versions, "source": source(), "started": here}
 
 
@@ -196,7 +216,9 @@ def whole_checkpoints(out: Path) -> list[Path]:
     return sorted(f for f in (out / "checkpoints").glob("*") if f.name.isdigit())
 
 
-def restore(args, state: Path | None, trainees: dict[str, Trainee]) -> None:
+def restore(
+    options: TrainOptions, state: Path | None, trainees: dict[str, Trainee], updates_per_step: dict[str, int]
+) -> None:
     """Bring the networks to the checkpoint `state` (None: they stay at their start), then open the folder of a resumed
     run: args.json notes this start, the metrics are cut back to the checkpoint's step, and the result of an earlier end
     gets another name.
@@ -208,20 +230,20 @@ def restore(args, state: Path | None, trainees: dict[str, Trainee]) -> None:
         if state:
             files = state_files(state, list(trainees))
             for name, trainee in trainees.items():
-                trainee.restore(files[name], step * args.fake_updates if name == "fake" else step)
+                trainee.restore(files[name], step * updates_per_step[name])
 
     def open_folder() -> None:
-        write_json(args.out / "args.json", read_json(args.out / "args.json") | start_record(args))
-        if (metrics := args.out / "metrics.jsonl").is_file():
+        write_json(options.out / "args.json", read_json(options.out / "args.json") | start_record(options))
+        if (metrics := options.out / "metrics.jsonl").is_file():
             metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:step]))
-        result = args.out / ("transformer" if args.objective == "flow" else "student")
+        result = options.out / ("transformer" if options.objective == "flow" else "student")
         if result.exists():
             kept = next(path for n in count(1) if not (path := result.with_name(f"{result.name}-{n}")).exists())
             os.replace(result, kept)
             say(f"{result}: from an earlier end of this run, is now {kept.name}")
 
     on_rank0(open_folder)
-    say(f"{args.out}: goes on after step {step} of {args.steps}")
+    say(f"{options.out}: goes on after step {step} of {options.steps}")
 
 
 def state_files(folder: Path, names: list[str]) -> dict[str, list[Path]]:
@@ -233,21 +255,21 @@ def state_files(folder: Path, names: list[str]) -> dict[str, list[Path]]:
     return found
 
 
-def export_run(args, trainee: Trainee, sigmas: list[float]) -> Path:
+def export_run(options: TrainOptions, trainee: Trainee, sigmas: list[float]) -> Path:
     """What a finished run leaves: out/student, a checkpoint of its own, or out/transformer for the flow objective; with
     LoRAs also out/lora.safetensors, for the base checkpoint (of a teacher: what --teacher reads)."""
-    flows, renoises = args.objective == "flow", args.sampler == "renoise"
-    folder = args.out / ("transformer" if flows else "student")
+    flows, renoises = options.objective == "flow", options.sampler == "renoise"
+    folder = options.out / ("transformer" if flows else "student")
     with trainee.averaged() as network, raise_on_all_ranks():
         alone = trainee.export()
         if rank() == 0:
-            if args.lora_rank:
+            if options.lora_rank:
                 lora = role_lora(network.model, network.role)
-                write_lora(args.out / "lora.safetensors", lora, None if flows else sigmas[:-1], stochastic=renoises)
+                write_lora(options.out / "lora.safetensors", lora, None if flows else sigmas[:-1], stochastic=renoises)
             if flows:
                 alone.save_pretrained(folder)
             else:
-                export(args.checkpoint, alone, sigmas[:-1], folder, stochastic=renoises)
+                export(options.checkpoint, alone, sigmas[:-1], folder, stochastic=renoises)
     return folder
 
 

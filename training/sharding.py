@@ -7,9 +7,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from program.ranks import ranks
+from training.options import TrainOptions
 
 
-def shard(model: nn.Module, args) -> None:
+def shard(model: nn.Module, options: TrainOptions) -> None:
     """FSDP2: a rank keeps its rows of every tensor. A block's tensors are gathered in the working dtype while it computes.
     The kept rows have the dtype they were loaded in, fp32 for a network that learns. Gradients are averaged in fp32."""
     from torch.distributed.device_mesh import init_device_mesh  # these take seconds to import; a laptop does not wait
@@ -17,9 +18,9 @@ def shard(model: nn.Module, args) -> None:
 
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # we do not write to what it returns
     how = {
-        "mesh": init_device_mesh(torch.device(args.device).type, (ranks(),)),
+        "mesh": init_device_mesh(torch.device(options.device).type, (ranks(),)),
         # The network casts its inputs itself; z and t in bf16 would be rounded too early.
-        "mp_policy": MixedPrecisionPolicy(getattr(torch, args.dtype), torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(getattr(torch, options.dtype), torch.float32, cast_forward_inputs=False),
         # For the root, too. By default it keeps what it gathered, and after a forward without backward it would be stale.
         "reshard_after_forward": True,
     }

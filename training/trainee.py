@@ -1,8 +1,13 @@
-"""The networks of a run: those that stay frozen, and those that learn, with masters, average and optimisers."""
+"""The networks of a run: those that stay frozen, and those that learn, with masters, average and optimisers.
+
+Network    a model under a condition, as flow.py and dmd.py see it
+Trainee    a network that learns: backward adds a micro-batch's gradient, update takes the step (the EMA is there)
+"""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +19,15 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint.files import open_weights
 from checkpoint.lora import add_role, merge, new_lora, read_lora, role_lora, stage_of, with_role
+from data.batches import Batch, generator
 from flow import Velocity, network_time
 from model import Condition, MMDiT
 from program.ranks import all_gather, average_over_ranks, raise_on_all_ranks, rank, ranks
-from training.batches import Batch, generator
 from training.muon import Muon
+from training.options import TrainOptions
 from training.sharding import gathered, local_rows, shard
+
+# ---- networks --------------------------------------------------------------------------------------------------------
 
 
 class Network(NamedTuple):
@@ -29,44 +37,62 @@ class Network(NamedTuple):
     role: str | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What training changes, by name: the role's LoRA, or all weights."""
+        """What training changes, by name: the role's LoRA, or all weights; and what `add_parameters` added."""
         if self.role is None:
             return dict(self.model.named_parameters())
-        lora = role_lora(self.model, self.role)
-        return {f"{layer}.{x}": p for layer, (a, b, _) in lora.items() for x, p in (("A", a), ("B", b))}
+        parameters = {}
+        for layer, (a, b, _) in role_lora(self.model, self.role).items():
+            parameters |= {f"{layer}.A": a, f"{layer}.B": b}
+        prefix = f"added.{self.role}."
+        return parameters | {name: p for name, p in self.model.named_parameters() if name.startswith(prefix)}
 
-    def velocity(self, condition: Condition, keep: bool = False) -> Velocity:
+    def add_parameters(self, module: nn.Module) -> None:
+        """Let the network carry more than the published tensors, as model.added[role or "all"]: a head, an embedding.
+
+        They are trained, saved, resumed and sharded with it, and never exported. Add them before the Trainee is made.
+        What reads them is the caller's own code.
+        """
+        if not hasattr(self.model, "added"):
+            self.model.added = nn.ModuleDict()
+        self.model.added[self.role or "all"] = module
+
+    def velocity(self, condition: Condition, calls: float = 1) -> Velocity:
         """The network under one condition, v(z, t), for flow.py and dmd.py. Valid until the weights change.
 
-        keep: for several steps. The first call without gradient also gives keys and values of text and sources, and the
-        next ones reuse them. A call with gradient drops them: they are part of its graph, and the graph needs the memory.
+        calls: how many calls without gradient are to come, at most; math.inf where that is not known. The first of several also gives keys and values of text and
+        sources (the prefix); the next ones reuse them, and after the last they are dropped. A call with gradient drops
+        them, too: they are part of its graph, and the graph needs the memory.
         """
         model, prefix = self.model, None
-        keep = keep and model.config.causal_condition
+        keep = calls > 1 and model.config.causal_condition
+        left = calls
 
-        def call(z: Tensor, t: Tensor) -> Tensor:
-            nonlocal prefix
+        def v(z: Tensor, t: Tensor) -> Tensor:
+            nonlocal prefix, left
             t = network_time(t, condition.states.dtype)  # (B,)
             with with_role(model, self.role):
                 if torch.is_grad_enabled():
                     prefix = None
-                if keep and prefix is None and not torch.is_grad_enabled():
-                    v, prefix = model.with_prefix(z, t, condition)  # (B, 64, h, w)
-                    return v
-                return model(z, t, condition, prefix)  # (B, 64, h, w)
+                    return model(z, t, condition)  # (B, 64, h, w)
+                left -= 1
+                if keep and prefix is None and left > 0:
+                    velocity, prefix = model.with_prefix(z, t, condition)  # (B, 64, h, w)
+                    return velocity
+                kept, prefix = prefix, prefix if left > 0 else None
+                return model(z, t, condition, kept)  # (B, 64, h, w)
 
-        return call
+        return v
 
 
-def load(args, folder: Path, dtype: torch.dtype) -> MMDiT:
+def load(options: TrainOptions, folder: Path, dtype: torch.dtype) -> MMDiT:
     """A transformer folder on the device."""
     with raise_on_all_ranks():
-        model = MMDiT.from_pretrained(folder, dtype, args.device)
-    if args.compile:
+        model = MMDiT.from_pretrained(folder, dtype, options.device)
+    if options.compile:
         torch._dynamo.config.recompile_limit = 64  # one block has many forms: with gradient, with prefix, in each role
         for block in model.transformer_blocks:
             block.forward = torch.compile(block.forward, dynamic=True)  # not the block: FSDP's part stays outside
-    if args.recompute:
+    if options.recompute:
         recompute(model)
     return model
 
@@ -89,34 +115,48 @@ def recompute(model: MMDiT) -> None:
         block.forward = partial(forward, block.forward)
 
 
-def learner(args, name: str, base: Network | None) -> Network:
+def learner(options: TrainOptions, name: str, base: Network | None) -> Network:
     """A network to train: own weights in fp32, or, with a `base`, a new LoRA on the base's weights."""
     if base is None:
-        return Network(load(args, args.checkpoint / "transformer", torch.float32))
-    add_role(base.model, name, new_lora(base.model, args.lora_rank, rng=generator(args.seed, 0, 0, name)))
+        return Network(load(options, options.checkpoint / "transformer", torch.float32))
+    lora = new_lora(base.model, options.lora_rank, rng=generator(options.seed, 0, 0, name))
+    add_role(base.model, name, lora)
     return Network(base.model, name)
 
 
-def frozen(args, places: dict[str, Path]) -> dict[str, Network]:
+def frozen(options: TrainOptions, places: dict[str, Path]) -> dict[str, Network]:
     """Networks that never learn, in the working dtype: "base" and the specialised teachers by name. A teacher that is a
     LoRA file becomes a role on the base's weights."""
-    dtype = getattr(torch, args.dtype)
-    networks = {"base": Network(load(args, args.checkpoint / "transformer", dtype))}
+    dtype = getattr(torch, options.dtype)
+    networks = {"base": Network(load(options, options.checkpoint / "transformer", dtype))}
     for name, place in places.items():
         if place.is_dir():
-            networks[name] = Network(load(args, place, dtype))
+            networks[name] = Network(load(options, place, dtype))
         else:
             base = networks["base"].model
             add_role(base, name, read_lora(place, base)[0])
             networks[name] = Network(base, name)
     for model in {id(n.model): n.model for n in networks.values()}.values():
         model.requires_grad_(False).to(dtype)
-        if dist.is_initialized() and not args.lora_rank:  # with LoRA every rank holds them whole
-            shard(model, args)
+        if dist.is_initialized() and not options.lora_rank:  # with LoRA every rank holds them whole
+            shard(model, options)
     return networks
 
 
+# ---- what learns -----------------------------------------------------------------------------------------------------
+
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}  # what each optimiser remembers
+
+
+@dataclass
+class Record:
+    """What the log says of one micro-batch."""
+
+    task: str
+    category: str
+    k: int | None
+    times: list[float]
+    losses: Tensor  # (B,)
 
 
 class Trainee:
@@ -124,70 +164,88 @@ class Trainee:
 
     Masters are needed because bf16 has 8 bits: most updates are below 1/512 of their weight and would be rounded away.
     An fp32 network, a LoRA's factors and a rank's rows under FSDP are fp32 already; they are their own masters. Muon
-    trains the matrices of the blocks (but not a LoRA's), AdamW the rest.
+    trains the matrices of the blocks (but not a LoRA's), AdamW the rest. `records` are the micro-batches since the last
+    line of the log, `grad_norm` is that of the last update.
     """
 
-    def __init__(self, name: str, network: Network, args, muon_lr: float, lr: float, ema: float):
-        self.name, self.network, self.clip, self.ema, self.updates = name, network, args.clip, ema, 0
+    def __init__(self, title: str, network: Network, options: TrainOptions, muon_lr: float, lr: float, ema: float):
+        self.title, self.network = title, network  # the title is for messages
+        self.clip, self.ema, self.updates = options.clip, ema, 0
         self.sharded = dist.is_initialized() and network.role is None
         if self.sharded:
-            shard(network.model, args)
+            shard(network.model, options)
         self.names, self.weights = (list(column) for column in zip(*network.parameters().items(), strict=True))
         self.masters = self.weights
-        if not self.sharded and network.role is None and args.dtype != "float32":
+        if not self.sharded and network.role is None and options.dtype != "float32":
             self.masters = [w.detach() for w in self.weights]  # hold the fp32 storage when the model is cast
-            network.model.to(getattr(torch, args.dtype))
+            network.model.to(getattr(torch, options.dtype))
         self.average = [m.detach().clone() for m in self.masters] if ema else []
-        matrices = muon_lr and network.role is None
-        muon, rest = [], []
-        for n, m in zip(self.names, self.masters, strict=True):
-            (muon if matrices and m.ndim == 2 and n.startswith("transformer_blocks.") else rest).append(m)
-        self.optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(args.beta1, 0.999), weight_decay=0.0, fused=True)]
-        if muon:
-            self.optimizers.append(Muon(muon, muon_lr, getattr(torch, args.dtype)))
-        self.lrs = [o.param_groups[0]["lr"] for o in self.optimizers]
-        self.contents: list[str] = []  # of the gradient, for an error: task, k and t
 
-    def backward(self, losses: Tensor, batch: Batch) -> None:
-        """Add the gradient of the mean of losses, (B,) or (), weighted by the batch's fraction of the update. Between
-        micro-batches the gradient is kept in fp32."""
+        by_muon, by_adamw = [], []
+        for name, master in zip(self.names, self.masters, strict=True):
+            matrix = master.ndim == 2 and name.startswith("transformer_blocks.")
+            if matrix and muon_lr and network.role is None:
+                by_muon.append(master)
+            else:
+                by_adamw.append(master)
+        betas = (options.beta1, 0.999)
+        self.optimizers = [torch.optim.AdamW(by_adamw, lr=lr, betas=betas, weight_decay=0.0, fused=True)]
+        if by_muon:
+            self.optimizers.append(Muon(by_muon, muon_lr, getattr(torch, options.dtype)))
+        self.lrs = [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+        self.contents: list[str] = []  # of the gradient, for an error
+        self.records: list[Record] = []
+        self.grad_norm = math.nan
+
+    def backward(self, losses: Tensor, batch: Batch, seen: dict[str, Tensor]) -> None:
+        """Add the gradient of the mean of losses (B,), weighted by the batch's fraction of the update. Between
+        micro-batches the gradient is kept in fp32.
+
+        FloatingPointError on all ranks: a loss is not finite on one of them. `seen` are what it was made from, (B, ...)
+        each; the message names those that are not finite.
+        """
         with raise_on_all_ranks():
             if not losses.isfinite().all():
-                finite = losses.isfinite().expand(len(batch.times)).tolist()
-                bad = [t for t, ok in zip(batch.times, finite, strict=True) if not ok]
-                raise FloatingPointError(f"{batch.where()}: the {self.name}'s loss is not finite at t = {bad}")
+                culprits = [name for name, values in seen.items() if not values.isfinite().all()]
+                because = f", because of {' and '.join(culprits)}" if culprits else ""
+                raise FloatingPointError(f"{batch.where}: the {self.title}'s loss is not finite{because}")
         (batch.fraction * losses.mean()).backward()
         for master, weight in zip(self.masters, self.weights, strict=True):
-            if master is not weight:
+            if master is not weight and weight.grad is not None:
                 master.grad = weight.grad.float() if master.grad is None else master.grad.add_(weight.grad)
                 weight.grad = None
-        self.contents.append(f"{batch.where()}, t = {batch.times}")
+        self.contents.append(batch.where)
+        self.records.append(Record(batch.task, batch.category, batch.k, batch.times, losses.detach()))
 
-    def update(self, lr_factor: float) -> float:
-        """Clip the gradient, take a step at `lr_factor` times the learning rates, update the average. Returns
-        the gradient's norm before clipping."""
+    def update(self, lr_factor: float) -> None:
+        """Clip the gradient, take a step at `lr_factor` times the learning rates, update the average."""
         if not self.sharded:  # sharded ones are averaged in the backward pass
-            average_over_ranks([m.grad for m in self.masters])
+            average_over_ranks([m.grad for m in self.masters if m.grad is not None])
         norm = gathered(nn.utils.clip_grad_norm_(self.masters, self.clip, foreach=True)).item()
         if not math.isfinite(norm):  # on all ranks, for it is the norm of the mean over them
             contents = "; ".join(sum(all_gather(self.contents), []))
-            raise FloatingPointError(f"the {self.name}'s gradient has norm {norm} after {contents}")
-        for optimizer, full in zip(self.optimizers, self.lrs, strict=True):
-            optimizer.param_groups[0]["lr"] = lr_factor * full
+            raise FloatingPointError(f"the {self.title}'s gradient has norm {norm} after {contents}")
+        self.grad_norm = norm  # before clipping
+        for optimizer, lr in zip(self.optimizers, self.lrs, strict=True):
+            optimizer.param_groups[0]["lr"] = lr_factor * lr
             optimizer.step()
-            optimizer.zero_grad()
         self.updates += 1
-        self.contents.clear()
+        self.clear_gradients()
         with torch.no_grad():
             self.refresh()
             if self.ema:  # at first the decay is smaller: else a short run would export mostly its initial weights
                 decay = min(self.ema, (1 + self.updates) / (10 + self.updates))
-                torch._foreach_lerp_(
-                    list(map(local_rows, self.average)), list(map(local_rows, self.masters)), 1 - decay
-                )
-        return norm
+                average, masters = (list(map(local_rows, tensors)) for tensors in (self.average, self.masters))
+                torch._foreach_lerp_(average, masters, 1 - decay)
+
+    def clear_gradients(self) -> None:
+        """Drop what is in .grad, also what another network's loss left there."""
+        for tensor in (*self.masters, *self.weights):
+            tensor.grad = None
+        self.contents.clear()
 
     def refresh(self) -> None:
+        """Cast the masters into the weights that compute."""
         if self.masters is not self.weights:
             torch._foreach_copy_(self.weights, self.masters)
 
@@ -208,40 +266,43 @@ class Trainee:
             local_rows(average).copy_(kept)
         self.refresh()
 
+    # ---- what leaves the run, and what it goes on from ---------------------------------------------------------------
+
     def export(self) -> MMDiT | None:
         """The network on the CPU in bf16, a LoRA merged. Only rank 0 gets it; the others help to gather it."""
         model = self.network.model
+        tensors = {}
         if self.network.role is None:
-            tensors = {}
             for name, weight in zip(self.names, self.weights, strict=True):
                 tensor = gathered(weight.detach())
                 tensors[name] = tensor.to("cpu", torch.bfloat16) if rank() == 0 else None
-        elif rank() == 0:  # no copies where they are on the CPU in bf16 already, so `merge` must not see these
-            weights = model.state_dict().items()
-            tensors = {n: w.to("cpu", torch.bfloat16, copy=True) for n, w in weights if ".adapters." not in n}
+        elif rank() == 0:  # copies also where they are on the CPU in bf16 already: `merge` must not see these
+            tensors = {name: tensor.to("cpu", torch.bfloat16, copy=True) for name, tensor in model.state_dict().items()}
         if rank() > 0:
             return None
         with torch.device("meta"):
             alone = MMDiT(model.config)
-        alone.load_state_dict(tensors, assign=True)
+        published = alone.state_dict().keys()  # neither LoRAs nor added parameters
+        alone.load_state_dict({name: tensors[name] for name in published}, assign=True)
         if self.network.role is not None:
             merge(alone, role_lora(model, self.network.role))
         return alone
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next update depends on, by name, but for the number of updates. Not copied."""
-        found = {}
-        for kind, tensors in (("master", self.masters), ("average", self.average)):
-            found |= {f"{kind} {n}": t for n, t in zip(self.names, tensors, strict=False)}
-        for n, master in zip(self.names, self.masters, strict=True):
+        tensors = {}
+        for kind, column in (("master", self.masters), ("average", self.average)):
+            tensors |= {f"{kind} {name}": tensor for name, tensor in zip(self.names, column, strict=False)}
+        for name, master in zip(self.names, self.masters, strict=True):
             for optimizer in self.optimizers:
-                found |= {f"{kind} {n}": t for kind, t in optimizer.state.get(master, {}).items()}
-        return found
+                moments = optimizer.state.get(master, {})
+                tensors |= {f"{kind} {name}": tensor for kind, tensor in moments.items()}
+        return tensors
 
     def state(self) -> dict[str, Tensor]:
         """A copy of these tensors on the CPU, and the number of updates; of sharded tensors this rank's rows."""
-        found = {"updates": torch.tensor(self.updates)} | self.tensors()
-        return {name: local_rows(t.detach()).to("cpu").contiguous() for name, t in found.items()}
+        tensors = {"updates": torch.tensor(self.updates)} | self.tensors()
+        return {name: local_rows(t.detach()).to("cpu").contiguous() for name, t in tensors.items()}
 
     @torch.no_grad()
     def restore(self, files: list[Path], updates: int) -> None:

@@ -1,15 +1,13 @@
 """What a run shows: a line of metrics for each step, the progress line, pictures. It changes no weight."""
 
 import json
-import math
 import os
 import resource
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,75 +15,80 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 import flow
+from data.batches import condition_of, generator
 from data.encode import Pool
 from data.pictures import to_pictures
 from networks.vae import VAE
 from program.ranks import all_gather, on_rank0, raise_on_all_ranks, rank
-from training.batches import Batch, generator, make_batch
-
-
-@dataclass
-class Record:
-    """What the log and the pictures need of one update."""
-
-    loss_name: str
-    norm_name: str
-    losses: list[tuple[Batch, Tensor]] = field(default_factory=list)  # of each micro-batch, (B,) a sample
-    grad_norm: float = math.nan
-    panel: dict[str, Tensor] = field(default_factory=dict)  # of the last micro-batch, (B, 64, h, w) each
-
-    def add(self, batch: Batch, losses: Tensor) -> None:
-        note = copy(batch)  # without its tensors: those of all micro-batches of a step are gigabytes
-        note.condition = note.empty = note.target = note.noises = note.xi = note.t = None
-        self.losses.append((note, losses.detach()))
-
-    @property
-    def batch(self) -> Batch:
-        """The last micro-batch, which the panel shows."""
-        return self.losses[-1][0]
-
+from training.options import TrainOptions
+from training.trainee import Network, Record, Trainee
 
 BINS = 5  # of t: when a run goes wrong, look at the loss by time first
 
 
-def metrics(records: list[Record], all_gather: Callable[[list], list]) -> dict:
-    """What metrics.jsonl says of a step's updates, about the samples of all processes.
-
-    all_gather: gives the lists of all processes. Losses are means over samples, by t and by task. A gradient's norm is that
-    of the last update.
-    """
-    batches = [(r.loss_name, batch, losses.tolist()) for r in records for batch, losses in r.losses]
-    mine = [(name, b.task, t, loss) for name, b, losses in batches for t, loss in zip(b.times, losses, strict=True)]
-    shared = all_gather(mine)  # the one exchange of a step's log
-
-    def mean(values: list[float]) -> float | None:
-        return round(sum(values) / len(values), 5) if values else None
-
-    total, parts = {}, {}
-    for name in dict.fromkeys(r.loss_name for r in records):
-        rows = [(task, t, loss) for part in shared for n, task, t, loss in part if n == name]
-        total[name] = sum(loss for _, _, loss in rows) / len(rows)
-        bins = [[loss for _, t, loss in rows if min(int(t * BINS), BINS - 1) == i] for i in range(BINS)]
-        parts[name + "_by_t"] = list(map(mean, bins))
-        tasks = sorted({task for task, _, _ in rows})
-        parts[name + "_by_task"] = {task: mean([loss for one, _, loss in rows if one == task]) for task in tasks}
-    norms, counts = {r.norm_name: r.grad_norm for r in records}, Counter()
-    for _, b, losses in batches:
-        counts[f"{b.task} {b.category}"] += len(losses) * len(shared)
-    each = {"tasks": [b.task for _, b, _ in batches], "k": [b.k for _, b, _ in batches], "categories": counts}
-    return total | norms | each | parts
-
-
-def note(args, records: list[Record], step: int, lr_factor: float, seconds: float) -> str:
-    """Add a step that took so many seconds to metrics.jsonl. Returns the text of the progress line."""
-    pace = {"seconds": round(seconds, 4), "images_per_second": round(args.batch / seconds, 2)}
-    pace |= {"memory_gb": memory(args.device)}
-    line = {"step": step, "rate": lr_factor} | pace | metrics(records, all_gather)
-    with raise_on_all_ranks(), open(args.out / "metrics.jsonl" if rank() == 0 else os.devnull, "a") as file:
+def note(options: TrainOptions, trainees: dict[str, Trainee], step: int, lr_factor: float, seconds: float) -> str:
+    """Add a step that took so many seconds to metrics.jsonl, and forget its records. Returns the progress line's text."""
+    pace = {"seconds": round(seconds, 4), "images_per_second": round(options.batch / seconds, 2)}
+    pace |= {"memory_gb": memory(options.device)}
+    line = {"step": step, "rate": lr_factor} | pace | metrics(trainees, all_gather)
+    for trainee in trainees.values():
+        trainee.records.clear()
+    with raise_on_all_ranks(), open(options.out / "metrics.jsonl" if rank() == 0 else os.devnull, "a") as file:
         file.write(json.dumps(line) + "\n")
-    norms = [name for name in ("fake_grad_norm", "grad_norm") if name in line]
+    norms = [name for name in line if name.endswith("grad_norm")]
     norms = ", ".join(f"{name.replace('_', ' ')} {line[name]:.2f}" for name in norms)
     return f"loss {line['loss']:.4f}, {norms}, {line['images_per_second']:.1f} images/s, {line['memory_gb']} GB"
+
+
+def metrics(trainees: dict[str, Trainee], all_gather: Callable[[list], list]) -> dict:
+    """What metrics.jsonl says of a step's updates, about the samples of all processes.
+
+    Losses are means over samples, by t and by task; those of the first network in `trainees` are called loss and
+    grad_norm, those of another NAME_loss and NAME_grad_norm. A gradient's norm is that of the last update. all_gather:
+    gives the lists of all processes.
+    """
+    prefixes = {name: "" if name == next(iter(trainees)) else f"{name}_" for name in trainees}
+    mine = [
+        (name, record.task, t, loss)
+        for name, trainee in trainees.items()
+        for record in trainee.records
+        for t, loss in zip(record.times, record.losses.tolist(), strict=True)
+    ]
+    gathered = all_gather(mine)  # the one exchange of a step's log
+    samples = [sample for of_rank in gathered for sample in of_rank]
+
+    totals, norms, parts = {}, {}, {}
+    for name, prefix in prefixes.items():
+        own = [(task, t, loss) for owner, task, t, loss in samples if owner == name]
+        totals[f"{prefix}loss"] = sum(loss for _, _, loss in own) / len(own)
+        norms[f"{prefix}grad_norm"] = trainees[name].grad_norm
+        parts[f"{prefix}loss_by_t"] = by_time([(t, loss) for _, t, loss in own])
+        tasks = sorted({task for task, _, _ in own})
+        of_task = {task: [loss for other, _, loss in own if other == task] for task in tasks}
+        parts[f"{prefix}loss_by_task"] = {task: mean(losses) for task, losses in of_task.items()}
+
+    records = [record for trainee in trainees.values() for record in trainee.records]
+    counts = Counter()
+    for record in records:
+        counts[f"{record.task} {record.category}"] += len(record.losses) * len(gathered)
+    contents = {
+        "tasks": [record.task for record in records],
+        "k": [record.k for record in records],
+        "categories": counts,
+    }
+    return totals | norms | contents | parts
+
+
+def by_time(losses: list[tuple[float, float]]) -> list[float | None]:
+    """The mean of (t, loss) in each of BINS equal parts of [0, 1]; None where there is no sample."""
+    bins: list[list[float]] = [[] for _ in range(BINS)]
+    for t, loss in losses:
+        bins[min(int(t * BINS), BINS - 1)].append(loss)
+    return [mean(values) for values in bins]
+
+
+def mean(values: list[float]) -> float | None:
+    return round(sum(values) / len(values), 5) if values else None
 
 
 def memory(device: str) -> float:
@@ -140,26 +143,35 @@ def paint(vae: Path, device: str, blocks: list[Block], path: Path) -> None:
 
 
 @torch.no_grad()
-def draw_pictures(args, pool: Pool, network, record: Record, step: int) -> None:
-    """Write panels/STEP.png, from the record's last micro-batch, and grid.png: two prompts of every category, edits below
-    their last source. The weights may be divided among the ranks, so all of them draw; the first one decodes."""
-    flows = args.objective == "flow"
+def draw_pictures(
+    options: TrainOptions, pool: Pool, network: Network, step: int, record: Record, panel: dict[str, Tensor]
+) -> None:
+    """Write panels/STEP.png, from the last micro-batch, and grid.png: two prompts of every category, edits below their
+    last source. panel: (B, 64, h, w) each, under its row's name; record: of the same micro-batch. The weights may be
+    divided among the ranks, so all of them draw; rank 0 decodes."""
+    flows = options.objective == "flow"
+    sigmas = flow.student_sigmas(20 if flows else options.student_steps)
     t2i, edit = Block({"t2i": []}, []), Block({"source": [], "edit": []}, [])
-    sigmas = flow.student_sigmas(20 if flows else args.student_steps)
-    chosen = [entry for place in pool.places.values() for entry in place[:2]]
-    for number, entry in enumerate(chosen):
-        one = make_batch(args, [entry], [generator(args.seed, 0, number, "grid")])
-        velocity = network.velocity(one.condition, keep=True)
-        if flows and args.guidance != 1:
-            velocity = flow.guided(velocity, network.velocity(one.empty, keep=True), args.guidance)
+    shown = [entry for entries in pool.places.values() for entry in entries[:2]]
+    for number, entry in enumerate(shown):
+        rng, dtype = generator(options.seed, 0, number, "grid"), getattr(torch, options.dtype)
+        condition = condition_of([entry], options.device, dtype)
+        noises = torch.randn(options.noises, 64, *entry.size, generator=rng)[:, None]  # (K, 1, 64, h, w)
+        velocity = network.velocity(condition, calls=len(sigmas) - 1)
+        if flows and options.guidance != 1:
+            empty = condition_of([entry], options.device, dtype, empty=True)
+            velocity = flow.guided(velocity, network.velocity(empty, calls=len(sigmas) - 1), options.guidance)
         block = edit if entry.task == "edit" else t2i
         block.heads.append(entry.words)
-        block.rows[entry.task].append(flow.walk(velocity, one.noises, sigmas)[0])  # (64, h, w)
+        block.rows[entry.task].append(flow.walk(velocity, noises.to(options.device), sigmas)[0])  # (64, h, w)
         if entry.task == "edit":
-            block.rows["source"].append(one.condition.sources[-1][0])  # (64, h, w)
-    k = "" if flows else f"k {record.batch.k}, "  # the student's step
-    heads = [f"{k}t {t:.2f}" for t in record.batch.times[:8]]
-    panel = Block({name: list(z[:8]) for name, z in record.panel.items()}, heads)
-    pictures = {args.out / "panels" / f"{step:06d}.png": [panel], args.out / "grid.png": [t2i, edit]}
-    vae = args.checkpoint / "vae"
-    on_rank0(lambda: [paint(vae, args.device, blocks, path) for path, blocks in pictures.items()] and None)
+            block.rows["source"].append(condition.sources[-1][0])  # (64, h, w)
+    k = "" if record.k is None else f"k {record.k}, "
+    panel_block = Block({name: list(z[:8]) for name, z in panel.items()}, [f"{k}t {t:.2f}" for t in record.times[:8]])
+
+    def paint_both() -> None:
+        vae = options.checkpoint / "vae"
+        paint(vae, options.device, [panel_block], options.out / "panels" / f"{step:06d}.png")
+        paint(vae, options.device, [t2i, edit], options.out / "grid.png")
+
+    on_rank0(paint_both)

@@ -43,6 +43,7 @@ from toy.build import language
 from toy.build.autoencoder import train_vae
 from toy.figures import answer
 from training import presets
+from training.options import TrainOptions
 from training.run import open_run
 
 SEED = 0
@@ -138,7 +139,7 @@ def train_teacher(name: str, folder: Path, out: Path, compile: bool) -> dict:
     """
     stage = STAGES[name]
     pool = build_pool(folder, stage, out.parent)
-    args = train.Args(
+    args = TrainOptions(
         **presets.FLOW | {"batch": BATCH, "micro_batch": MICRO_BATCH, "time_shift": TIME_SHIFT, "steps": stage.steps}
     )
     args = replace(args, checkpoint=folder, out=out, recipe=stage.recipe.name, guidance=GUIDANCE, seed=SEED)

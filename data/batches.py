@@ -1,0 +1,103 @@
+"""Micro-batches: which of the pool's entries come when, and their tensors. The draws that go with them: train.py."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.pool import Entry, Pool
+from model import Condition
+
+
+def generator(seed: int, step: int, number: int, purpose: str) -> torch.Generator:
+    """Makes random numbers that depend on these four alone: a resumed run and another number of processes get the same
+    ones. The generator is the CPU's, so that a GPU gets the same ones, too."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{number}/{purpose}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+@dataclass
+class Batch:
+    """A rank's part of a micro-batch, B samples of one task and layout, on the device.
+
+    Draws and target are fp32; the conditions have the working dtype.
+    """
+
+    task: str
+    category: str
+    fraction: float  # of the update's samples that the micro-batch has, on all ranks together
+    condition: Condition
+    empty: Condition | None  # the same sources without words
+    target: Tensor | None  # (B, 64, h, w), for the flow objective
+    k: int | None  # the student's step; None with the flow objective
+    noises: Tensor  # (K, B, 64, h, w) for a student that re-noises, else (1, B, 64, h, w): where a path or walk starts
+    xi: Tensor  # (B, 64, h, w): noise for x_theta
+    t: Tensor  # (B,) in [0, 1]
+    times: list[float]  # the same numbers, for messages: reading them from a GPU would wait for it
+    fresh: Callable[[str, tuple[int, ...]], Tensor]  # fresh(name, shape) -> (B, *shape): more noise, for experiments
+
+    @property
+    def where(self) -> str:
+        """For errors."""
+        return f"task {self.task}, k = {self.k}, t = {self.times}"
+
+
+def nth_entries(pool: Pool, seed: int, purpose: str, task: str, category: str, n: int, size: int) -> list[Entry]:
+    """The entries of a category's n-th micro-batch (of `purpose`), `size` of them, all of one class (data/pool.py).
+
+    They follow from seed and n alone. In an epoch each class gives as many micro-batches as it can fill, in a shuffled
+    order; what is left of it comes first in the next epoch. Within a class, entries come in a shuffled order, a new one
+    when all were seen. So after any number of epochs all entries were seen equally often, or once less. One exception: a
+    class with fewer entries than a micro-batch waits for several epochs, and then comes several times at once.
+    """
+    classes = pool.classes[task, category]
+    entries = sum(len(members) for members in classes)
+    key = f"{purpose} {task} {category}"
+
+    def filled(epochs: int) -> list[int]:
+        """The micro-batches that each class fills in so many epochs."""
+        return [epochs * len(members) // size for members in classes]
+
+    epoch = n * size // entries
+    while sum(filled(epoch + 1)) <= n:
+        epoch += 1
+    before, after = filled(epoch), filled(epoch + 1)
+    turns = torch.tensor([c for c in range(len(classes)) for _ in range(after[c] - before[c])])
+    order = torch.randperm(len(turns), generator=generator(seed, epoch, 0, key))
+    turns = turns[order].tolist()  # the class of each micro-batch of this epoch
+    turn = n - sum(before)
+    c = turns[turn]
+
+    members = classes[c]
+    first = (before[c] + turns[:turn].count(c)) * size  # entries of this class that came before
+    chosen, orders = [], {}
+    for place in range(first, first + size):
+        round, i = divmod(place, len(members))
+        if round not in orders:
+            rng = generator(seed, round, c, f"{key} class")
+            orders[round] = torch.randperm(len(members), generator=rng).tolist()
+        chosen.append(members[orders[round][i]])
+    return chosen
+
+
+def condition_of(
+    entries: list[Entry], device: str, dtype: torch.dtype, empty: bool = False, length: int = 0
+) -> Condition:
+    """The condition of B entries of one layout. empty: without their words.
+
+    Texts are padded to the longest, and at least to `length`: the longest text may be another rank's, and the target
+    stands behind that one.
+    """
+    texts = [entry.empty if empty else entry.states for entry in entries]  # (L_i, C) each
+    slots = entries[0].slots
+    for start, stop in slots:  # entries do not keep the states of sources' slots, nor does the network read them
+        texts = [torch.cat([text[:start], text.new_zeros(stop - start, text.shape[1]), text[start:]]) for text in texts]
+    length = max(length + sum(stop - start for start, stop in slots), *(len(text) for text in texts))
+    states = torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])  # (B, L, C)
+    mask = torch.stack([torch.arange(length) < len(text) for text in texts])  # (B, L)
+    columns = zip(*(entry.sources for entry in entries), strict=True)
+    sources = [torch.stack(column) for column in columns]  # (B, 64, h_i, w_i) each
+    return Condition(states, mask, sources, slots).to(device, dtype)
