@@ -28,7 +28,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from checkpoint.files import config_from_json, load_weights, save_config, save_weights, within
+from checkpoint.files import config_from_json, save_config, within
+from checkpoint.weights import load_weights, save_weights
 from networks.attention import attend, rotate
 
 KeysValues = tuple[Tensor, Tensor]  # 2 x (B, H, S, d), of a kept prefix 2 x (B, H, P, d)

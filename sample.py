@@ -46,9 +46,10 @@ from tqdm import tqdm
 
 import flow
 from checkpoint.export import export
-from checkpoint.files import check_finite, config_from_json, may_write
+from checkpoint.files import config_from_json, may_write
 from checkpoint.layout import Scheduler, check_parts, check_sigmas, check_stage, open_device, read_index
 from checkpoint.lora import LoRA, factorise, merge, read_lora, write_lora
+from checkpoint.weights import check_finite
 from data.pictures import MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
 from data.prompts import LONGEST, MOST_IMAGES
 from model import Condition, MMDiT

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint.files import aside, check_finite, may_write, read_json, write_json
+from checkpoint.files import aside, may_write, read_json, write_json
 from checkpoint.layout import check_sigmas, read_index
+from checkpoint.weights import check_finite
 
 FROZEN = ("vae", "text_encoder", "processor")  # what a student shares with its base
 

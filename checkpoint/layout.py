@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import flow
-from checkpoint.files import finite, read_json, within
+from checkpoint.files import read_json, within
+from checkpoint.weights import finite
 from program.edges import inside, short
 
 MULTIPLE = (

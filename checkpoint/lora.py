@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint.files import FLOATS, aside, finite, open_weights, write_tensors
+from checkpoint.files import aside
 from checkpoint.layout import check_sigmas
+from checkpoint.weights import FLOATS, finite, open_weights, write_tensors
 from program.edges import inside, parse_json, short
 
 LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer: A (r, in), B (out, r), alpha

@@ -27,8 +27,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint.files import write_tensors
 from checkpoint.layout import files_fingerprint
+from checkpoint.weights import write_tensors
 from data import pictures
 from data.pool import Entry, Pool
 from data.prompts import Prompt

@@ -30,8 +30,8 @@ from urllib.parse import urlsplit
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint.files import parse_json
 from data.pictures import open_picture
+from program.edges import parse_json
 
 ATTEMPTS = 6  # at one question
 GIVE_UP = 10  # unanswered questions in a row

@@ -34,7 +34,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from checkpoint.files import build_config, load_weights, read_json, within
+from checkpoint.files import build_config, read_json, within
+from checkpoint.weights import load_weights
 from program.edges import short
 
 SYSTEM_TURN = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"

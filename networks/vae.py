@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from checkpoint.files import config_from_json, load_weights, save_config, save_weights, within
+from checkpoint.files import config_from_json, save_config, within
+from checkpoint.weights import load_weights, save_weights
 
 STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
 ENCODED = 4 * 64 * 64  # latent pixels of a batch that are encoded at once; ours, for memory: four of 1024 x 1024

@@ -10,7 +10,8 @@ from diffusers import QwenImage21Transformer2DModel
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache
 from safetensors.torch import load_file, save_file
 
-from checkpoint.files import config_from_json, load_weights
+from checkpoint.files import config_from_json
+from checkpoint.weights import load_weights
 from model import Condition, MMDiT, MMDiTConfig
 from networks.attention import attend
 from training.trainee import recompute

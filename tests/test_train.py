@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 import dmd
 import flow
 import train
-from checkpoint.files import save_config, write_tensors
+from checkpoint.files import save_config
+from checkpoint.weights import write_tensors
 from data.batches import nth_entries
 from data.encode import encode_pool
 from data.pool import ENOUGH

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from checkpoint.files import save_config, save_weights, write_json
+from checkpoint.files import save_config, write_json
+from checkpoint.weights import save_weights
 from model import MMDiT, MMDiTConfig
 from networks.vae import VAE, VAEConfig
 

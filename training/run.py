@@ -18,8 +18,9 @@ import torch
 
 from checkpoint import layout as checkpoint
 from checkpoint.export import check_base, export
-from checkpoint.files import read_json, write_json, write_tensors
+from checkpoint.files import read_json, write_json
 from checkpoint.lora import role_lora, write_lora
+from checkpoint.weights import write_tensors
 from data import prompts
 from program.options import TOY, flag
 from program.ranks import on_rank0, raise_on_all_ranks, rank, ranks, say

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint.files import open_weights
 from checkpoint.lora import add_role, merge, new_lora, read_lora, role_lora, stage_of, with_role
+from checkpoint.weights import open_weights
 from data.batches import Batch, generator
 from flow import Velocity, network_time
 from model import Condition, MMDiT

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from checkpoint.files import save_weights, write_json
+from checkpoint.files import write_json
+from checkpoint.weights import save_weights
 from networks.qwen3vl import PICTURE, SLOT, SYSTEM_TURN, USER_TURN, Qwen3VL, Qwen3VLConfig, TextConfig, VisionConfig
 
 VOCABULARY = 576  # at most: 256 bytes, the merges, the special tokens
