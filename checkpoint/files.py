@@ -1,12 +1,16 @@
-"""Files: what may be written where, and JSON objects and configs, read strictly. Torch is not imported here.
+"""Files: what may be written where, which files count, what they hold; and JSON objects and configs, read strictly. Torch
+is not imported here.
 
 Writing has two steps. `may_write` decides before the work begins. `aside` writes a file or folder whole or not at all.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, field, fields
 from pathlib import Path
@@ -67,6 +71,58 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+# ---- What a folder and a file hold -----------------------------------------------------------------------------------
+
+KEPT = ".digests.json"  # the usual name of the file that `file_digests` keeps
+SETTLED = 2  # seconds after which another change surely gets another time stamp
+
+
+def visible(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; nothing where there is none. Passed over is what other programs leave everywhere: names
+    that begin with a dot (downloaders, notebooks, macOS), and those of Windows."""
+    return sorted(path for path in folder.glob("[!.]*") if path.name.lower() not in ("thumbs.db", "desktop.ini"))
+
+
+def digest(content: bytes | str) -> str:
+    """A hash of the content, 64 letters. SHA-256: processors have instructions for it."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+
+
+def file_digests(files: list[Path], kept: Path | None = None) -> list[str]:
+    """The `digest` of each file's whole content.
+
+    kept: a JSON file for the digests. A file that has not changed since is not read again: its size, both time stamps and
+    inode are as they were. A damaged or missing `kept`, or one that cannot be written, only costs time.
+    """
+    known = read_kept(kept) if kept else {}
+
+    def look(file: Path) -> tuple[str, str, bool]:
+        stat, now = file.stat(), time.time()
+        mark = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
+        before, _, content = known.get(str(file.resolve()), "").rpartition(" ")
+        if before != mark:
+            with open(file, "rb") as opened:
+                content = hashlib.file_digest(opened, "sha256").hexdigest()
+        return mark, content, max(stat.st_mtime, stat.st_ctime) < now - SETTLED
+
+    with ThreadPoolExecutor(8) as threads:
+        looks = list(threads.map(look, files))
+    now = known | {str(file.resolve()): f"{mark} {content}" for file, (mark, content, old) in zip(files, looks) if old}
+    if kept and now != known:
+        with suppress(OSError):
+            write_json(kept, {"files": now, "checksum": digest(json.dumps(now))})
+    return [content for _, content, _ in looks]
+
+
+def read_kept(kept: Path) -> dict[str, str]:
+    """What `file_digests` kept; empty where there is nothing, or where it is damaged."""
+    with suppress(OSError, ValueError):
+        content = read_json(kept)
+        if content.get("checksum") == digest(json.dumps(content.get("files"))):
+            return content["files"]
+    return {}
 
 
 # ---- JSON and configs ------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""What a checkpoint's small files say: model_index.json, the scheduler's config, the sigmas; and devices."""
+"""What a checkpoint's small files say: model_index.json, the scheduler's config, the sigmas; which of its files are read,
+and their fingerprint; and devices."""
 
-import hashlib
-import os
-from collections.abc import Iterable
+import json
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -11,13 +10,13 @@ import torch
 from torch import Tensor
 
 import flow
-from checkpoint.files import read_json, within
+from checkpoint.files import digest, file_digests, read_json, visible, within
 from checkpoint.weights import finite
 from program.edges import inside, short
 
-MULTIPLE = (
-    32  # sides of pictures are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels
-)
+# Sides of pictures are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels.
+MULTIPLE = 32
+PARTS = ("scheduler", "transformer", "vae", "text_encoder", "processor")  # a checkpoint's folders that are always read
 
 
 @dataclass
@@ -113,29 +112,29 @@ def open_device(name: str | torch.device) -> torch.device:
         raise ValueError(f"--device {name}: torch cannot use it here ({str(error).splitlines()[0]})") from None
 
 
-def fingerprint(checkpoint: Path) -> str:
-    """Changes with the weights. Of large files it reads the two ends: training moves every weight."""
-    digest = hashlib.sha256((checkpoint / "model_index.json").read_bytes())
-    for folder, _, files in sorted(os.walk(checkpoint, followlinks=True)):
-        for path in sorted(Path(folder, name) for name in files if Path(folder) != checkpoint):
-            digest.update(str(path.relative_to(checkpoint)).encode() + ends(path))
-    return digest.hexdigest()[:16]
+def files_read(place: Path) -> list[Path]:
+    """The files at a place that are read: of a checkpoint model_index.json and the files of its PARTS, of another folder
+    its configs and weights, of a file itself. Nothing else of a folder counts, and its teachers/ are places of their own."""
+    if place.is_file():
+        return [place]
+    if (place / "model_index.json").is_file():
+        return [place / "model_index.json", *(file for part in PARTS for file in files_read(place / part))]
+    return [path for path in visible(place) if path.suffix in (".json", ".safetensors")]
 
 
-def files_fingerprint(paths: Iterable[Path]) -> str:
-    """A hash of files' names, and of the ends of their contents. It changes with the weights."""
-    return hashlib.sha256(b"".join(p.name.encode() + ends(p) for p in sorted(paths) if p.is_file())).hexdigest()[:16]
+def teachers_in(checkpoint: Path) -> dict[str, Path]:
+    """The specialised teachers of a checkpoint by name, each a transformer folder or a LoRA file."""
+    places = visible(checkpoint / "teachers")
+    return {place.stem: place for place in places if place.is_dir() or place.suffix == ".safetensors"}
 
 
-def ends(path: Path) -> bytes:
-    """A file's size, and its first and last 2^20 bytes."""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        parts = [f" {size}".encode()]
-        for start in (0, max(0, size - 2**20)):
-            file.seek(start)
-            parts.append(file.read(2**20))
-    return b"".join(parts)
+def fingerprint(*places: Path, kept: Path | None = None) -> str:
+    """16 letters that change with any byte that is read at these places, and with nothing else: not with the places' own
+    names, nor with time stamps. kept: see `file_digests`."""
+    files = [(place, file) for place in places for file in files_read(place)]
+    digests = file_digests([file for _, file in files], kept)
+    names = [f"{places.index(place)} {file.relative_to(place).as_posix()}" for place, file in files]
+    return digest(json.dumps(list(zip(names, digests))))[:16]
 
 
 def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> None:

@@ -27,7 +27,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint.layout import files_fingerprint
+from checkpoint.files import KEPT
+from checkpoint.layout import fingerprint
 from checkpoint.weights import write_tensors
 from data import pictures
 from data.pool import Entry, Pool
@@ -38,6 +39,7 @@ from program.ranks import all_gather, on_rank0, raise_on_all_ranks, rank, ranks,
 
 GROUP = 32  # prompts that are encoded at once, and kept in one shard
 THREADS = 8  # of a process, for pictures: to open and resize them, to hash them
+ENCODERS = ("processor", "text_encoder", "vae")  # the parts of a checkpoint on which the entries depend
 ASPECTS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))  # of T2I, as the published networks draw
 
 
@@ -186,7 +188,7 @@ def cached_pool(
     that would change the last bits of the states.
     """
     on_rank0(lambda: folder.mkdir(parents=True, exist_ok=True))
-    files = on_rank0(lambda: fingerprint(checkpoint))
+    files = on_rank0(lambda: fingerprint(*(checkpoint / part for part in ENCODERS), kept=folder / KEPT))
     keys = divided(lambda prompt: content_key(prompt, files, resolution, empty, targets, how), prompts)
     known = on_rank0(lambda: set(read_shards(folder)))
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
@@ -208,11 +210,6 @@ def divided(work: Callable, items: list) -> list:
         mine = list(threads.map(work, items[rank() :: ranks()]))
     parts = all_gather(mine)
     return [parts[i % ranks()][i // ranks()] for i in range(len(items))]
-
-
-def fingerprint(checkpoint: Path) -> str:
-    """A hash of the encoders' files, on which the entries depend."""
-    return files_fingerprint(p for name in ("processor", "text_encoder", "vae") for p in (checkpoint / name).rglob("*"))
 
 
 def content_key(prompt: Prompt, encoders: str, resolution: int, empty: bool, targets: bool, how: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from checkpoint.files import KEPT, visible
 from checkpoint.layout import fingerprint, read_index
 from data.pictures import open_picture, save
 from judges.chat import Chat
@@ -21,7 +22,11 @@ from sample import Pipeline
 
 def read_cases(paths: list[Path]) -> dict[str, Prompt]:
     """The cases in these files, and in the *.jsonl of these folders, by their pictures' names."""
-    files = [file for path in paths for file in (sorted(path.glob("*.jsonl")) if path.is_dir() else [path])]
+    files = [
+        file
+        for path in paths
+        for file in ([f for f in visible(path) if f.suffix == ".jsonl"] if path.is_dir() else [path])
+    ]
     if not files:
         raise ValueError(f"--prompts {paths[0]}: no *.jsonl in it")
     return name_cases(read_prompts(files))
@@ -50,7 +55,7 @@ def name_cases(cases: list[Prompt]) -> dict[str, Prompt]:
 
 def check_folder(folder: Path, cases: dict[str, Prompt], whole: bool) -> None:
     """ValueError for a file that is no case's picture and, if the folder has to be whole, for a picture that is missing."""
-    there = {path.name for path in folder.glob("[!.]*")}  # a killed run's unfinished picture begins with a dot
+    there = {path.name for path in visible(folder)}  # a killed run's unfinished picture begins with a dot
     if extra := sorted(there - cases.keys()):
         raise ValueError(f"{folder / extra[0]}: belongs to no case ({len(extra)} such in all); take it away")
     if whole and (missing := sorted(cases.keys() - there)):
@@ -67,7 +72,7 @@ def draw_cases(cases: dict[str, Prompt], folder: Path, args: Args) -> None:
     index = read_index(args.checkpoint)
     guidance = index["guidance"] if args.guidance is None else args.guidance
     made = {"steps": args.steps or len(index["sample_sigmas"] or [0] * 40), "guidance": guidance, "seed": args.seed}
-    made["weights"] = fingerprint(args.checkpoint)
+    made["weights"] = fingerprint(args.checkpoint, kept=args.out / KEPT)
     missing = [name for name in cases if not (folder / name).exists()]
     for name in cases.keys() - set(missing):
         if {key: notes_in(folder / name).get(key) for key in made} != made:

@@ -21,7 +21,6 @@ import eval as evaluation
 import flow
 from checkpoint.export import export
 from checkpoint.files import read_json
-from checkpoint.layout import fingerprint
 from data.pictures import to_pictures, to_tensor
 from model import MMDiT
 from program.options import TOY
@@ -399,7 +398,7 @@ def test_compare_takes_a_teachers_rows_from_its_log(toy_checkpoint, tmp_path, mo
     samplers = benches.teacher_samplers(base, [1.0, 0.5, 0.0])
     more = {"t2i": 4, "edit": 4}
     rows = [benches.evaluate(base, sampler, ["t2i", "edit"], more, each=True)[0] for sampler in samplers]
-    log = {"score base": {"rows": rows}, "fingerprint": fingerprint(teacher)}
+    log = {"score base": {"rows": rows}, "fingerprint": benches.fingerprint_with_teachers(teacher)}
     (teacher / "build.json").write_text(json.dumps(log))
     judged, real = [], benches.evaluate
     monkeypatch.setattr(benches, "evaluate", lambda p, s, *rest: (judged.append(s.name), real(p, s, *rest))[1])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import flow
 from checkpoint.files import read_json, write_json
-from checkpoint.layout import fingerprint, read_index
+from checkpoint.layout import fingerprint, read_index, teachers_in
 from data.pictures import to_pictures
 from model import Condition, MMDiT
 from sample import Pipeline
@@ -256,7 +256,11 @@ def build_log(checkpoint: Path) -> dict:
     since."""
     file = checkpoint / "build.json"
     log = read_json(file) if file.is_file() else {}
-    return log if log.get("fingerprint") == fingerprint(checkpoint) else {}
+    return log if log.get("fingerprint") == fingerprint_with_teachers(checkpoint) else {}
+
+
+def fingerprint_with_teachers(checkpoint: Path) -> str:
+    return fingerprint(checkpoint, *teachers_in(checkpoint).values())
 
 
 def recorded(teacher: Path, cases: dict[str, int]) -> dict[str, dict]:

@@ -18,7 +18,7 @@ import torch
 
 from checkpoint import layout as checkpoint
 from checkpoint.export import check_base, export
-from checkpoint.files import read_json, write_json
+from checkpoint.files import KEPT, read_json, visible, write_json
 from checkpoint.lora import role_lora, write_lora
 from checkpoint.weights import write_tensors
 from data import prompts
@@ -87,8 +87,7 @@ def faster_dtype(device: str) -> str:
 def find_teachers(options: TrainOptions) -> dict[str, Path]:
     """Specialised teachers by name, each a transformer folder or a LoRA file: the checkpoint's teachers/NAME, and
     --teacher NAME=PLACE, which goes first. ValueError for a --teacher that is neither."""
-    places = sorted((options.checkpoint / "teachers").glob("*"))
-    found = {p.stem: p for p in places if p.is_dir() or p.suffix == ".safetensors"}
+    found = checkpoint.teachers_in(options.checkpoint)
     for given in options.teacher:
         name, _, place = given.partition("=")
         if name in ("", "base", "student", "fake") or not place:
@@ -118,20 +117,23 @@ def _open_run(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
             raise ValueError(f"{out}: no run to go on with; start one without --resume, or name its folder with --out")
         before = read_json(out / "args.json")
         if not (isinstance(before.get("arguments"), dict) and isinstance(before.get("contents"), dict)):
-            raise ValueError(f"{out / 'options.json'}: does not say how the run was started; it cannot go on")
+            raise ValueError(f"{out / 'args.json'}: does not say how the run was started; it cannot go on")
         options = replace(
             options, dtype=options.dtype or before["arguments"].get("dtype")
         )  # not measured a second time
-    elif out.is_dir() and {f.name for f in out.iterdir()} - {"args.json", "conditions"}:  # these: a failed start
+    elif {path.name for path in visible(out)} - {"args.json", "conditions"}:  # these: a failed start
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
 
     options = fill_defaults(options)
-    contents = {"the checkpoint": checkpoint.fingerprint(options.checkpoint)}
-    for name, place in find_teachers(options).items():
-        contents[f"teacher {name}"] = checkpoint.files_fingerprint(place.iterdir() if place.is_dir() else [place])
-    contents |= {"a prompt or its picture": prompts.fingerprint(options.prompts)} if options.prompts else {}
-    started = start_record(options)
+    teachers = find_teachers(options)
     check_base(options.checkpoint)
+    contents = {"a prompt or its picture": prompts.fingerprint(options.prompts)} if options.prompts else {}
+    # The checkpoint takes longest, and the first note is written: the digests, where the encoders' are kept as well.
+    kept = (options.cache or out / "conditions") / KEPT
+    contents["the checkpoint"] = checkpoint.fingerprint(options.checkpoint, kept=kept)
+    for name, place in teachers.items():
+        contents[f"teacher {name}"] = checkpoint.fingerprint(place, kept=kept)
+    started = start_record(options)
 
     if before is None:
         out.mkdir(parents=True, exist_ok=True)
@@ -251,7 +253,7 @@ def state_files(folder: Path, names: list[str]) -> dict[str, list[Path]]:
     """A checkpoint's files by network, in the order of their ranks; ValueError unless they are complete, and all."""
     found = {name: sorted(folder.glob(f"{name}-*")) for name in names}
     expected = [folder / state_name(name, i, len(files)) for name, files in found.items() for i in range(len(files))]
-    if not all(found.values()) or set(folder.iterdir()) != set(expected):
+    if not all(found.values()) or set(visible(folder)) != set(expected):
         raise ValueError(f"{folder}: should hold the files that a run saves of {' and '.join(names)}, and no others")
     return found
 

@@ -31,8 +31,7 @@ import recipe as recipes
 import train
 from checkpoint.files import write_json
 from checkpoint.layout import Scheduler, fingerprint
-from data.encode import Pool, encode_pool
-from data.encode import fingerprint as encoders
+from data.encode import ENCODERS, Pool, encode_pool
 from experiments.tables import difference
 from model import MMDiT, MMDiTConfig
 from recipe import Prompt, Recipe
@@ -120,7 +119,11 @@ def build_language(folder: Path) -> None:
 def build_pool(folder: Path, stage: Stage, home: Path) -> Pool:
     """Every prompt that a teacher learns from, encoded: 33,000 of the base's, about 0.8 GB in memory."""
     # Two stages may have the same pool. Its name says what it was made from.
-    made_from = [world.digest(stage.prompts(4)), *map(str, stage.pool.values()), encoders(folder)]
+    made_from = [
+        world.digest(stage.prompts(4)),
+        *map(str, stage.pool.values()),
+        fingerprint(*(folder / part for part in ENCODERS)),
+    ]
     cache = home / f"{'-'.join(made_from)}.pool"
     if cache.exists():
         return Pool(torch.load(cache, weights_only=False))
@@ -248,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("base", "text", "edit"):
         stage(f"score {name}", lambda: {"rows": score(folder, name)})  # noqa: B023 (called at once)
     stage("premises", lambda: {"premises": premises(log)})
-    write_json(folder / "build.json", log | {"fingerprint": fingerprint(folder)})
+    write_json(folder / "build.json", log | {"fingerprint": benches.fingerprint_with_teachers(folder)})
     print(f"finished: {folder}")
 
 
