@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from checkpoint.files import aside, may_write, read_json, write_json
+from checkpoint.files import aside, may_write, read_json, visible, write_json
 from checkpoint.layout import check_sigmas, read_index
 from checkpoint.weights import check_finite
 
@@ -49,10 +49,21 @@ def export(
             if link:
                 (part / name).symlink_to(base / name)
             else:
-                shutil.copytree(base / name, part / name, copy_function=shutil.copyfile)  # with new files' permissions
+                copy_folder(base / name, part / name)
         model.save_pretrained(part / "transformer", dtype)
         scheduler = read_json(base / "scheduler" / "scheduler_config.json")
         scheduler |= {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
         scheduler["stochastic_sampling"] = stochastic
         write_json(part / "scheduler" / "scheduler_config.json", scheduler)
         write_json(part / "model_index.json", read_index(base) | {"sample_sigmas": sigmas, "guidance": 1.0})
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copy what is visible in a folder. New files and folders get new ones' permissions: a base is often read-only, and
+    what is read-only can neither be finished nor removed."""
+    target.mkdir()
+    for path in visible(source):
+        if path.is_dir():
+            copy_folder(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
