@@ -42,16 +42,20 @@ def may_write(path: str | Path, overwrite: bool = False, folder: bool = False) -
         part.unlink()
 
 
+PART = ".qwen-image-flash.part"  # how the names end that `aside` uses
+
+
 @contextmanager
-def aside(path: str | Path) -> Iterator[Path]:
+def aside(path: str | Path, writer: str = "") -> Iterator[Path]:
     """Within, write a file or a folder at the path that is given. Afterwards it takes the place of `path`, which is no
     folder with anything in it.
 
     After an error, Ctrl-C or a full disk nothing of it is left and `path` is as before. OSError names `path`. The name
-    used beside it is ours alone; a killed run's leftovers are removed by the next one that writes to `path`.
+    used beside it is ours alone; a killed run's leftovers are removed by the next one that writes to `path`. writer: a
+    name of its own for each process, where several may write to `path` at once.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.qwen-image-flash.part")
+    part = path.with_name(f".{path.name}{writer}{PART}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove(part)
@@ -86,7 +90,7 @@ def visible(folder: Path) -> list[Path]:
 
 
 def digest(content: bytes | str) -> str:
-    """A hash of the content, 64 letters. SHA-256: processors have instructions for it."""
+    """A hash of the content, 64 letters. It is SHA-256, for which processors have instructions."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 

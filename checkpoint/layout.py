@@ -137,9 +137,10 @@ def fingerprint(*places: Path, kept: Path | None = None) -> str:
     return digest(json.dumps(list(zip(names, digests))))[:16]
 
 
-def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> None:
-    """ValueError, with the dtype that may help, where a network's output is not finite."""
+def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A network's output as it is; ValueError, with the dtype that may help, where it is not finite."""
     if not finite(values):
         wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
         advice = f"--dtype {wider} may help" if wider else "the checkpoint or a LoRA is damaged, or its scale too large"
         raise ValueError(f"{stage} are not finite in {str(dtype).removeprefix('torch.')}; {advice}")
+    return values

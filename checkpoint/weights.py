@@ -3,6 +3,7 @@
 Reading is strict: the files hold exactly the tensors of a network, or one error names the file and the tensor.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -104,13 +105,16 @@ def open_weights(path: Path):
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
     """Write a safetensors file, `notes` in its header, with the permissions of any other new file: the library's own
-    are the owner's alone, whatever the umask. OSError names the file."""
+    are the owner's alone, whatever the umask. Its bytes are forced to the disk, or after a power cut a file that is
+    renamed next could have its name without them. OSError names the file."""
     try:
         path.unlink(missing_ok=True)
         path.touch()
         mode = path.stat().st_mode
         save_file(tensors, path, {"format": "pt", **(notes or {})})
         path.chmod(mode)
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
     except SafetensorError as error:  # a full disk, most likely
         raise OSError(f"{path}: cannot be written ({error})") from None
 

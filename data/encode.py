@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint.files import KEPT
+from checkpoint.files import KEPT, aside, digest
 from checkpoint.layout import fingerprint
 from checkpoint.weights import write_tensors
 from data import pictures
@@ -213,16 +213,13 @@ def divided(work: Callable, items: list) -> list:
 
 
 def content_key(prompt: Prompt, encoders: str, resolution: int, empty: bool, targets: bool, how: str) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    shown = [*prompt.images, prompt.target] if targets and prompt.target else prompt.images
-    digest.update(json.dumps([encoders, resolution, empty, targets, how, prompt.prompt, len(shown)]).encode())
-    for picture in shown:
+    contents = []
+    for picture in [*prompt.images, prompt.target] if targets and prompt.target else prompt.images:
         if isinstance(picture, Image.Image):
-            content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()
+            contents.append([picture.mode, picture.size, digest(picture.tobytes())])
         else:
-            content = Path(picture).read_bytes()
-        digest.update(hashlib.blake2b(content).digest())
-    return digest.hexdigest()
+            contents.append(digest(Path(picture).read_bytes()))
+    return digest(json.dumps([encoders, resolution, empty, targets, how, prompt.prompt, contents]))[:32]
 
 
 def write_shard(folder: Path, found: dict[str, dict]) -> None:
@@ -234,16 +231,9 @@ def write_shard(folder: Path, found: dict[str, dict]) -> None:
             if tensor is not None:  # each tensor of a file needs memory of its own
                 tensors[f"{key}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
     slots = {key: parts["slots"] for key, parts in found.items()}
-    path = folder / f"{hashlib.blake2b(''.join(found).encode(), digest_size=16).hexdigest()}.safetensors"
-    part = path.with_suffix(f".{os.getpid()}.part")  # of this process alone: another run may write the same
-    try:
+    path = folder / f"{digest(''.join(found))[:32]}.safetensors"
+    with aside(path, writer=f".{os.getpid()}") as part:  # another run may write the same
         write_tensors(part, tensors, {"slots": json.dumps(slots)})
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-    except OSError:  # a full disk, most likely
-        part.unlink(missing_ok=True)
-        raise
-    os.replace(part, path)
 
 
 def read_shards(folder: Path) -> dict[str, dict]:

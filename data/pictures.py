@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from checkpoint.files import aside
-from checkpoint.layout import MULTIPLE
+from checkpoint.layout import MULTIPLE, check_stage
 from program.edges import notice
 
 with suppress(ImportError):  # Pillow itself reads no HEIC
@@ -160,8 +160,7 @@ def to_tensor(pictures: list[Image.Image]) -> Tensor:
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
     """(B, 4, H, W), clamped to [-1, 1] -> B RGBA pictures. ValueError: a value is not finite."""
-    if not images.isfinite().all():
-        raise ValueError(f"the decoded pixels are not finite in {images.dtype}; float32 has the widest range")
+    check_stage("the decoded pixels", images, images.dtype)
     pixels = (images.float().clamp(-1, 1) / 2 + 0.5) * 255
     pixels = rearrange(pixels.round().to(torch.uint8), "b c h w -> b h w c").cpu().numpy()
     return [Image.fromarray(picture) for picture in pixels]

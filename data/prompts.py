@@ -1,6 +1,5 @@
 """Prompt files: JSON lines, read and checked. docs/prompts.md describes them."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from checkpoint.files import digest, file_digests
 from program.edges import parse_json
 
 TASKS = ("t2i", "edit")
@@ -97,9 +97,8 @@ def parse_line(line: bytes, folder: Path) -> Prompt:
 
 def fingerprint(files: Iterable[str | Path]) -> str:
     """A hash of prompt files and of every picture that they name. Errors are those of read_prompts."""
-    digest = hashlib.blake2b(digest_size=16)
+    lines, pictures = [], []
     for prompt in read_prompts(files):
-        digest.update(json.dumps([prompt.task, prompt.category, prompt.prompt, len(prompt.images)]).encode())
-        for picture in (*prompt.images, *([prompt.target] if prompt.target else [])):
-            digest.update(hashlib.blake2b(picture.read_bytes()).digest())
-    return digest.hexdigest()
+        lines.append([prompt.task, prompt.category, prompt.prompt, len(prompt.images), bool(prompt.target)])
+        pictures += [*prompt.images, prompt.target] if prompt.target else prompt.images
+    return digest(json.dumps([lines, file_digests(pictures)]))

@@ -11,9 +11,7 @@ cannot tell. Everything is kept on the way (Workshop), so a killed run goes on w
 """
 
 import fcntl
-import hashlib
 import math
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -29,7 +27,7 @@ from PIL import Image
 import flow
 import recipe as recipes
 import train
-from checkpoint.files import read_json, write_json
+from checkpoint.files import aside, digest, read_json, write_json
 from checkpoint.layout import fingerprint
 from data.encode import Pool, encode_pool
 from model import Condition, MMDiT
@@ -228,14 +226,14 @@ class Workshop:
                 if state and int(state.name) > step:
                     raise ValueError(f"{out}: is past step {step}, whose weights are gone; remove the folder")
                 result = train.train(args, encoded(self.checkpoint, tasks), state)
-                shutil.copytree(result / "transformer", folder.with_suffix(".part"), dirs_exist_ok=True)
-                os.replace(folder.with_suffix(".part"), folder)
+                with aside(folder) as part:
+                    shutil.copytree(result / "transformer", part)
             for old in whole_checkpoints(out)[:-1]:  # 70 MB each
                 shutil.rmtree(old)
         return wanted
 
     def judge_version(self) -> str:
-        return hashlib.sha256(b"".join(Path(part.__file__).read_bytes() for part in (judge, world))).hexdigest()[:16]
+        return digest(b"".join(Path(part.__file__).read_bytes() for part in (judge, world)))[:16]
 
     def place(self, sampler: Sampler) -> Path:
         """Where the rows of one of the `teachers` are kept."""

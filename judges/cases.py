@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint.files import KEPT, visible
+from checkpoint.files import KEPT, digest, visible
 from checkpoint.layout import fingerprint, read_index
 from data.pictures import open_picture, save
 from judges.chat import Chat
-from judges.rubrics import FAMILIES, digest
+from judges.rubrics import FAMILIES
 from program.eval_options import Args
 from recipe import Prompt, read_prompts
 from sample import Pipeline
@@ -46,7 +46,7 @@ def name_cases(cases: list[Prompt]) -> dict[str, Prompt]:
         sources = [digest(Path(image).read_bytes()) for image in case.images]
         content = json.dumps([case.task, case.category, case.prompt, sources])
         word = re.sub(r"\W+", "_", case.category)[:32]
-        name = f"{word}-{digest(content.encode())[:16]}.png"
+        name = f"{word}-{digest(content)[:16]}.png"
         if name in named:
             raise ValueError(f"--prompts: a case is there twice: {what}")
         named[name] = case
@@ -112,7 +112,7 @@ def describe(cases: dict[str, Prompt], folder: Path) -> dict:
         steps, guidance = notes[0]["steps"], notes[0]["guidance"]
         row |= {"nfe": steps * (2 if guidance > 1 else 1), "guidance": guidance}
         row["seconds_per_image"] = sum(note["seconds"] for note in notes) / len(notes)
-    return row | {"bench": digest(" ".join(sorted(cases)).encode())[:16]}
+    return row | {"bench": digest(" ".join(sorted(cases)))[:16]}
 
 
 def open_chats(urls: list[str], args: Args) -> list[Chat]:

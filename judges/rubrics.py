@@ -7,14 +7,13 @@ Every answer is a file, named by a hash of ALL that led to it: model, words, and
 that has changed is judged again, no question is paid for twice, and a run that ended early asks only the rest.
 """
 
-import hashlib
 import json
 import tomllib
 from pathlib import Path
 
 import numpy as np
 
-from checkpoint.files import read_json, write_json
+from checkpoint.files import digest, read_json, write_json
 from judges.chat import Chat, Unanswered, image_part, in_parallel, text_part
 from recipe import TASKS, Prompt
 from scores.rows import averages, interval, markdown
@@ -61,10 +60,6 @@ def check_answer(answer: object, form: object, name: str = "the answer") -> None
         raise ValueError(f"{name} is no sentence")
 
 
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 # ---- a folder of pictures --------------------------------------------------------------------------------------------
 
 
@@ -77,7 +72,7 @@ def judge(chat: Chat, cases: dict[str, Prompt], folder: Path, kept: Path, parall
     answers, waiting = {}, {}
     for name, case in cases.items():
         seen = [digest(Path(path).read_bytes()) for path in (*case.images, folder / name)]
-        key = digest(json.dumps([chat.model, name, case.prompt, system_text(case), seen]).encode())
+        key = digest(json.dumps([chat.model, name, case.prompt, system_text(case), seen]))
         file = kept / f"{Path(name).stem}-{key[:32]}.json"
         if not file.exists():
             waiting[name] = file

@@ -1,6 +1,5 @@
 """What all benches share: the means of scores with their interval, rows in files, and Markdown tables."""
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint.files import may_write, read_json, write_json
+from checkpoint.files import digest, may_write, read_json, write_json
 
 # Student's t at 97.5%, by degrees of freedom from 1 on.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
@@ -61,7 +60,7 @@ def read_row(path: Path) -> dict:
 
 
 def checksum(row: dict) -> str:
-    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(json.dumps(row, sort_keys=True))[:16]
 
 
 def check_place(path: Path, made: dict, overwrite: bool, beside: Iterable[str] = ()) -> None:

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from checkpoint import files
-from checkpoint.files import digest, file_digests, visible
+from checkpoint.files import aside, digest, file_digests, visible
 
 OTHERS = (".DS_Store", "._edit.jsonl", ".cache/huggingface/model.metadata", ".ipynb_checkpoints/config.json")
 OTHERS += ("Thumbs.db", "desktop.ini")
@@ -96,3 +96,14 @@ def test_other_programs_files_are_passed_over(tmp_path):
         (tmp_path / name).touch()
     assert visible(tmp_path) == [tmp_path / "b.txt", tmp_path / "config.json"]
     assert visible(tmp_path / "nowhere") == []
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    file = tmp_path / "file"
+    with aside(file, ".1") as first:
+        first.write_text("first, half")
+        with aside(file, ".2") as second:
+            second.write_text("second, whole")
+        assert file.read_text() == "second, whole"
+        first.write_text("first, whole")
+    assert file.read_text() == "first, whole" and list(tmp_path.iterdir()) == [file]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import flow
 from checkpoint.files import read_json, write_json
-from checkpoint.layout import fingerprint, read_index, teachers_in
+from checkpoint.layout import check_stage, fingerprint, read_index, teachers_in
 from data.pictures import to_pictures
 from model import Condition, MMDiT
 from sample import Pipeline
@@ -72,7 +72,7 @@ def draw_cases(
     if own := sampler.specialists.get((cases[0].task, cases[0].category)):
         pipeline = copy(pipeline)
         pipeline.mmdit = own
-    side, began = pipeline.resolution // 16, time.perf_counter()
+    side, began, named = pipeline.resolution // 16, time.perf_counter(), f"{pipeline.directory}: {sampler.name}"
     images = [case.images for case in cases]
     conditions = [pipeline.condition([case.prompt for case in cases], images)]
     if sampler.guidance > 1:  # the same sources with other words
@@ -91,18 +91,11 @@ def draw_cases(
             if negative:
                 velocity = flow.guided(velocity, negative[0], sampler.guidance)
             z = flow.walk(velocity, torch.stack(noises), sampler.sigmas)  # (B, 64, h, w)
-            latents[rows.cpu()] = finite(z, pipeline, f"{sampler.name}: latents").cpu()
+            latents[rows.cpu()] = check_stage(f"{named}: latents", z, pipeline.dtype).cpu()
     pictures = []
     for z in latents.to(pipeline.device, pipeline.dtype).split(BATCH):
-        pictures += to_pictures(finite(pipeline.vae.decode(z), pipeline, f"{sampler.name}: decoded pixels"))
+        pictures += to_pictures(check_stage(f"{named}: decoded pixels", pipeline.vae.decode(z), pipeline.dtype))
     return pictures, time.perf_counter() - began
-
-
-def finite(values: Tensor, pipeline: Pipeline, what: str) -> Tensor:
-    """The values as they are. ValueError if one of them is not finite: such a picture is not to be scored."""
-    if not values.isfinite().all():
-        raise ValueError(f"{pipeline.directory}: {what} are not finite in {pipeline.dtype}; are its weights whole?")
-    return values
 
 
 def excerpt(condition: Condition, rows: Tensor) -> Condition:
@@ -119,7 +112,8 @@ def reconstruct(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
     for part in torch.from_numpy(pictures).permute(0, 3, 1, 2).split(BATCH):
         images = torch.cat([part, torch.ones_like(part[:, :1])], dim=1) * 2 - 1  # (b, 4, 128, 128), opaque
         images = images.to(pipeline.device, pipeline.dtype)
-        decoded = finite(pipeline.vae.decode(pipeline.vae.encode(images)), pipeline, "the autoencoder's pixels")
+        decoded = pipeline.vae.decode(pipeline.vae.encode(images))
+        check_stage(f"{pipeline.directory}: the autoencoder's pixels", decoded, pipeline.dtype)
         decoded = decoded.float().cpu().clamp(-1, 1) / 2 + 0.5  # (b, 4, 128, 128)
         again.append(decoded[:, :3] * decoded[:, 3:] + 1 - decoded[:, 3:])  # over white, as the judge sees pictures
     return torch.cat(again).permute(0, 2, 3, 1).numpy()

@@ -19,7 +19,6 @@ is one token wide and two high, on the grid of tokens: a small network does not 
 """
 
 import argparse
-import hashlib
 import math
 import random
 from collections.abc import Iterable, Iterator
@@ -30,6 +29,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from checkpoint import files
 from data.pictures import open_picture
 from program import edges
 from recipe import TASKS, Prompt, Recipe
@@ -192,7 +192,7 @@ def held_out(spec: dict) -> bool:
     """
     names = ("letter0", "letter1", "letter2") if spec["category"] == "text" else tuple(ATTRIBUTES[spec["category"]])
     key = ",".join([spec["category"], *(str(spec[name]) for name in names)])
-    return hashlib.sha256(key.encode()).digest()[0] % 8 == 0
+    return int(files.digest(key)[:2], 16) % 8 == 0
 
 
 # ----------------------------------------------------------------------------- drawing
@@ -577,11 +577,11 @@ def prompts_for(recipe: Recipe, count: int, seed: int, targets: bool) -> list[Pr
 
 def digest(some: Iterable[Prompt]) -> str:
     """Of prompts: it changes with words and pictures, and so with the world, but not with its comments."""
-    found = hashlib.sha256()
+    contents = b""
     for prompt in some:
         pictures = [*prompt.images, *filter(None, [prompt.target])]
-        found.update(prompt.prompt.encode() + b"".join(picture.tobytes() for picture in pictures))
-    return found.hexdigest()[:16]
+        contents += prompt.prompt.encode() + b"".join(picture.tobytes() for picture in pictures)
+    return files.digest(contents)[:16]
 
 
 def bench(task: str, category: str, count: int) -> list[Case]:

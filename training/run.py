@@ -3,12 +3,11 @@
 import json
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -18,9 +17,9 @@ import torch
 
 from checkpoint import layout as checkpoint
 from checkpoint.export import check_base, export
-from checkpoint.files import KEPT, read_json, visible, write_json
+from checkpoint.files import KEPT, PART, aside, read_json, remove, visible, write_json
 from checkpoint.lora import role_lora, write_lora
-from checkpoint.weights import write_tensors
+from checkpoint.weights import finite, write_tensors
 from data import prompts
 from program.options import TOY, flag
 from program.ranks import on_rank0, raise_on_all_ranks, rank, ranks, say
@@ -173,38 +172,40 @@ def source() -> str:
 
 
 def save(out: Path, step: int, trainees: dict[str, Trainee]) -> None:
-    """Write checkpoints/STEP/ (see state_name) aside, rename the folder into place, keep the last two.
+    """Write checkpoints/STEP/ (see state_name), whole or not at all, and keep the last two. A killed writer's leftovers
+    are removed by the next.
 
-    A rename happens or does not: a writer that is killed before it leaves the folder `unfinished`, which nothing reads.
-    The bytes are forced to the disk first, or a power cut could keep the new name without them. FloatingPointError: a
-    tensor is not finite. OSError: the disk is full, say. In both cases the checkpoint before it stays.
+    FloatingPointError: a tensor is not finite. OSError: the disk is full, say. In both cases the checkpoint before it stays.
     """
-    aside, place = out / "checkpoints" / "unfinished", out / "checkpoints" / f"{step:08d}"
+    place = out / "checkpoints" / f"{step:08d}"
+
+    def open_folder() -> Path:
+        for left in place.parent.glob(f".*{PART}"):
+            remove(left)
+        part = stack.enter_context(aside(place))
+        part.mkdir()
+        return part
 
     def publish() -> None:
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(aside, place)
+        remove(place)
+        stack.close()  # here the folder gets its name
         for old in whole_checkpoints(out)[:-2]:
-            shutil.rmtree(old)
+            remove(old)
 
     try:
-        on_rank0(lambda: (shutil.rmtree(aside, ignore_errors=True), aside.mkdir(parents=True)) and None)
-        with raise_on_all_ranks():
-            for name, trainee in trainees.items():
-                if not trainee.sharded and rank() > 0:
-                    continue
-                state = trainee.state()
-                for tensor in state:
-                    if not state[tensor].isfinite().all():
-                        raise FloatingPointError(f"{name}: {tensor} is not finite")
-                path = aside / state_name(name, rank(), ranks() if trainee.sharded else 1)
-                write_tensors(path, state)
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
-        on_rank0(publish)
+        with ExitStack() as stack:  # rank 0 alone has something in it
+            part = on_rank0(open_folder)
+            with raise_on_all_ranks():
+                for name, trainee in trainees.items():
+                    if not trainee.sharded and rank() > 0:
+                        continue
+                    state = trainee.state()
+                    for tensor in state:
+                        if not finite(state[tensor]):
+                            raise FloatingPointError(f"{name}: {tensor} is not finite")
+                    write_tensors(part / state_name(name, rank(), ranks() if trainee.sharded else 1), state)
+            on_rank0(publish)
     except (FloatingPointError, OSError) as error:
-        if rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
         kept = ", ".join(f.name for f in whole_checkpoints(out)[-1:]) or "none yet"
         kind = FloatingPointError if isinstance(error, FloatingPointError) else OSError
         raise kind(f"no checkpoint of step {step} ({error}); the last whole one: {kept}") from None

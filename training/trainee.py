@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint.lora import add_role, merge, new_lora, read_lora, role_lora, stage_of, with_role
-from checkpoint.weights import open_weights
+from checkpoint.weights import finite, open_weights
 from data.batches import Batch, generator
 from flow import Velocity, network_time
 from model import Condition, MMDiT
@@ -205,8 +205,8 @@ class Trainee:
         each; the message names those that are not finite.
         """
         with raise_on_all_ranks():
-            if not losses.isfinite().all():
-                culprits = [name for name, values in seen.items() if not values.isfinite().all()]
+            if not finite(losses):
+                culprits = [name for name, values in seen.items() if not finite(values)]
                 because = f", because of {' and '.join(culprits)}" if culprits else ""
                 raise FloatingPointError(f"{batch.where}: the {self.title}'s loss is not finite{because}")
         (batch.fraction * losses.mean()).backward()
@@ -329,7 +329,7 @@ class Trainee:
                 parts = [file.get_tensor(name) for file in opened]
                 tensor = torch.cat(parts) if target.ndim and len(parts) > 1 else parts[0]
                 like = local_rows(target) if alone else target
-                if (tensor.shape, tensor.dtype) != (like.shape, like.dtype) or not tensor.isfinite().all():
+                if (tensor.shape, tensor.dtype) != (like.shape, like.dtype) or not finite(tensor):
                     raise ValueError(f"{files[0]}: {name!r} has another shape or type than here, or is not finite")
                 if name == "updates" and tensor != target:
                     raise ValueError(f"{files[0]}: after {tensor} updates; {updates} are expected")

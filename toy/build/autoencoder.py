@@ -11,7 +11,6 @@ steps use crops of 4 x 4 positions, at a quarter of the cost. The last fifth of 
 
 import json
 import math
-import os
 import random
 import time
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoint.files import aside
 from networks.vae import VAE, VAEConfig
 from toy import world
 from training.muon import Muon
@@ -154,8 +154,8 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
             log.append({"step": step + 1, "seconds": seconds, "loss": loss.item(), "psnr": psnr(vae)})
             tqdm.write(json.dumps(log[-1]))
             state = {"vae": vae.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step + 1}
-            torch.save(state | {"seconds": time.time() - began, "log": log}, state_dir / "vae.part")
-            os.replace(state_dir / "vae.part", state_file)
+            with aside(state_file) as part:
+                torch.save(state | {"seconds": time.time() - began, "log": log}, part)
     vae.bfloat16().float()  # what is saved is what is measured below
     measure_statistics(vae)
     vae.save_pretrained(out, dtype=torch.bfloat16)

@@ -29,7 +29,7 @@ from PIL import Image
 import flow
 import recipe as recipes
 import train
-from checkpoint.files import write_json
+from checkpoint.files import aside, write_json
 from checkpoint.layout import Scheduler, fingerprint
 from data.encode import ENCODERS, Pool, encode_pool
 from experiments.tables import difference
@@ -130,8 +130,8 @@ def build_pool(folder: Path, stage: Stage, home: Path) -> Pool:
     pipeline = Pipeline.from_pretrained(folder)
     pipeline.vae.to(memory_format=torch.channels_last)  # half again as fast on a CPU
     pool = encode_pool(pipeline, stage.prompts(10**6), RESOLUTION, targets=True)
-    torch.save(pool.entries, cache.with_suffix(".part"))
-    cache.with_suffix(".part").replace(cache)
+    with aside(cache) as part:
+        torch.save(pool.entries, part)
     return pool
 
 
