@@ -28,16 +28,17 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
-from checkpoint.files import config_from_json, save_config, within
+from checkpoint.files import config_from_json, save_config
 from checkpoint.weights import load_weights, save_weights
 from networks.attention import attend, rotate
+from program.ranges import Ranged, within
 
 KeysValues = tuple[Tensor, Tensor]  # 2 x (B, H, S, d), of a kept prefix 2 x (B, H, P, d)
 Prefix = list[KeysValues]  # of every block, for text and sources
 
 
 @dataclass
-class MMDiTConfig:
+class MMDiTConfig(Ranged):
     """The keys of transformer/config.json; the defaults are the published 7.1B network's."""
 
     patch_size: int = 1  # latent pixels per token and side; 2.x has no other value
@@ -54,6 +55,7 @@ class MMDiTConfig:
     causal_condition: bool = True  # text and sources are modulated as at t = 0
 
     def __post_init__(self):
+        super().__post_init__()
         if self.patch_size != 1:
             raise ValueError(f"patch_size is {self.patch_size}; only 1 is known (a token is a latent pixel)")
         axes = self.axes_dims_rope

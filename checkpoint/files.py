@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import UnionType
 from typing import get_args, get_origin
 
-from program.edges import inside, parse_json, short
+from program.edges import parse_json, short
 
 # ---- What may be written where ---------------------------------------------------------------------------------------
 
@@ -152,11 +152,6 @@ def write_json(path: str | Path, content: dict) -> None:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def within(default, interval: str):
-    """A field of a config whose number (or numbers) must lie in the interval, such as "[1, 512]"."""
-    return field(default=default, metadata={"within": interval})
-
-
 def config_from_json(cls: type, path: str | Path):
     """Build the dataclass `cls` from a JSON file with exactly its fields as keys, else ValueError. Keys that begin with
     "_" are notes of the library that wrote it."""
@@ -170,23 +165,17 @@ def config_from_json(cls: type, path: str | Path):
 def build_config(cls: type, content: dict, where: str):
     """The dataclass `cls` from a dictionary that holds at least its fields; lists become tuples.
 
-    Every value must have its field's type and lie in its field's interval; `where` begins the message of a ValueError. A
-    whole number without an interval is at least 0 and below 2^31.
+    Every value must have its field's type, and be what the class allows; `where` begins the message of a ValueError.
     """
     values = {}
     for entry in fields(cls):
         if entry.name not in content:
             raise ValueError(f"{where}{entry.name!r} is missing")
-        value, interval = content[entry.name], entry.metadata.get("within")
+        value = content[entry.name]
         if not has_type(value, entry.type):
             kind = getattr(entry.type, "__name__", entry.type) if not get_args(entry.type) else entry.type
             raise ValueError(f"{where}{entry.name} is {short(value)}; {kind} is expected")
-        value = tuple(value) if isinstance(value, list) else value
-        for number in value if isinstance(value, tuple) else [value]:
-            limits = interval or {int: "[0, 2147483648)", float: "(-inf, inf)"}.get(type(number))
-            if limits and number is not None and not inside(number, limits):
-                raise ValueError(f"{where}{entry.name} is {short(value)}; numbers in {limits} are expected")
-        values[entry.name] = value
+        values[entry.name] = tuple(value) if isinstance(value, list) else value
     try:
         return cls(**values)
     except ValueError as error:

@@ -2,7 +2,7 @@
 and their fingerprint; and devices."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import flow
-from checkpoint.files import digest, file_digests, read_json, visible, within
+from checkpoint.files import build_config, digest, file_digests, read_json, visible
 from checkpoint.weights import finite
-from program.edges import inside, short
+from program.edges import short
+from program.ranges import Ranged, within
 
 # Sides of pictures are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels.
 MULTIPLE = 32
@@ -20,7 +21,7 @@ PARTS = ("scheduler", "transformer", "vae", "text_encoder", "processor")  # a ch
 
 
 @dataclass
-class Scheduler:
+class Scheduler(Ranged):
     """scheduler/scheduler_config.json: how a list of sigmas is bent before it is used, and how they are walked.
 
     The published values bend it towards noise. A few-step student's file leaves it as it is.
@@ -43,6 +44,7 @@ class Scheduler:
     use_beta_sigmas: bool = False
 
     def __post_init__(self):
+        super().__post_init__()
         for key in fields(self)[8:]:
             if vars(self)[key.name] != key.default:
                 raise ValueError(f"{key.name} is {short(vars(self)[key.name])}; only {key.default!r} is implemented")
@@ -71,10 +73,18 @@ def check_sigmas(sigmas: list[float], name: str) -> list[float]:
     return [float(s) for s in sigmas]
 
 
+@dataclass
+class Drawing(Ranged):
+    """Two keys of model_index.json, with what their absence means."""
+
+    resolution: int = within(1024, f"[{MULTIPLE}, 4096]")  # side of a picture's area, in pixels
+    guidance: float = within(1.0, "[1, 1e6]")  # the teacher's; 1 is off
+
+
 def read_index(directory: str | Path) -> dict:
     """model_index.json, checked; the three optional keys are filled in with what their absence means."""
     path = Path(directory) / "model_index.json"
-    index = {"sample_sigmas": None, "resolution": 1024, "guidance": 1.0} | read_json(path)
+    index = {"sample_sigmas": None} | asdict(Drawing()) | read_json(path)
     if index.get("_class_name") != "QwenImage21Pipeline":
         raise ValueError(f"{path}: _class_name is {index.get('_class_name')!r}, QwenImage21Pipeline is expected")
     known = {"scheduler", "vae", "text_encoder", "processor", "transformer", "sample_sigmas", "resolution", "guidance"}
@@ -83,10 +93,7 @@ def read_index(directory: str | Path) -> dict:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}")
     if index["sample_sigmas"] is not None:
         index["sample_sigmas"] = check_sigmas(index["sample_sigmas"], f"{path}: sample_sigmas")
-    if type(index["resolution"]) is not int or not inside(index["resolution"], f"[{MULTIPLE}, 4096]"):
-        raise ValueError(f"{path}: resolution is {short(index['resolution'])}, no whole number from {MULTIPLE} to 4096")
-    if type(index["guidance"]) not in (int, float) or not inside(index["guidance"], "[1, 1e6]"):
-        raise ValueError(f"{path}: guidance is {short(index['guidance'])}, not a number from 1 on")
+    build_config(Drawing, index, f"{path}: ")
     return index
 
 

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from checkpoint.files import aside
 from checkpoint.layout import check_sigmas
 from checkpoint.weights import FLOATS, finite, open_weights, write_tensors
-from program.edges import inside, parse_json, short
+from program.edges import parse_json, short
+from program.ranges import inside
 
 LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer: A (r, in), B (out, r), alpha
 ATTENTION = r"transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)"  # the layers that the family's LoRA files change

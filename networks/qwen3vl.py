@@ -34,9 +34,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from checkpoint.files import build_config, read_json, within
+from checkpoint.files import build_config, read_json
 from checkpoint.weights import load_weights
 from program.edges import short
+from program.ranges import Ranged, within
 
 SYSTEM_TURN = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 USER_TURN = "<|im_start|>user\n{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -50,7 +51,7 @@ SIDE = 32  # pixels across a slot
 
 
 @dataclass
-class TextConfig:
+class TextConfig(Ranged):
     """`text_config` of text_encoder/config.json; the defaults are the 8B's."""
 
     vocab_size: int = within(151936, "[1, 10000000]")
@@ -65,6 +66,7 @@ class TextConfig:
     mrope_section: tuple[int, int, int] = (24, 20, 20)  # rotary frequencies that turn with time, height and width
 
     def __post_init__(self):
+        super().__post_init__()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(f"num_key_value_heads is {self.num_key_value_heads}; it must divide num_attention_heads")
         if 2 * sum(self.mrope_section) != self.head_dim:
@@ -72,7 +74,7 @@ class TextConfig:
 
 
 @dataclass
-class VisionConfig:
+class VisionConfig(Ranged):
     """`vision_config` of text_encoder/config.json; the defaults are the 8B's."""
 
     depth: int = within(27, "[1, 512]")
@@ -88,6 +90,7 @@ class VisionConfig:
     deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)  # blocks whose states go to the language model as well
 
     def __post_init__(self):
+        super().__post_init__()
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(f"num_heads is {self.num_heads}; heads of a multiple of 4 channels must fill hidden_size")
         if isqrt(self.num_position_embeddings) ** 2 != self.num_position_embeddings:
@@ -344,7 +347,7 @@ class LanguageModel(nn.Module):
 
 
 @dataclass
-class PixelSettings:
+class PixelSettings(Ranged):
     """Keys of processor/preprocessor_config.json; the edges bound a picture's area, in pixels."""
 
     image_mean: tuple[float, float, float] = within((0.5, 0.5, 0.5), "[0, 1]")

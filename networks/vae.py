@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from checkpoint.files import config_from_json, save_config, within
+from checkpoint.files import config_from_json, save_config
 from checkpoint.weights import load_weights, save_weights
+from program.ranges import Ranged, within
 
 STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
 ENCODED = 4 * 64 * 64  # latent pixels of a batch that are encoded at once; ours, for memory: four of 1024 x 1024
@@ -34,7 +35,7 @@ DECODED = 64 * 64  # latent pixels of each picture that are decoded at once
 
 
 @dataclass
-class VAEConfig:
+class VAEConfig(Ranged):
     """The keys of vae/config.json, with the published values as defaults (the latents' statistics excepted).
 
     ValueError names the key whose value is impossible, or asks for a network that is not built here.
@@ -60,6 +61,7 @@ class VAEConfig:
     scale_factor_spatial: int = 16  # really does follows from dim_mult, see `factor`
 
     def __post_init__(self):
+        super().__post_init__()
         if self.decoder_base_dim is None:
             self.decoder_base_dim = self.base_dim
         for key in ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"):

@@ -35,7 +35,7 @@ from experiments.tables import (
 from flow import Velocity, add_noise, euler, predict_x0
 from plane import panels
 from plane.method import CATEGORIES, SIGMAS, TASKS, TEACHER_SIGMAS, Setting, evaluate, train
-from program.edges import check_range
+from program.ranges import check_range
 from recipe import RECIPES, Recipe, routing
 from scores import charts
 from scores.rows import markdown, paired, verdict

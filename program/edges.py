@@ -1,4 +1,4 @@
-"""The edges of a program: start, end, notices, and the check of numbers and JSON. Torch is not imported here."""
+"""The edges of a program: start, end, notices, and JSON that comes in. Torch is not imported here."""
 
 import json
 import os
@@ -56,20 +56,6 @@ def notice(kind: str, text: str) -> None:
     if kind not in _said:
         _said.add(kind)
         print(text, file=sys.stderr)
-
-
-def inside(value: float, within: str) -> bool:
-    """Whether a number lies in an interval such as "[0, 1)" or "(0, inf)"."""
-    low, high = (float(end) for end in within[1:-1].split(","))
-    above = value >= low if within[0] == "[" else value > low
-    below = value <= high if within[-1] == "]" else value < high
-    return above and below
-
-
-def check_range(name: str, value: float, within: str) -> None:
-    """ValueError with the name of the flag or key, unless the value is in the interval."""
-    if not inside(value, within):
-        raise ValueError(f"{name} {short(value)}: a number in {within} is expected")
 
 
 def short(value: object) -> str:

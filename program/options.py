@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args
 
-from program.edges import check_range
+from program.ranges import Ranged
 
 TOY = Path(__file__).parents[1] / "toy" / "checkpoint"
 
@@ -32,19 +32,12 @@ def file(text: str) -> Path:
 
 
 @dataclass
-class Options:
+class Options(Ranged):
     """A program's options. ValueError, with the flag's name, for a value outside of its range."""
 
-    def __post_init__(self):
-        for f in fields(self):
-            value, within = getattr(self, f.name), f.metadata["within"]
-            for one in value if isinstance(value, tuple) else (value,):
-                if one is None or within is None:
-                    continue
-                if "|" not in within:
-                    check_range(flag(f.name), one, within)
-                elif one not in within.split(" | "):
-                    raise ValueError(f"{flag(f.name)} {one[:60]}: expected is {within.replace('|', 'or')}")
+    @staticmethod
+    def called(name: str) -> str:
+        return flag(name)
 
 
 class Parser(argparse.ArgumentParser):

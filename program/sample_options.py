@@ -12,8 +12,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from program import options
-from program.edges import check_range
 from program.options import TOY, Options, flag, option
+from program.ranges import check_range
 
 DRAW = "drawing, and --export draws nothing"
 FOLDER = "--export of a folder"
