@@ -4,11 +4,13 @@ Nothing here imports torch, which takes seconds: --help answers at once.
 """
 
 import argparse
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType
 from typing import get_args
 
+from program.edges import short
 from program.ranges import Ranged
 
 TOY = Path(__file__).parents[1] / "toy" / "checkpoint"
@@ -24,11 +26,25 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def file(text: str) -> Path:
+def text(given: str) -> str:
+    """A flag's text. It may name a file, so it must be one that a system can write."""
+    try:
+        os.fsencode(given)
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{short(given)} holds half a letter (a lone surrogate)") from None
+    if "\0" in given:
+        raise argparse.ArgumentTypeError(f"{short(given)} holds a null character")
+    return given
+
+
+def path(given: str) -> Path:
     """A flag's file or folder. The empty text, which a shell makes of an unset variable, would be the folder at hand."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is empty")
-    return Path(text)
+    if not given.strip():
+        raise argparse.ArgumentTypeError(f"{given!r} is empty")
+    return Path(text(given))
+
+
+READERS = {str: text, Path: path, int: int, float: float}
 
 
 @dataclass
@@ -65,15 +81,16 @@ def parse(argv: list[str] | None, kind: type[Options], about: str, defaults=lamb
     )
     parser.add_argument("-h", "--help", action="store_true")
     for f in fields(kind):
-        text = f.metadata["help"] + (" [%(default)s]" if f.default else "")
+        about_it = f.metadata["help"] + (" [%(default)s]" if f.default else "")
         if f.type is bool:
-            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=text)
-        else:
-            one = next((t for t in get_args(f.type) if t is not NoneType), f.type)  # X | None, tuple[X, ...] -> X
-            one = file if one is Path else one
-            nargs, within = "+" if isinstance(f.default, tuple) else None, f.metadata["within"] or ""
-            shown = within.replace(" ", "") if "|" in within else "PATH" if one is file else one.__name__.upper()
-            parser.add_argument(flag(f.name), type=one, nargs=nargs, help=text, metavar=shown)
+            parser.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, help=about_it)
+            continue
+        reader = READERS[next((t for t in get_args(f.type) if t is not NoneType), f.type)]  # X | None, tuple[X, ...]: X
+        words = f.metadata["within"] if "|" in (f.metadata["within"] or "") else None
+        shown = words.replace(" ", "") if words else reader.__name__.upper()
+        # A list may be given at once or one by one: --teacher a=A b=B, or --teacher a=A --teacher b=B.
+        several = {"nargs": "+", "action": "extend"} if isinstance(f.default, tuple) else {}
+        parser.add_argument(flag(f.name), type=reader, help=about_it, metavar=shown, **several)
     given = vars(parser.parse_args(argv))
     wants_help = given.pop("help", False)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

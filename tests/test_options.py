@@ -1,0 +1,51 @@
+"""The command line: what is given twice, and what no system can write."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import train
+from program import eval_options, options, sample_options
+
+
+@dataclass
+class Flags(options.Options):
+    teacher: tuple[str, ...] = options.option((), "teachers")
+    sigmas: tuple[float, ...] = options.option((), "numbers", "(0, 1]")
+    out: Path | None = options.option(None, "a folder")
+
+
+def parse(*words: str) -> Flags:
+    return options.parse(list(words), Flags, "A program.")
+
+
+def test_a_list_that_is_given_twice_adds_up():
+    expected = Flags(teacher=("text=A", "edit=B", "x=C"), sigmas=(1.0, 0.5))
+    assert parse(*"--teacher text=A edit=B --sigmas 1 --teacher x=C --sigmas 0.5".split()) == expected
+    assert parse(*"--teacher text=A --teacher edit=B x=C --sigmas 1 0.5".split()) == expected
+    assert parse().teacher == () and parse("--teacher", "a=A").teacher == ("a=A",)  # nothing stays from before
+
+
+def test_every_list_of_the_programs_adds_up():
+    assert train.parse("--prompts a b --prompts c".split()).prompts == (Path("a"), Path("b"), Path("c"))
+    words = "--prompts a --prompts b --out o --judge http://a --judge http://b --judge-model x --judge-model y".split()
+    args = eval_options.parse(words)
+    assert (args.prompts, args.judge) == ((Path("a"), Path("b")), ("http://a", "http://b"))
+    assert args.judge_model == ("x", "y")
+    args = sample_options.parse("--prompt p --image a --image b --lora c --lora d:0.5".split())
+    assert args.image == ("a", "b") and args.loras == [("c", 1.0), ("d", 0.5)]
+
+
+@pytest.mark.parametrize("flag", ["--out", "--teacher"])
+@pytest.mark.parametrize("given, what", [("a\ud83d", "half a letter"), ("a\0b", "a null character")])
+def test_a_name_that_no_system_can_write_is_one_clear_error(flag, given, what):
+    with pytest.raises(ValueError, match=f"{flag}: .*holds {what}") as raised:
+        parse(flag, given)
+    assert type(raised.value) is ValueError
+
+
+def test_a_name_in_another_encoding_is_taken_as_it_is():
+    """What a shell hands over of bytes that are no UTF-8."""
+    name = b"caf\xe9".decode("utf-8", "surrogateescape")
+    assert parse("--out", name).out == Path(name)
