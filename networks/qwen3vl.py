@@ -360,6 +360,7 @@ class Processor:
     """What the published processor/ folder says about tokens and pixels."""
 
     def __init__(self, directory: str | Path):
+        self.directory = directory
         path = Path(directory) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; a checkpoint in the published layout has it")
@@ -444,7 +445,8 @@ class Qwen3VL(nn.Module):
         sizes in the same order: a batch has one layout. seen: what `look` made of them, if other words were read before.
         Returns states (B, L, C), zero-padded on the right, L without the system turn; mask (B, L), True at real tokens;
         and for each picture [start, stop) of its slots along L, row-major, one slot for 32 x 32 pixels.
-        ValueError: an unequal layout, a size the vision tower cannot take, a prompt that writes a slot token itself.
+        ValueError: an unequal layout, a size the vision tower cannot take, a prompt that writes a slot token itself, a
+        tokenizer that reads the slots as something else.
         """
         images = [[] for _ in prompts] if images is None else images
         if not prompts or len(images) != len(prompts):
@@ -468,6 +470,10 @@ class Qwen3VL(nn.Module):
         longest = int(lengths.max())
         tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in tokens])  # (B, L)
 
+        found = (tokens == self.config.image_token_id).sum(1)  # (B,)
+        if (found != sum(counts)).any():
+            where = f"{self.processor.directory}/tokenizer.json: makes {found.tolist()} tokens {SLOT} of prompts"
+            raise ValueError(f"{where} with {sum(counts)} each; its normalizer or its added tokens are damaged")
         # The pictures stand before the prompt, so their slots and every position are the same for the whole batch.
         slots = (tokens[0] == self.config.image_token_id).nonzero()[:, 0]  # (T,)
         runs = [(int(run[0]), int(run[-1]) + 1) for run in slots.split(counts)]

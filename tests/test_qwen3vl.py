@@ -225,6 +225,21 @@ def test_a_size_the_processor_would_change_is_an_error(checkpoint, tmp_path):
         Qwen3VL.from_pretrained(tmp_path).encode(["a"], [[reference.picture(64, 64)]])
 
 
+def test_a_tokenizer_that_loses_the_picture_slots_is_an_error(checkpoint, tmp_path):
+    """Its vocabulary still has the token, but the template's text is cut into other ones."""
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "processor" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["normalizer"] = {"type": "Prepend", "prepend": "x"}
+    for token in content["added_tokens"]:
+        token["normalized"] = True
+    path.write_text(json.dumps(content))
+    encoder = Qwen3VL.from_pretrained(tmp_path)
+    encoder.encode(["a"], None)
+    with pytest.raises(ValueError, match=r"tokenizer.json: makes \[0\] tokens <\|image_pad\|> of prompts with 4 each"):
+        encoder.encode(["a"], [[reference.picture(64, 64)]])
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [
