@@ -28,7 +28,6 @@ import flow
 import recipe as recipes
 import train
 from checkpoint.files import aside, digest, read_json, write_json
-from checkpoint.layout import fingerprint
 from data.encode import Pool, encode_pool
 from model import Condition, MMDiT
 from program.eval_options import Args
@@ -187,7 +186,12 @@ class Workshop:
         given = "checkpoint prompts recipe out teacher student_steps steps seed resume device dtype compile".split()
         student = {name: value for name, value in asdict(STUDENT).items() if name not in given}
         some = world.digest(world.prompts({"t2i": 4, "edit": 4}, seed=0, targets=False))
-        now = {"weights": fingerprint(checkpoint), "student": student, "pool": POOL, "world": some}
+        now = {
+            "weights": benches.fingerprint_with_teachers(checkpoint),
+            "student": student,
+            "pool": POOL,
+            "world": some,
+        }
         file = home / "settings.json"
         with alone(file):
             # Which dtype is faster is measured once, so that all students have the same.
