@@ -36,8 +36,8 @@ from pathlib import Path
 from program import edges
 from program.eval_options import Args, parse
 
-if __name__ == "__main__":
-    edges.start("eval.py", parse)  # before torch is imported, which takes seconds
+if __name__ == "__main__":  # here already: --help and a mistyped flag do not wait for torch
+    edges.run("eval", parse)  # imports the rest, and calls run(args)
 
 from experiments import tables as experiments
 from judges import rubrics
@@ -122,8 +122,7 @@ def print_table(files: list[Path]) -> None:
     print((rubrics if judged[0] else bench).table(rows))
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+def run(args: Args) -> None:
     if args.table:
         print_table(args.table)
     elif args.prompts:
@@ -138,6 +137,6 @@ def main(argv: list[str] | None = None) -> None:
         score_toy(args)
 
 
-if __name__ == "__main__":
-    edges.begin()
-    main()
+def main(argv: list[str] | None = None) -> None:
+    """The command line, for a caller in Python."""
+    run(parse(argv))

@@ -35,8 +35,8 @@ from pathlib import Path
 
 from program import edges, sample_options
 
-if __name__ == "__main__":
-    edges.start("sample.py", sample_options.parse)  # before torch is imported, which takes seconds
+if __name__ == "__main__":  # here already: --help and a mistyped flag do not wait for torch
+    edges.run("sample", sample_options.parse)  # imports the rest, and calls run(args)
 
 import torch
 from einops import rearrange
@@ -68,7 +68,7 @@ class Pipeline:
     Its three networks are read from the disk at their first use, and any may be replaced by assignment. The first call
     frees the encoder, the largest of them, before it reads the MMDiT, so these two do not share the memory. The MMDiT
     stays, and a second call reads the encoder again beside it. For many pictures in little memory make all `conditions`
-    first and then `draw`, as `main` below does, or use `offload`. `keep_encoder` is for those with the memory.
+    first and then `draw`, as `run` below does, or use `offload`. `keep_encoder` is for those with the memory.
     """
 
     directory: Path
@@ -369,8 +369,7 @@ def export_student(pipeline, args: sample_options.Args) -> None:
     print(f"{args.export}: rank {args.rank}, {kept:.1%} of what the student changed, {size:.1f} MB")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = sample_options.parse(arguments)
+def run(args: sample_options.Args) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     pipeline = Pipeline.from_pretrained(
@@ -417,6 +416,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
 
 
-if __name__ == "__main__":
-    edges.begin()
-    main()
+def main(arguments: list[str] | None = None) -> None:
+    """The command line, for a caller in Python."""
+    run(sample_options.parse(arguments))

@@ -44,9 +44,8 @@ def parse(argv: list[str] | None = None) -> TrainOptions:
     return program_options.parse(argv, TrainOptions, f"{__doc__}\n\n{names}", presets.of_run)
 
 
-# Here already, and not at the end: --help and a mistyped flag do not wait for torch. The work begins in main().
-if __name__ == "__main__":
-    edges.start("train.py", parse)
+if __name__ == "__main__":  # here already, and not at the end: --help and a mistyped flag do not wait for torch
+    edges.run("train", parse)  # imports the rest, and calls run(options)
 
 import math
 
@@ -335,8 +334,7 @@ def open_job(options: TrainOptions, pool: Pool, state: Path | None) -> Job:
     return Job(options, pool, recipe, sigmas, teachers, trainees, updates_per_step)
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parse(argv)
+def run(options: TrainOptions) -> None:
     recipe = recipes.find(options.recipe)
     if options.plan:
         options = fill_defaults(options)
@@ -353,6 +351,6 @@ def main(argv: list[str] | None = None) -> None:
             on_rank0(lambda: compare(folder, options.checkpoint, options.out) and None)
 
 
-if __name__ == "__main__":
-    edges.begin()
-    main()
+def main(argv: list[str] | None = None) -> None:
+    """The command line, for a caller in Python."""
+    run(parse(argv))

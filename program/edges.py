@@ -4,48 +4,65 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import NoReturn
+
+STOPPED = "stopped by Ctrl-C"
+STATUSES = {KeyboardInterrupt: 130, ValueError: 2, OSError: 2, FloatingPointError: 1}
 
 
-def start(name: str, parse: Callable[[], object]) -> None:
-    """Set how the program `name` ends, then parse the command line once; `main` parses it again. Called before torch is
-    imported, so that --help and a mistyped flag take no seconds.
+def run(module: str, parse: Callable[[], object]) -> NoReturn:
+    """Run a program: parse the command line, import `module`, and call its run(args).
 
-    Ctrl-C, also during the imports that follow, is one line and status 130. ValueError and OSError are one line and
-    status 2, FloatingPointError is one line and status 1. Other exceptions are faults of the program and keep their
-    traceback. Of the processes of torchrun the first one prints the line.
+    A script calls this about itself before its own imports. So --help and a mistyped flag do not wait for torch, and
+    Ctrl-C is one line while it is being imported, too.
     """
+    name = f"{module}.py"
+    with ends(name):
+        with leaves_at_once(name):
+            args = parse()
+            work = import_module(module).run
+        work(args)
+    sys.exit()
 
-    def say(text: str) -> None:
-        if os.environ.get("RANK", "0") == "0":
-            # torch.distributed swaps sys.stderr for a buffer here
-            print(f"{name}: {text}", file=sys.__stderr__, flush=True)
 
-    def end(kind: type[BaseException], error: BaseException, trace) -> None:
-        statuses = {KeyboardInterrupt: 130, ValueError: 2, OSError: 2, FloatingPointError: 1}
-        status = next((statuses[k] for k in statuses if issubclass(kind, k)), None)
-        if status is None:
-            return sys.__excepthook__(kind, error, trace)
-        say(stopped if status == 130 else " ".join(str(error).split()))
-        sys.exit(status)
-
-    def leave(number, frame) -> None:
-        say(stopped)
-        os._exit(130)
-
-    stopped, sys.excepthook = "stopped by Ctrl-C", end
-    # Until main begins there is nothing to tidy up. An exception could be swallowed by a library that is being imported.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, leave)
+@contextmanager
+def ends(name: str) -> Iterator[None]:
+    """Within, the program `name` ends as all of ours do. Ctrl-C is one line and status 130; ValueError and OSError are one
+    line and status 2; FloatingPointError is one line and status 1. Other exceptions are faults of the program and keep
+    their traceback."""
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")  # a terminal may not have the letters of every prompt
-    parse()
+    try:
+        yield
+    except tuple(STATUSES) as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        say(name, STOPPED if interrupted else " ".join(str(error).split()))
+        sys.exit(next(status for kind, status in STATUSES.items() if isinstance(error, kind)))
 
 
-def begin() -> None:
-    """Called when the imports are done: from now on Ctrl-C is KeyboardInterrupt, and what is being written is tidied up."""
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+@contextmanager
+def leaves_at_once(name: str) -> Iterator[None]:
+    """Within, Ctrl-C ends the program without an exception, which a library that is being imported could swallow. Nothing
+    may be open that has to be tidied up."""
+
+    def leave(number, frame) -> None:
+        say(name, STOPPED)
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # a shell's background job ignores Ctrl-C
+        signal.signal(signal.SIGINT, leave)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def say(name: str, text: str) -> None:
+    """A line on stderr; of the processes of torchrun the first one says it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{name}: {text}", file=sys.__stderr__, flush=True)  # torch.distributed swaps sys.stderr for a buffer
 
 
 _said: set[str] = set()

@@ -624,5 +624,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    edges.start("toy.world", lambda: None)
-    main()
+    with edges.ends("toy.world"):
+        main()
