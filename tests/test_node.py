@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 import dmd
 import train
-from checkpoint.files import write_json
+from checkpoint.files import visible, write_json
 from checkpoint.lora import merge, new_lora, read_lora, write_lora
 from data import encode as conditions
 from data.encode import Entry, Pool, cached_pool
@@ -320,7 +320,7 @@ def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):
     for number in (1, 2):
         in_processes(number, work)
         groups.append({file.name for file in (tmp_path / "log").iterdir()})
-        names = [{file.name for file in (tmp_path / str(n)).iterdir()} for n in range(1, number + 1)]
+        names = [{file.name for file in visible(tmp_path / str(n))} for n in range(1, number + 1)]
     assert groups[0] == groups[1] and len(groups[0]) == 5 and names[0] == names[1]
     assert sorted((tmp_path / "hashed").read_text()) == sorted("012345678" * 2)
     assert {file.read_text() for file in (tmp_path / "log").iterdir()} == {"0", "1"}
