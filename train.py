@@ -56,7 +56,8 @@ from tqdm import tqdm
 import dmd
 import flow
 from data.batches import Batch, condition_of, generator, nth_entries
-from data.encode import Pool, cached_pool
+from data.encode import How, encode_prompts
+from data.pool import Pool
 from networks.attention import kernels
 from program.ranks import all_gather, joined, on_rank0, rank, ranks, say
 from training import plan, watch
@@ -293,10 +294,10 @@ def encode(options: TrainOptions) -> Pool:
     recipe.resolve(recipes.categories(prompts), ())  # what is missing is said before the encoding
     counts = Counter(f"{prompt.task} {prompt.category}" for prompt in prompts)
     say("prompts: " + ", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
-    dtype = torch.bfloat16 if options.device.startswith("cuda") else torch.float32
-    cache, empty = options.cache or options.out / "conditions", flows or options.guidance != 1
-    pictures = options.resolution, empty, flows, options.fit, options.aspects
-    return cached_pool(cache, prompts, options.checkpoint, dtype, options.device, *pictures)
+    empty = flows or options.guidance != 1
+    how = How(options.resolution, empty=empty, targets=flows, fit=options.fit, aspects=options.aspects)
+    cache = options.cache or options.out / "conditions"
+    return encode_prompts(cache, prompts, options.checkpoint, how, options.device)
 
 
 def open_job(options: TrainOptions, pool: Pool, state: Path | None) -> Job:

@@ -1,14 +1,11 @@
-"""What the frozen encoders make of every prompt, computed once: entries, the pool they are drawn from, and its cache.
+"""What the frozen encoders make of every prompt, computed once and kept in a folder.
 
-    Entry         one encoded prompt: the states of its words, the latents of its sources (and of its target)
-    Pool          entries by task and category, and the classes that a micro-batch is taken from
-    encode_pool   prompts -> Pool, in memory
-    cached_pool   the same through a folder of safetensors shards: what is there already is not encoded again, and
-                  tensors are mapped from the files, not copied into every process
+    How              what is encoded of a prompt, and at which size
+    encode_prompts   prompts -> Pool, by way of a folder of safetensors shards. Prompts that are in the folder are not
+                     encoded again, and tensors are mapped from the files, not copied into every process
 
-A BUCKET is what samples must have in common to be one tensor: the sizes of all sources and of the picture to draw. The
-PARTS of an entry are what the encoders make: all but task, category and size. In the cache their key is a hash of the
-CONTENT: the words, the pictures' bytes, the encoders' files and the resolution. So a changed picture is encoded again.
+The PARTS of an entry are what the encoders make: all but task, category and size. In the folder their key is a hash of the
+CONTENT: the words, the pictures' bytes, the encoders' files and How. So a changed picture is encoded again.
 """
 
 import gc
@@ -16,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,195 +40,182 @@ ENCODERS = ("processor", "text_encoder", "vae")  # the parts of a checkpoint on 
 ASPECTS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))  # of T2I, as the published networks draw
 
 
-# ---- encoding --------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class How:
+    """What is encoded of each prompt, and at which size. All but `aspects` belongs to the key of its parts."""
+
+    resolution: int  # pictures get about the area of a square of this side, in pixels
+    empty: bool = True  # also an empty prompt with the same sources, for guidance and text dropout
+    targets: bool = False  # also the target pictures, for the flow objective
+    fit: str = "stretch"  # how pictures get their sizes: stretch, crop or pad (pictures.fit)
+    aspects: bool = False  # T2I without a target gets one of ASPECTS, else it is a square
 
 
-@dataclass
-class Encoders:
-    encoder: Qwen3VL
-    vae: VAE
+def encode_prompts(folder: Path, prompts: list[Prompt], checkpoint: Path, how: How, device: str = "cpu") -> Pool:
+    """Encode the prompts that `folder` does not have yet, keep them there, and map the tensors of all from its files.
 
-    @classmethod
-    def from_pretrained(cls, checkpoint: Path, dtype: torch.dtype, device: str) -> "Encoders":
-        vae = VAE.from_pretrained(checkpoint / "vae", dtype, device)
-        return cls(Qwen3VL.from_pretrained(checkpoint, dtype, device), vae)
+    The pool keeps the prompts' order. The encoders are opened on the device only if something is missing, in bf16 on a GPU
+    and in fp32 on a CPU, and are freed at the end. All ranks divide the work. Which prompts are encoded in one batch depends
+    on what is missing, not on the number of ranks: that would change the last bits of the states.
 
-
-def encode_pool(
-    encoders: Encoders,
-    prompts: Iterable[Prompt],
-    resolution: int,
-    empty: bool = True,
-    targets: bool = False,
-    how: str = "stretch",
-    aspects: bool = False,
-) -> Pool:
-    """Encode every prompt once, with `encoders.encoder` and `encoders.vae`. The pool keeps the prompts' order.
-
-    empty: encode also an empty prompt with the same sources, for guidance and text dropout. targets: encode also the
-    target pictures; a missing one is a ValueError. how: the way pictures get their sizes, see pictures.fit. aspects: T2I
-    without a target gets one of ASPECTS, else it is a square.
+    ValueError or OSError name the picture that cannot be read, or the prompt whose target is missing.
     """
-    prompts, found = dict(enumerate(prompts)), {}
-    work = groups(prompts, resolution, targets)
-    for parts in encoded(encoders, work, resolution, empty, targets, how):
-        found |= parts
-    return make_pool(prompts.values(), [found[number] for number in prompts], resolution, aspects)
-
-
-def make_pool(prompts: Iterable[Prompt], found: list[dict], resolution: int, aspects: bool) -> Pool:
+    on_rank0(lambda: folder.mkdir(parents=True, exist_ok=True))
+    encoders = on_rank0(lambda: fingerprint(*(checkpoint / part for part in ENCODERS), kept=folder / KEPT))
+    keys = divided(lambda prompt: content_key(prompt, encoders, how), prompts)
+    known = on_rank0(lambda: set(read_shards(folder)))
+    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
+    with raise_on_all_ranks():
+        mine = groups(missing, how)[rank() :: ranks()]
+        if mine:
+            encode_groups(mine, folder, checkpoint, how, device)
+            gc.collect()  # the encoders are gone; now their memory is, too
+            torch.cuda.empty_cache()
+    shards = read_shards(folder)
     entries = []
-    for prompt, parts in zip(prompts, found, strict=True):
-        size = drawn_size(prompt.prompt, parts, resolution, aspects)
+    for prompt, key in zip(prompts, keys, strict=True):
+        parts = shards[key]
+        size = drawn_size(prompt.prompt, parts, how)
         entries.append(Entry(prompt.task, prompt.category, **parts, size=size, words=prompt.prompt))
     return Pool(entries)
 
 
-def drawn_size(words: str, parts: dict, resolution: int, aspects: bool) -> tuple[int, int]:
+def drawn_size(words: str, parts: dict, how: How) -> tuple[int, int]:
     """(h, w) of the latents to draw: an edit has its last source's, T2I its target's if that was encoded. Else the words
-    decide: with `aspects` their hash picks one of ASPECTS, so a prompt keeps its own in every run."""
-    if parts["sources"] or parts["target"] is not None:
-        return tuple([parts["target"], *parts["sources"]][-1].shape[1:])
-    pick = hashlib.blake2b(words.encode()).digest()[0] % len(ASPECTS) if aspects else 0
-    width, height = pictures.sides(*ASPECTS[pick], resolution // pictures.MULTIPLE * pictures.MULTIPLE)
+    decide: with how.aspects their hash picks one of ASPECTS, so a prompt keeps its own in every run."""
+    if parts["sources"]:
+        return tuple(parts["sources"][-1].shape[1:])
+    if parts["target"] is not None:
+        return tuple(parts["target"].shape[1:])
+    pick = hashlib.blake2b(words.encode()).digest()[0] % len(ASPECTS) if how.aspects else 0
+    width, height = pictures.sides(*ASPECTS[pick], how.resolution // pictures.MULTIPLE * pictures.MULTIPLE)
     return height // 16, width // 16
 
 
-def groups(prompts: dict, resolution: int, targets: bool) -> list[dict]:
-    """The prompts, by any keys, in groups of at most GROUP whose pictures get equal sizes."""
+# ---- encoding --------------------------------------------------------------------------------------------------------
+
+
+def groups(prompts: dict[str, Prompt], how: How) -> list[dict[str, Prompt]]:
+    """The prompts, by their keys, in groups of at most GROUP whose pictures get equal sizes."""
     alike = defaultdict(list)
     for key, prompt in prompts.items():
-        if targets and prompt.target is None:
+        if how.targets and prompt.target is None:
             raise ValueError(f"the flow objective learns pictures, and the prompt {prompt.prompt!r} has no target")
-        shown = prompt.images or ([prompt.target] if targets else [])
-        sizes = [pictures.fitted_size(picture, resolution) for picture in shown]
+        shown = prompt.images
+        if how.targets and not shown:
+            shown = [prompt.target]
+        sizes = [pictures.fitted_size(picture, how.resolution) for picture in shown]
         alike[len(prompt.images), *sizes].append(key)
     cut = [keys[i : i + GROUP] for keys in alike.values() for i in range(0, len(keys), GROUP)]
     return [{key: prompts[key] for key in keys} for keys in cut]
 
 
-def encoded(
-    encoders: Encoders, work: list[dict], resolution: int, empty: bool, targets: bool, how: str
-) -> Iterator[dict]:
-    """Each group's parts, by its keys. Meanwhile several threads open and fit the next group's pictures."""
-
-    def opened(prompt: Prompt) -> tuple[list[Image.Image], Image.Image | None]:
-        images = [pictures.fit(image, resolution, how) for image in prompt.images]
-        size = images[-1].size if images else None  # an edit is drawn at the size of its last source
-        return images, pictures.fit(prompt.target, resolution, how, size) if targets else None
-
-    bar = tqdm(total=sum(map(len, work)), desc="encode", unit="prompt", leave=False, disable=rank() > 0 or not work)
+def encode_groups(work: list[dict[str, Prompt]], folder: Path, checkpoint: Path, how: How, device: str) -> None:
+    """Open the encoders, encode one group after the other, and write each as a shard. While a group is encoded, several
+    threads open and fit the next one's pictures."""
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    vae = VAE.from_pretrained(checkpoint / "vae", dtype, device)
+    encoder = Qwen3VL.from_pretrained(checkpoint, dtype, device)
+    bar = tqdm(total=sum(map(len, work)), desc="encode", unit="prompt", leave=False, disable=rank() > 0)
     with ThreadPoolExecutor(THREADS) as threads, bar:
-        ahead = [threads.map(opened, group.values()) for group in work[:1]]
+
+        def open_all(group: dict[str, Prompt]):
+            return threads.map(lambda prompt: open_pictures(prompt, how), group.values())
+
+        following = open_all(work[0])
         for number, group in enumerate(work, start=1):
-            ahead += [threads.map(opened, following.values()) for following in work[number : number + 1]]
-            images, goals = zip(*ahead.pop(0), strict=True)
-            yield dict(zip(group, encode(encoders, list(group.values()), images, goals, empty), strict=True))
+            opened = following
+            if number < len(work):
+                following = open_all(work[number])
+            images, targets = zip(*opened, strict=True)
+            parts = encode_group(encoder, vae, list(group.values()), images, targets, how.empty)
+            write_shard(folder, dict(zip(group, parts, strict=True)))
             bar.update(len(group))
 
 
+def open_pictures(prompt: Prompt, how: How) -> tuple[list[Image.Image], Image.Image | None]:
+    """A prompt's sources and its target, fitted."""
+    images = [pictures.fit(image, how.resolution, how.fit) for image in prompt.images]
+    if not how.targets:
+        return images, None
+    size = images[-1].size if images else None  # an edit is drawn at the size of its last source
+    return images, pictures.fit(prompt.target, how.resolution, how.fit, size)
+
+
 @torch.no_grad()
-def encode(
-    encoders: Encoders,
+def encode_group(
+    encoder: Qwen3VL,
+    vae: VAE,
     prompts: list[Prompt],
     images: list[list[Image.Image]],
-    goals: list[Image.Image | None],
+    targets: list[Image.Image | None],
     empty: bool,
 ) -> list[dict]:
-    """The parts of one group's entries. images: the fitted sources of each, of equal sizes; goals: the targets, or None."""
-    seen = encoders.encoder.look(images)  # (1 + J, B, T, C), for both texts
+    """The parts of one group's entries. images: the fitted sources of each, of equal sizes; targets: pictures, or None."""
+    seen = encoder.look(images)  # (1 + J, B, T, C), for both texts
 
     def read(words: list[str]) -> tuple[list[Tensor], list[tuple[int, int]]]:
         n = len(words)
-        states, mask, slots = encoders.encoder.encode(words, images[:n], seen[:, :n])  # (B, L, C), (B, L)
+        states, mask, slots = encoder.encode(words, images[:n], seen[:, :n])  # (B, L, C), (B, L)
         for start, stop in slots:
             mask[:, start:stop] = False  # the MMDiT has the source's latents there instead
         return [s[kept].to("cpu", torch.bfloat16) for s, kept in zip(states, mask, strict=True)], slots
 
     def latents(shown: Iterable[Image.Image]) -> list[Tensor]:
-        like = encoders.vae.quant_conv.weight
+        like = vae.quant_conv.weight
         pixels = pictures.to_tensor(list(shown)).to(like.device, like.dtype)  # (B, 4, H, W)
-        return list(encoders.vae.encode(pixels).to("cpu", torch.bfloat16))  # B of (64, h, w)
+        return list(vae.encode(pixels).to("cpu", torch.bfloat16))  # B of (64, h, w)
 
+    count = len(prompts)
     states, slots = read([prompt.prompt for prompt in prompts])
-    twins = targets = [None] * len(prompts)
-    if empty:  # without sources one twin serves all
-        twins = read([""] * len(prompts))[0] if slots else read([""])[0] * len(prompts)
-    if goals[0] is not None:
-        targets = latents(goals)
+    wordless = [None] * count
+    if empty and slots:
+        wordless, _ = read([""] * count)
+    elif empty:  # without sources it is the same for all
+        wordless = read([""])[0] * count
+    goals = [None] * count if targets[0] is None else latents(targets)
     columns = [latents(column) for column in zip(*images, strict=True)]  # sources x B of (64, h_i, w_i)
-    return [
-        dict(states=states[i], empty=twins[i], slots=slots, sources=[c[i] for c in columns], target=targets[i])
-        for i in range(len(prompts))
-    ]
+    parts = []
+    for i in range(count):
+        sources = [column[i] for column in columns]
+        parts.append(dict(states=states[i], empty=wordless[i], slots=slots, sources=sources, target=goals[i]))
+    return parts
 
 
-# ---- the cache -------------------------------------------------------------------------------------------------------
-
-
-def cached_pool(
-    folder: Path,
-    prompts: list[Prompt],
-    checkpoint: Path,
-    dtype: torch.dtype,
-    device: str,
-    resolution: int,
-    empty: bool = True,
-    targets: bool = False,
-    how: str = "stretch",
-    aspects: bool = False,
-) -> Pool:
-    """Encode the prompts that `folder` does not have yet, keep them there, and map the tensors of all from its files.
-
-    All ranks divide the work. The encoders are opened in dtype on the device, only if there is something to encode, and
-    are freed at the end. Which prompts are encoded in one batch depends on what is missing, not on the number of ranks:
-    that would change the last bits of the states.
-    """
-    on_rank0(lambda: folder.mkdir(parents=True, exist_ok=True))
-    files = on_rank0(lambda: fingerprint(*(checkpoint / part for part in ENCODERS), kept=folder / KEPT))
-    keys = divided(lambda prompt: content_key(prompt, files, resolution, empty, targets, how), prompts)
-    known = on_rank0(lambda: set(read_shards(folder)))
-    missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
-    with raise_on_all_ranks():
-        if work := groups(missing, resolution, targets)[rank() :: ranks()]:
-            encoders = Encoders.from_pretrained(checkpoint, dtype, device)
-            for parts in encoded(encoders, work, resolution, empty, targets, how):
-                write_shard(folder, parts)
-            del encoders
-            gc.collect()
-            torch.cuda.empty_cache()
-    found = read_shards(folder)
-    return make_pool(prompts, [found[key] for key in keys], resolution, aspects)
+# ---- the folder ------------------------------------------------------------------------------------------------------
 
 
 def divided(work: Callable, items: list) -> list:
     """work(item) for every item, in order. Each rank does a part, by several threads, and has the results of all."""
     with raise_on_all_ranks(), ThreadPoolExecutor(THREADS) as threads:
         mine = list(threads.map(work, items[rank() :: ranks()]))
-    parts = all_gather(mine)
-    return [parts[i % ranks()][i // ranks()] for i in range(len(items))]
+    shares = all_gather(mine)
+    return [shares[i % ranks()][i // ranks()] for i in range(len(items))]
 
 
-def content_key(prompt: Prompt, encoders: str, resolution: int, empty: bool, targets: bool, how: str) -> str:
+def content_key(prompt: Prompt, encoders: str, how: How) -> str:
+    shown = [*prompt.images, prompt.target] if how.targets and prompt.target else prompt.images
     contents = []
-    for picture in [*prompt.images, prompt.target] if targets and prompt.target else prompt.images:
+    for picture in shown:
         if isinstance(picture, Image.Image):
             contents.append([picture.mode, picture.size, digest(picture.tobytes())])
         else:
             contents.append(digest(Path(picture).read_bytes()))
-    return digest(json.dumps([encoders, resolution, empty, targets, how, prompt.prompt, contents]))[:32]
+    settings = [encoders, how.resolution, how.empty, how.targets, how.fit]
+    return digest(json.dumps([*settings, prompt.prompt, contents]))[:32]
 
 
-def write_shard(folder: Path, found: dict[str, dict]) -> None:
-    """Write parts by key as one file, whole or not at all: it has no name before its bytes are on the disk."""
+def write_shard(folder: Path, group: dict[str, dict]) -> None:
+    """Write a group's parts, by key, as one file, whole or not at all: it has no name before its bytes are on the disk."""
     tensors = {}
-    for key, parts in found.items():
-        named = {name: parts[name] for name in ("states", "empty", "target")} | dict(enumerate(parts["sources"]))
+    for key, parts in group.items():
+        named = {name: parts[name] for name in ("states", "empty", "target")}
+        named |= dict(enumerate(parts["sources"]))
         for name, tensor in named.items():
             if tensor is not None:  # each tensor of a file needs memory of its own
                 tensors[f"{key}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
-    slots = {key: parts["slots"] for key, parts in found.items()}
-    path = folder / f"{digest(''.join(found))[:32]}.safetensors"
+    slots = {key: parts["slots"] for key, parts in group.items()}
+    path = folder / f"{digest(''.join(group))[:32]}.safetensors"
     with aside(path, writer=f".{os.getpid()}") as part:  # another run may write the same
         write_tensors(part, tensors, {"slots": json.dumps(slots)})
 
@@ -242,7 +226,7 @@ def read_shards(folder: Path) -> dict[str, dict]:
     A shard that is damaged, or that an earlier version wrote with all states, is passed over. It stays until one of the
     same prompts replaces it. Other files are not looked at.
     """
-    found = {}
+    entries = {}
     for path in sorted(folder.glob("[0-9a-f]" * 32 + ".safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
@@ -252,7 +236,8 @@ def read_shards(folder: Path) -> dict[str, dict]:
             say(f"{path}: damaged or of an earlier version, and not used")
             continue
         for key, slots in layouts.items():
-            found[key] = {name: tensors.get(f"{key}.{name}") for name in ("states", "empty", "target")}
-            found[key]["sources"] = [tensors[f"{key}.{i}"] for i in range(len(slots))]
-            found[key]["slots"] = [tuple(slot) for slot in slots]
-    return found
+            parts = {name: tensors.get(f"{key}.{name}") for name in ("states", "empty", "target")}
+            parts["sources"] = [tensors[f"{key}.{i}"] for i in range(len(slots))]
+            parts["slots"] = [tuple(slot) for slot in slots]
+            entries[key] = parts
+    return entries

@@ -28,7 +28,8 @@ import flow
 import recipe as recipes
 import train
 from checkpoint.files import aside, digest, read_json, write_json
-from data.encode import Pool, encode_pool
+from data.encode import How, encode_prompts
+from data.pool import Pool
 from model import Condition, MMDiT
 from program.eval_options import Args
 from sample import Pipeline
@@ -145,10 +146,10 @@ EXPERIMENTS = {
 
 
 @cache
-def encoded(checkpoint: Path, tasks: tuple[str, ...]) -> Pool:
-    """The prompts that all students of a table learn from."""
+def encoded(folder: Path, checkpoint: Path, device: str, tasks: tuple[str, ...]) -> Pool:
+    """The prompts that all students of a table learn from, encoded. They are kept in the folder."""
     prompts = list(world.prompts({task: POOL[task] for task in tasks}, seed=0, targets=False))
-    return encode_pool(benches.open_checkpoint(checkpoint), prompts, benches.RESOLUTION)
+    return encode_prompts(folder, prompts, checkpoint, How(benches.RESOLUTION), device)
 
 
 @contextmanager
@@ -174,6 +175,7 @@ class Workshop:
         stages/000040                   the student's weights after so many steps
         stages/000040-t2i.json          its row on one bench
     jobs/                               locks: what some command is making
+    conditions/                         the encoded prompts
 
     The rows are all that a table needs of the seeds after the first. Their weights may be removed; and rows that were made
     on another machine, put here with its settings.json, are not made again.
@@ -229,7 +231,8 @@ class Workshop:
                 args, state = open_run(args)
                 if state and int(state.name) > step:
                     raise ValueError(f"{out}: is past step {step}, whose weights are gone; remove the folder")
-                result = train.train(args, encoded(self.checkpoint, tasks), state)
+                pool = encoded(self.home / "conditions", self.checkpoint, str(self.pipeline.device), tasks)
+                result = train.train(args, pool, state)
                 with aside(folder) as part:
                     shutil.copytree(result / "transformer", part)
             for old in whole_checkpoints(out)[:-1]:  # 70 MB each

@@ -240,7 +240,8 @@ def test_a_student_in_stages_is_the_student_of_one_run(tiny):
     assert [stage for stage in stages] == [1, 2, 3]
     args = replace(experiments.STUDENT, checkpoint=tiny, recipe="step-wise", out=tiny.parent / "whole", seed=1, steps=3)
     args, state = train.open_run(replace(args, student_steps=2, dtype=shop.dtype))
-    whole = train.train(args, experiments.encoded(tiny, ("t2i",)), state) / "transformer"
+    pool = experiments.encoded(shop.home / "conditions", tiny, "cpu", ("t2i",))
+    whole = train.train(args, pool, state) / "transformer"
     networks = [MMDiT.from_pretrained(folder).state_dict() for folder in (*stages.values(), whole)]
     assert all(torch.equal(networks[-1][key], networks[-2][key]) for key in networks[-1])
     for a, b in pairwise(networks[:3]):

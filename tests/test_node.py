@@ -23,8 +23,9 @@ import dmd
 import train
 from checkpoint.files import visible, write_json
 from checkpoint.lora import merge, new_lora, read_lora, write_lora
-from data import encode as conditions
-from data.encode import Entry, Pool, cached_pool
+from data import encode
+from data.encode import How, encode_prompts
+from data.pool import Entry, Pool
 from model import MMDiT, MMDiTConfig
 from networks.vae import VAE, VAEConfig
 from recipe import Prompt
@@ -293,27 +294,28 @@ def test_one_rank_stops_all(runs):
 def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):
     """Each group of prompts is hashed and encoded by one rank, in the groups of a single process; both have all of it."""
     (tmp_path / "log").mkdir()
-    real_key = conditions.content_key
+    real_key = encode.content_key
 
     def content_key(prompt, *arguments):
         with open(tmp_path / "hashed", "a") as file:
             file.write(prompt.prompt)
         return real_key(prompt, *arguments)
 
-    def encode(encoders, prompts, *arguments):
+    def encode_group(encoder, vae, prompts, *arguments):
         words = [prompt.prompt for prompt in prompts]
         (tmp_path / "log" / hashlib.md5(" ".join(words).encode()).hexdigest()).write_text(str(train.rank()))
         nothing = dict(empty=None, slots=[], sources=[], target=None)
         return [dict(states=torch.full((2, 3), float(w)).bfloat16(), **nothing) for w in words]
 
-    monkeypatch.setattr(conditions, "encode", encode)
-    monkeypatch.setattr(conditions, "content_key", content_key)
-    monkeypatch.setattr(conditions.Encoders, "from_pretrained", lambda *arguments: None)
-    monkeypatch.setattr(conditions, "GROUP", 2)
+    monkeypatch.setattr(encode, "encode_group", encode_group)
+    monkeypatch.setattr(encode, "content_key", content_key)
+    monkeypatch.setattr(encode.VAE, "from_pretrained", lambda *arguments: None)
+    monkeypatch.setattr(encode.Qwen3VL, "from_pretrained", lambda *arguments: None)
+    monkeypatch.setattr(encode, "GROUP", 2)
     prompts = [Prompt("t2i", "text", str(number)) for number in range(9)]
 
     def work():
-        pool = cached_pool(tmp_path / str(train.ranks()), prompts, checkpoint, torch.float32, "cpu", 64, empty=False)
+        pool = encode_prompts(tmp_path / str(train.ranks()), prompts, checkpoint, How(64, empty=False))
         assert [int(entry.states[0, 0]) for entry in pool.entries] == list(range(9))
 
     groups = []

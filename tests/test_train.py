@@ -31,7 +31,7 @@ import train
 from checkpoint.files import save_config
 from checkpoint.weights import write_tensors
 from data.batches import nth_entries
-from data.encode import encode_pool
+from data.encode import How, encode_prompts
 from data.pool import ENOUGH
 from model import Condition, MMDiT, MMDiTConfig
 from program import options
@@ -81,9 +81,9 @@ def command(checkpoint, prompts) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def pools(checkpoint, prompts) -> dict[str, train.Pool]:
-    pipeline = Pipeline.from_pretrained(checkpoint)
-    return {o: encode_pool(pipeline, read_prompts([prompts]), 64, targets=o == "flow") for o in ("flow", "dmd")}
+def pools(checkpoint, prompts, tmp_path_factory) -> dict[str, train.Pool]:
+    folder, listed = tmp_path_factory.mktemp("pools"), read_prompts([prompts])
+    return {o: encode_prompts(folder, listed, checkpoint, How(64, targets=o == "flow")) for o in ("flow", "dmd")}
 
 
 def make_args(checkpoint: Path, out: Path, objective: str = "dmd", **numbers) -> TrainOptions:
@@ -736,7 +736,8 @@ def test_bad_input_is_one_clear_error(checkpoint, prompts, pools, tmp_path, comm
     assert not (tmp_path / "other").exists()
     with pytest.raises(ValueError, match="has no target"):
         lines = [p for p in read_prompts([prompts]) if p.task == "t2i"]
-        encode_pool(Pipeline.from_pretrained(checkpoint), [replace(lines[0], target=None)], 64, targets=True)
+        without = [replace(lines[0], target=None)]
+        encode_prompts(tmp_path / "conditions", without, checkpoint, How(64, targets=True))
     with pytest.raises(ValueError, match=r"--resolution 64: the toy's own prompts have 128"):
         train.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "third")])
 

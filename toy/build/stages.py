@@ -29,13 +29,12 @@ from PIL import Image
 import flow
 import recipe as recipes
 import train
-from checkpoint.files import aside, write_json
-from checkpoint.layout import Scheduler, fingerprint
-from data.encode import ENCODERS, Pool, encode_pool
+from checkpoint.files import write_json
+from checkpoint.layout import Scheduler
+from data.encode import How, encode_prompts
 from experiments.tables import difference
 from model import MMDiT, MMDiTConfig
 from recipe import Prompt, Recipe
-from sample import Pipeline
 from toy import judge, world
 from toy import score as benches
 from toy.build import language
@@ -71,13 +70,13 @@ class Stage:
     def categories(self, task: str) -> list[str]:
         return list((self.recipe.t2i if task == "t2i" else self.recipe.edit) or world.BENCHES[task])
 
-    def prompts(self, most: int) -> list[Prompt]:
-        """What the stage learns from; of each category at most so many."""
-        found = []
+    def prompts(self) -> list[Prompt]:
+        """What the stage learns from."""
+        prompts = []
         for task, count in self.pool.items():
             for category in self.categories(task):
-                found += world.training_prompts(task, category, min(most, count), SEED, narrow=self.narrow)
-        return found
+                prompts += world.training_prompts(task, category, count, SEED, narrow=self.narrow)
+        return prompts
 
 
 # First the base sees few posters and few edits, then more of both, and not enough for either: so it is worst at text, and a
@@ -116,32 +115,14 @@ def build_language(folder: Path) -> None:
     write_json(folder / "model_index.json", index | classes)
 
 
-def build_pool(folder: Path, stage: Stage, home: Path) -> Pool:
-    """Every prompt that a teacher learns from, encoded: 33,000 of the base's, about 0.8 GB in memory."""
-    # Two stages may have the same pool. Its name says what it was made from.
-    made_from = [
-        world.digest(stage.prompts(4)),
-        *map(str, stage.pool.values()),
-        fingerprint(*(folder / part for part in ENCODERS)),
-    ]
-    cache = home / f"{'-'.join(made_from)}.pool"
-    if cache.exists():
-        return Pool(torch.load(cache, weights_only=False))
-    pipeline = Pipeline.from_pretrained(folder)
-    pipeline.vae.to(memory_format=torch.channels_last)  # half again as fast on a CPU
-    pool = encode_pool(pipeline, stage.prompts(10**6), RESOLUTION, targets=True)
-    with aside(cache) as part:
-        torch.save(pool.entries, part)
-    return pool
-
-
 def train_teacher(name: str, folder: Path, out: Path, compile: bool) -> dict:
     """One run of train.py's flow objective from folder/transformer, as STAGES says; the log's entry.
 
     p(t) is shifted as the teacher's own steps are: most times lie where a picture's parts find their places.
     """
     stage = STAGES[name]
-    pool = build_pool(folder, stage, out.parent)
+    # The base's are 33,000 prompts, about 0.8 GB. Two stages may have the same.
+    pool = encode_prompts(out.parent / "conditions", stage.prompts(), folder, How(RESOLUTION, targets=True))
     args = TrainOptions(
         **presets.FLOW | {"batch": BATCH, "micro_batch": MICRO_BATCH, "time_shift": TIME_SHIFT, "steps": stage.steps}
     )

@@ -1,4 +1,4 @@
-"""The cache of encoded prompts: what is in it is not encoded again, and what is not, or is torn, or has changed, is."""
+"""The folder of encoded prompts: what is in it is not encoded again; what is not in it, is torn or has changed, is."""
 
 import json
 import os
@@ -13,10 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoint.files import visible
-from data import encode as conditions
-from data import pictures
+from data import encode, pictures
 from data.batches import condition_of
-from data.encode import Entry, cached_pool, encode_pool
+from data.encode import How, encode_prompts
+from data.pool import Entry
+from networks.qwen3vl import Qwen3VL
+from networks.vae import VAE
 from recipe import Prompt, read_prompts
 
 SIZE = 64
@@ -24,7 +26,7 @@ SIZE = 64
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("conditions") / "checkpoint"
+    folder = tmp_path_factory.mktemp("encode") / "checkpoint"
     for write in (reference.write_processor, reference.write_text_encoder, reference.write_vae):
         write(folder)
     return folder
@@ -47,13 +49,13 @@ def prompts(tmp_path) -> Path:
 @pytest.fixture
 def encoded(monkeypatch) -> list[str]:
     """The words of every prompt that is encoded from now on."""
-    seen, real = [], conditions.encode
+    seen, real = [], encode.encode_group
 
-    def watched(encoders, prompts, *arguments):
+    def watched(encoder, vae, prompts, *arguments):
         seen.extend(prompt.prompt for prompt in prompts)
-        return real(encoders, prompts, *arguments)
+        return real(encoder, vae, prompts, *arguments)
 
-    monkeypatch.setattr(conditions, "encode", watched)
+    monkeypatch.setattr(encode, "encode_group", watched)
     return seen
 
 
@@ -63,11 +65,10 @@ def equal(a: Entry, b: Entry) -> bool:
     return rest[0] == rest[1] and all(map(torch.equal, *tensors))
 
 
-def test_cache(checkpoint, prompts, tmp_path, encoded, monkeypatch):
+def test_only_what_is_missing_is_encoded(checkpoint, prompts, tmp_path, encoded, monkeypatch):
     folder = tmp_path / "cache"
     words = [prompt.prompt for prompt in read_prompts([prompts])]
-    pipeline = conditions.Encoders.from_pretrained(checkpoint, torch.float32, "cpu")
-    expected = encode_pool(pipeline, read_prompts([prompts]), SIZE)
+    expected = encode_prompts(tmp_path / "expected", read_prompts([prompts]), checkpoint, How(SIZE))
     assert sorted(encoded) == sorted(words)
     assert len({entry.size for entry in expected.entries}) == 3  # the turned one stands upright
 
@@ -75,11 +76,10 @@ def test_cache(checkpoint, prompts, tmp_path, encoded, monkeypatch):
         encoded.clear()
         with monkeypatch.context() as patch:
             if interrupted_after is not None:
-                write = conditions.write_shard
+                write = encode.write_shard
                 left = [None] * interrupted_after
-                patch.setattr(conditions, "write_shard", lambda *a: (left.pop(), write(*a)))
-            listed = read_prompts([prompts])
-            pool = cached_pool(folder, listed, checkpoint, torch.float32, "cpu", resolution)
+                patch.setattr(encode, "write_shard", lambda *a: (left.pop(), write(*a)))
+            pool = encode_prompts(folder, read_prompts([prompts]), checkpoint, How(resolution))
         return pool.entries, sorted(encoded)
 
     with pytest.raises(IndexError):  # killed when two of four groups were kept, of two prompts and of one
@@ -89,7 +89,8 @@ def test_cache(checkpoint, prompts, tmp_path, encoded, monkeypatch):
     assert set(rest) == set(words) - kept and len(rest) == 3
     assert all(map(equal, entries, expected.entries))
     with monkeypatch.context() as patch:  # a second start does not even open the encoders
-        patch.setattr(conditions.Encoders, "from_pretrained", None)
+        patch.setattr(encode.VAE, "from_pretrained", None)
+        patch.setattr(encode.Qwen3VL, "from_pretrained", None)
         entries, new = again()
     assert new == [] and all(map(equal, entries, expected.entries))
 
@@ -107,7 +108,7 @@ def test_cache(checkpoint, prompts, tmp_path, encoded, monkeypatch):
     assert all(map(equal, entries[1:], expected.entries[1:]))
     assert again(resolution=96)[1] == sorted(words)
     with monkeypatch.context() as patch:
-        patch.setattr(conditions, "fingerprint", lambda *places, kept: "other weights")
+        patch.setattr(encode, "fingerprint", lambda *places, kept: "other weights")
         assert again()[1] == sorted(words)
 
 
@@ -123,7 +124,7 @@ def test_a_folder_with_other_files_keeps_them(checkpoint, prompts, tmp_path, enc
     before = {file: file.read_bytes() for file in folder.iterdir()}
     for new in (len(listed), 0):
         encoded.clear()
-        cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
+        encode_prompts(folder, listed, checkpoint, How(SIZE))
         assert len(encoded) == new and len(visible(folder)) == len(before) + 4
     assert before == {file: file.read_bytes() for file in before}
 
@@ -134,17 +135,16 @@ def test_a_full_disk_leaves_no_shard(checkpoint, prompts, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(os, "fsync", full)
-        cached_pool(tmp_path / "cache", read_prompts([prompts]), checkpoint, torch.float32, "cpu", SIZE)
+        encode_prompts(tmp_path / "cache", read_prompts([prompts]), checkpoint, How(SIZE))
     assert not visible(tmp_path / "cache")
 
 
-def test_the_cache_keeps_words_and_latents_alone(checkpoint, prompts, tmp_path):
-    """In bytes: no state of a source's slot, neither of the prompt nor of its twin. What trains is the same without a
-    cache, and is what the encoder says wherever the network reads it."""
+def test_a_shard_keeps_words_and_latents_alone(checkpoint, prompts, tmp_path):
+    """In bytes: no state of a source's slot, neither of the prompt nor of its twin. What trains is what the encoder says
+    wherever the network reads it."""
     listed, folder = read_prompts([prompts]), tmp_path / "cache"
-    pool = cached_pool(folder, listed, checkpoint, torch.float32, "cpu", SIZE)
-    encoders = conditions.Encoders.from_pretrained(checkpoint, torch.float32, "cpu")
-    memory = encode_pool(encoders, listed, SIZE)
+    pool = encode_prompts(folder, listed, checkpoint, How(SIZE))
+    encoder = Qwen3VL.from_pretrained(checkpoint)
     expected, slots = 0, 0
     for entry in pool.entries:
         tensors = [entry.states, entry.empty, *entry.sources]
@@ -156,47 +156,52 @@ def test_the_cache_keeps_words_and_latents_alone(checkpoint, prompts, tmp_path):
             kept += shard.stat().st_size - 8 - int.from_bytes(file.read(8), "little")  # without the header
     assert kept == expected and slots > 0
 
-    for prompt, a, b in zip(listed, pool.entries, memory.entries, strict=True):
+    for prompt, entry in zip(listed, pool.entries, strict=True):
         images = [pictures.fit(image, SIZE) for image in prompt.images]
         for words, empty in ((prompt.prompt, False), ("", True)):
-            states, mask, slots = encoders.encoder.encode([words], [images])
-            mine, other = (condition_of([entry], "cpu", torch.float32, empty) for entry in (a, b))
-            assert torch.equal(mine.states, other.states) and all(map(torch.equal, mine.sources, other.sources))
-            assert torch.equal(mine.mask, mask) and mine.slots == slots == other.slots
+            condition = condition_of([entry], "cpu", torch.float32, empty)
+            states, mask, slots = encoder.encode([words], [images])
+            assert torch.equal(condition.mask, mask) and condition.slots == slots
             for start, stop in slots:
-                assert not mine.states[:, start:stop].any()
+                assert not condition.states[:, start:stop].any()
                 states[:, start:stop] = 0
-            assert torch.allclose(mine.states, states, rtol=1e-2, atol=1e-2)
+            assert torch.allclose(condition.states, states, rtol=1e-2, atol=1e-2)
 
 
-def test_the_vision_tower_looks_once(checkpoint, prompts):
+def test_the_vision_tower_looks_once(checkpoint, prompts, tmp_path, monkeypatch):
     """For the prompts of a group and their wordless twins: each size of picture comes by once."""
-    encoders, looks = conditions.Encoders.from_pretrained(checkpoint, torch.float32, "cpu"), []
-    encoders.encoder.model["visual"].register_forward_pre_hook(lambda _, given: looks.append(len(given[0])))
-    encode_pool(encoders, read_prompts([prompts]), SIZE)
+    looks, real = [], encode.Qwen3VL.from_pretrained
+
+    def opened(*arguments):
+        encoder = real(*arguments)
+        encoder.model["visual"].register_forward_pre_hook(lambda _, given: looks.append(len(given[0])))
+        return encoder
+
+    monkeypatch.setattr(encode.Qwen3VL, "from_pretrained", opened)
+    encode_prompts(tmp_path / "cache", read_prompts([prompts]), checkpoint, How(SIZE))
     assert sorted(looks) == [1, 1, 2]
 
 
-def test_pictures_are_read_ahead(checkpoint, prompts, monkeypatch):
+def test_pictures_are_read_ahead(checkpoint, prompts, tmp_path, monkeypatch):
     """While a group is encoded, other threads open the pictures of the next one, and of no later one."""
     opened, waiting, real = set(), [], pictures.fit
-    monkeypatch.setattr(conditions, "GROUP", 1)
+    monkeypatch.setattr(encode, "GROUP", 1)
 
     def noted(image, *arguments):
         assert threading.current_thread() is not threading.main_thread()
         opened.add(image)
         return real(image, *arguments)
 
-    def encode(encoders, group, *arguments):
+    def encode_group(*arguments):
         while len(opened) < min(4, len(waiting) + 2):
             time.sleep(0.001)
         waiting.append(len(opened))
-        return [dict(states=None, empty=None, slots=[], sources=[], target=None)]
+        states = torch.zeros(1, 1)
+        return [dict(states=states, empty=None, slots=[], sources=[], target=None)]
 
     monkeypatch.setattr(pictures, "fit", noted)
-    monkeypatch.setattr(conditions, "encode", encode)
-    monkeypatch.setattr(conditions, "Pool", list)
-    encode_pool(None, read_prompts([prompts])[:4], SIZE)
+    monkeypatch.setattr(encode, "encode_group", encode_group)
+    encode_prompts(tmp_path / "cache", read_prompts([prompts])[:4], checkpoint, How(SIZE))
     assert waiting == [2, 3, 4, 4]
 
 
@@ -205,9 +210,10 @@ def test_aspects(checkpoint, resolution):
     """Each comes often, its area is the square's, its sides suit the network, and a prompt keeps its own."""
     words, parts = [f"a hat, number {i}" for i in range(500)], dict(sources=[], target=None)
     square = [resolution // 32 * 2] * 2
-    sizes = Counter(conditions.drawn_size(w, parts, resolution, True) for w in words)
-    assert sizes == Counter(conditions.drawn_size(w, parts, resolution, True) for w in words)
-    assert {conditions.drawn_size(w, parts, resolution, False) for w in words} == {tuple(square)}
+    with_aspects = How(resolution, aspects=True)
+    sizes = Counter(encode.drawn_size(w, parts, with_aspects) for w in words)
+    assert sizes == Counter(encode.drawn_size(w, parts, with_aspects) for w in words)
+    assert {encode.drawn_size(w, parts, How(resolution)) for w in words} == {tuple(square)}
     shapes = {(h, w) for h, w in sizes}
     assert shapes == {(w, h) for h, w in sizes} and tuple(square) in sizes
     assert len(sizes) == (3 if resolution == 128 else 5) and min(sizes.values()) > 60
@@ -221,15 +227,15 @@ def test_aspects(checkpoint, resolution):
 def test_aspects_change_the_size_of_t2i_alone(checkpoint, prompts, tmp_path, encoded):
     """Nothing is encoded again for them, and edits have their sources' size as before."""
     listed, plain, other = read_prompts([prompts]), {}, {}
-    for found, aspects in ((plain, False), (other, True)):
+    for entries, aspects in ((plain, False), (other, True)):
         encoded.clear()
-        pool = cached_pool(tmp_path, listed, checkpoint, torch.float32, "cpu", 256, aspects=aspects)
-        found |= dict(zip((p.prompt for p in listed), pool.entries, strict=True))
+        pool = encode_prompts(tmp_path, listed, checkpoint, How(256, aspects=aspects))
+        entries |= dict(zip((p.prompt for p in listed), pool.entries, strict=True))
     assert not encoded
     for prompt in listed:
         a, b = plain[prompt.prompt], other[prompt.prompt]
         assert torch.equal(a.states, b.states)
-        own = conditions.drawn_size(prompt.prompt, dict(sources=[], target=None), 256, True)
+        own = encode.drawn_size(prompt.prompt, dict(sources=[], target=None), How(256, aspects=True))
         assert b.size == (a.size if prompt.task == "edit" else own)
 
 
@@ -239,8 +245,7 @@ def test_sources_and_targets_are_fitted_as_asked(checkpoint, tmp_path, how):
     reference.picture(64, 64, 1).save(tmp_path / "source.png")
     reference.picture(96, 32, 2).save(tmp_path / "target.png")
     prompt = Prompt("edit", "scene", "a hat", [tmp_path / "source.png"], tmp_path / "target.png")
-    encoders = conditions.Encoders.from_pretrained(checkpoint, torch.float32, "cpu")
-    (entry,) = encode_pool(encoders, [prompt], 64, targets=True, how=how).entries
+    (entry,) = encode_prompts(tmp_path / "cache", [prompt], checkpoint, How(64, targets=True, fit=how)).entries
     fitted = pictures.fit(prompt.target, 64, how, (64, 64))
-    expected = encoders.vae.encode(pictures.to_tensor([fitted]))[0].bfloat16()  # (64, h, w)
+    expected = VAE.from_pretrained(checkpoint / "vae").encode(pictures.to_tensor([fitted]))[0].bfloat16()  # (64, h, w)
     assert entry.size == (4, 4) and torch.equal(entry.target, expected)
