@@ -1,15 +1,12 @@
 """The contact sheet: every model on the same cases."""
 
-import textwrap
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from data.sheets import Grid, write_sheet
 from toy import world
 from toy.world import Case
-
-TILE = world.SIDE * world.ENLARGE + 4  # a picture and the space after it
-HEADING = 92  # above the rows: the categories, and every case's prompt
 
 
 def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: dict[str, int], path: Path) -> None:
@@ -18,40 +15,24 @@ def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: dict[st
 
     models: {name: {"t2i portrait": pictures, "edit scene": pictures, ...}}, pictures in the order of the bench
     """
-    blocks = []  # for each bench: {category: cases}, {name of the row: {category: pictures}}
+    grids = []
     for bench, count in each.items():
-        counts = {key: min(len(shown[key]) for shown in models.values()) for key in next(iter(models.values()))}
-        counts = {key.split()[1]: min(count, least) for key, least in counts.items() if key.startswith(bench)}
-        cases = {category: world.bench(bench, category, n) for category, n in counts.items()}
-        rows = {name: {c: shown[f"{bench} {c}"][: len(cases[c])] for c in cases} for name, shown in models.items()}
-        rows["one right answer"] = {c: [answer(case) for case in some] for c, some in cases.items()}
+        cases, titles = [], []  # of each column
+        rows = {name: [] for name in models}
+        for key in next(iter(models.values())):
+            task, category = key.split()
+            if task == bench:
+                fewest = min(len(pictures[key]) for pictures in models.values())
+                chosen = world.bench(bench, category, min(count, fewest))
+                cases += chosen
+                titles += [category] * len(chosen)
+                for name, pictures in models.items():
+                    rows[name] += pictures[key][: len(chosen)]
         if bench == "edit":
-            rows = {"source": {c: [case.images[0] for case in some] for c, some in cases.items()}} | rows
-        if cases:
-            blocks.append((cases, rows))
-
-    gap, font, small = 12, ImageFont.load_default(16), ImageFont.load_default(11)
-    left = 24 + int(max(font.getlength(name) for _, rows in blocks for name in rows))
-    height = sum(HEADING + len(rows) * TILE for _, rows in blocks)
-    width = max(sum(len(some) * TILE + gap for some in cases.values()) for cases, _ in blocks)
-    canvas = Image.new("RGB", (left + width, height), "white")
-    pen, top = ImageDraw.Draw(canvas), 0
-    for cases, rows in blocks:
-        x = left
-        for category, some in cases.items():
-            pen.text((x, top + 20), category, fill="black", font=font, anchor="ls")
-            for j, case in enumerate(some):
-                words = textwrap.fill(case.prompt, 20)
-                pen.multiline_text((x + j * TILE, top + HEADING - 3), words, "black", small, "ld", spacing=1)
-                for i, pictures in enumerate(rows.values()):
-                    picture = pictures[category][j]
-                    canvas.paste(picture, (x + j * TILE, top + HEADING + i * TILE), picture)
-            x += len(some) * TILE + gap
-        for i, name in enumerate(rows):
-            pen.text((8, top + HEADING + i * TILE + TILE // 2), name, fill="black", font=font, anchor="lm")
-        top += HEADING + len(rows) * TILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+            rows = {"source": [case.images[0] for case in cases]} | rows
+        rows["one right answer"] = [answer(case) for case in cases]
+        grids.append(Grid(rows, [case.prompt for case in cases], titles))
+    write_sheet(grids, path)
 
 
 def answer(case: Case) -> Image.Image:

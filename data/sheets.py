@@ -1,0 +1,204 @@
+"""Sheets: pictures in rows, with the rows' names on the left and words above the columns.
+
+    Grid          rows of pictures, and the words above them
+    write_sheet   grids -> one PNG, one grid below the other
+    font_for      a font that can write a text
+
+Pillow's own font has little more than the letters of English. For other texts a font of the system is looked up. Where
+none has the letters, the sheet says `text 1`, and the text stands in a .txt file beside the picture.
+"""
+
+import subprocess
+import unicodedata
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, features
+
+from checkpoint.files import aside
+
+MOST_LINES = 6  # of the words above a picture
+NO_LETTER = "\U0010ffff"  # is in no font: a font draws this where it lacks a letter
+UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's kinds of spaces and marks that nothing is drawn for
+FONT_FOLDERS = (  # where systems without fontconfig keep their fonts: Linux, macOS, Windows
+    *("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts"),
+    *("/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts"),
+    "C:/Windows/Fonts",
+)
+
+
+@dataclass
+class Grid:
+    """Rows of pictures. All rows have one picture for each head."""
+
+    rows: dict[str, list[Image.Image]]  # by the name on the left
+    heads: list[str]  # the words above each column
+    titles: list[str] = field(default_factory=list)  # of each column, above its head; neighbours of one title share it
+
+
+def write_sheet(grids: list[Grid], path: Path) -> None:
+    """Write the grids into one PNG, one below the other. Rows and grids without pictures are left out.
+
+    Each picture has a place as large as the largest one. Transparent parts show white. ValueError: there is no picture.
+    """
+    shown = [Grid({name: row for name, row in grid.rows.items() if row}, grid.heads, grid.titles) for grid in grids]
+    shown = [grid for grid in shown if grid.rows]
+    sizes = [picture.size for grid in shown for row in grid.rows.values() for picture in row]
+    if not sizes:
+        raise ValueError(f"{path}: there are no pictures to show")
+    width = max(width for width, _ in sizes)
+    height = max(height for _, height in sizes)
+
+    unwritable: list[str] = []  # texts that no font has the letters of
+    names = [written(name, name_size(height), unwritable) for grid in shown for name in grid.rows]
+    left = height // 8 + max(round(font.getlength(name)) for name, font in names)
+    drawn = [draw_grid(grid, left, width, height, unwritable) for grid in shown]
+    sheet = Image.new("RGB", (max(grid.width for grid in drawn), sum(grid.height for grid in drawn)), "white")
+    y = 0
+    for grid in drawn:
+        sheet.paste(grid, (0, y))
+        y += grid.height
+
+    with aside(path) as part:
+        sheet.save(part, "PNG")
+    if unwritable:
+        lines = [f"{number}: {' '.join(text.split())}\n" for number, text in enumerate(unwritable, start=1)]
+        with aside(path.with_suffix(".txt")) as part:
+            part.write_text("".join(lines), encoding="utf-8")
+
+
+def draw_grid(grid: Grid, left: int, width: int, height: int, unwritable: list[str]) -> Image.Image:
+    """One grid, with names in the first `left` pixels and places of width x height. Adds to `unwritable`."""
+    gap = height // 32  # between pictures
+    large, small = name_size(height), max(11, height // 12)
+    xs, x = [], left  # where the columns begin
+    for column in range(len(grid.heads)):
+        if grid.titles and column and grid.titles[column] != grid.titles[column - 1]:
+            x += 3 * gap
+        xs.append(x)
+        x += width + gap
+    heads = []
+    for head in grid.heads:
+        text, font = written(head, small, unwritable)
+        heads.append((wrap(text, font, width - gap), font))
+    lines = max(text.count("\n") + 1 for text, _ in heads)
+    under_titles = 3 * large // 2 if grid.titles else 0
+    top = under_titles + round(1.3 * small * lines) + gap  # where the pictures begin
+
+    canvas = Image.new("RGB", (x, top + len(grid.rows) * (height + gap)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for column, (text, font) in enumerate(heads):
+        pen.multiline_text((xs[column], top - 3), text, "black", font, anchor="ld", spacing=1)
+        if grid.titles and (column == 0 or grid.titles[column] != grid.titles[column - 1]):
+            title, font = written(grid.titles[column], large, unwritable)
+            pen.text((xs[column], under_titles - 4), title, "black", font, anchor="ls")
+    y = top
+    for name, row in grid.rows.items():
+        text, font = written(name, large, unwritable)
+        pen.text((4, y + height // 2), text, "black", font, anchor="lm")
+        for x, picture in zip(xs, row, strict=True):
+            canvas.paste(picture, (x, y), picture.convert("RGBA"))
+        y += height + gap
+    return canvas
+
+
+def name_size(height: int) -> int:
+    """Of the letters beside and above pictures of this height, in pixels."""
+    return max(12, height // 8)
+
+
+def written(text: str, size: int, unwritable: list[str]) -> tuple[str, ImageFont.FreeTypeFont]:
+    """What stands on the sheet for a text, and the font for it. A text without a font is added to `unwritable`."""
+    if font := font_for(text, size):
+        return text, font
+    if text not in unwritable:
+        unwritable.append(text)
+    return f"text {unwritable.index(text) + 1}", ImageFont.load_default(size)
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """A text in lines of at most `width` pixels, broken between words, or inside one that is longer. What comes after
+    MOST_LINES lines is cut off."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+        if len(lines) > MOST_LINES:
+            last = lines[MOST_LINES - 1]
+            while last and font.getlength(f"{last} ...") > width:
+                last = last[:-1]
+            return "\n".join([*lines[: MOST_LINES - 1], f"{last.rstrip()} ..."])
+    return "\n".join(lines)
+
+
+# ---- fonts -----------------------------------------------------------------------------------------------------------
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | None:
+    """A font of so many pixels that has every letter of the text: Pillow's own, else one of the system; or None.
+
+    None also for a text that runs from right to left where Pillow cannot set one (its library raqm is missing).
+    """
+    letters = frozenset(letter for letter in text if unicodedata.category(letter) not in UNSEEN)
+    own = ImageFont.load_default(size)
+    if writes(own, letters):
+        return own
+    right_to_left = any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in letters)
+    if right_to_left and not features.check("raqm"):
+        return None
+    found = system_font(letters)
+    return ImageFont.truetype(found[0], size, found[1]) if found else None
+
+
+@cache
+def system_font(letters: frozenset[str]) -> tuple[str, int] | None:
+    """A font file of the system that has all the letters, and the font's number in it."""
+    for file, number in (*fontconfig(letters), *((str(file), 0) for file in font_files())):
+        try:
+            if writes(ImageFont.truetype(file, 16, number), letters):
+                return file, number
+        except OSError:  # not a font, or a bitmap font of other sizes
+            continue
+    return None
+
+
+def fontconfig(letters: frozenset[str]) -> list[tuple[str, int]]:
+    """The font that fontconfig would choose for the letters; none where it is not installed. It may lack some of them."""
+    codes = " ".join(f"{ord(letter):x}" for letter in sorted(letters))
+    command = ["fc-match", "-f", "%{file}\n%{index}", f"sans-serif:charset={codes}"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        file, number = answer.split("\n")
+        return [(file, int(number) & 0xFFFF)]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+
+
+@cache
+def font_files() -> list[Path]:
+    """The files in FONT_FOLDERS, the largest first: these have the most letters."""
+    folders = [Path(folder).expanduser() for folder in FONT_FOLDERS]
+    files = [
+        file for folder in folders for file in folder.rglob("*") if file.suffix.lower() in (".ttf", ".otf", ".ttc")
+    ]
+    return sorted(files, key=lambda file: file.stat().st_size, reverse=True)
+
+
+def writes(font: ImageFont.FreeTypeFont, letters: frozenset[str]) -> bool:
+    """Whether the font has all the letters. For one that it lacks, a font draws the same sign as for NO_LETTER."""
+
+    def drawn(letter: str) -> tuple:
+        mask = font.getmask(letter)
+        return mask.size, bytes(mask)
+
+    lacking = drawn(NO_LETTER)
+    return all(drawn(letter) != lacking for letter in letters)
