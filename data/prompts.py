@@ -1,7 +1,9 @@
 """Prompt files: JSON lines, read and checked. docs/prompts.md describes them."""
 
+import codecs
 import json
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,12 @@ TASKS = ("t2i", "edit")
 KEYS = ("task", "category", "prompt", "images", "target")
 MOST_IMAGES = 10  # sources of one edit
 LONGEST = 8_000  # characters of one text; ours: the language model's attention grows with the square
+MARKS = {  # what a file begins with that is not UTF-8; the longer ones first, as UTF-16's is the beginning of one
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",  # PowerShell's `>` writes it
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 RESERVED = ("<|image_pad|>", "<|video_pad|>")  # the encoder puts pictures in their places
 
 
@@ -30,7 +38,8 @@ class Prompt:
 
 
 def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
-    """Read JSON lines {"task", "category", "prompt", "images", "target"}. Paths are relative to the file's folder.
+    """Read JSON lines {"task", "category", "prompt", "images", "target"}. Paths are relative to the file's folder. Files are
+    in UTF-8, or begin with the byte-order mark of UTF-16 or UTF-32.
 
     An edit needs images, T2I must have none. target is optional. Blank lines are skipped. Any other fault (a key, a type,
     a missing picture) is a ValueError that names file and line.
@@ -41,7 +50,7 @@ def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
             raise FileNotFoundError(f"{file}: no such file; prompts are expected in it, one JSON object a line")
         before = len(prompts)
         # Lines are split as BYTES: str.splitlines also splits at U+2028 and others, which may stand inside a prompt.
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        for number, line in enumerate(utf8(file).splitlines(), start=1):
             if line.strip():
                 try:
                     prompts.append(parse_line(line, file.parent))
@@ -50,6 +59,20 @@ def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
         if len(prompts) == before:
             raise ValueError(f"{file}: no prompts in it; expected one JSON object a line")
     return prompts
+
+
+def utf8(file: Path) -> bytes:
+    """A file's text in UTF-8. ValueError names the file and its encoding, where it is not what its first bytes say."""
+    content = file.read_bytes()
+    encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), None)
+    if encoding is not None:
+        try:
+            return content.decode(encoding).encode()
+        except ValueError as error:
+            raise ValueError(f"{file}: begins as {encoding.upper()} and does not go on so ({error})") from None
+    if b"\0" in content:
+        raise ValueError(f"{file}: has zero bytes, as UTF-16 without its mark would; save it as UTF-8")
+    return content
 
 
 def parse_line(line: bytes, folder: Path) -> Prompt:
@@ -87,15 +110,21 @@ def parse_line(line: bytes, folder: Path) -> Prompt:
         raise ValueError("t2i takes no 'images'; is this an edit, or is the picture the 'target'?")
     if len(images) > MOST_IMAGES:
         raise ValueError(f"{len(images)} pictures in 'images'; an edit has at most {MOST_IMAGES}")
-    sources = [folder / image for image in images]
-    target = folder / row["target"] if "target" in row else None
-    for picture in [*sources, target] if target else sources:
-        if not picture.is_file():
-            raise ValueError(f"no picture at {picture}")
+    sources = [picture_at(folder, image) for image in images]
+    target = picture_at(folder, row["target"]) if "target" in row else None
     return Prompt(row["task"], row["category"], row["prompt"], sources, target)
 
 
-def fingerprint(files: Iterable[str | Path]) -> str:
+def picture_at(folder: Path, name: str) -> Path:
+    """The picture of this name, or of the same one in other bytes: é is one letter, or e and its accent. Systems that
+    copied the file may have changed that. ValueError: neither is there."""
+    for spelled in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
+        if (folder / spelled).is_file():
+            return folder / spelled
+    raise ValueError(f"no picture at {folder / name}")
+
+
+def prompts_fingerprint(files: Iterable[str | Path]) -> str:
     """A hash of prompt files and of every picture that they name. Errors are those of read_prompts."""
     lines, pictures = [], []
     for prompt in read_prompts(files):

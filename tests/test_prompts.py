@@ -1,11 +1,12 @@
 """Prompt files: what is read, and every complaint about a line."""
 
 import json
+import unicodedata
 
 import pytest
 from PIL import Image
 
-from data.prompts import fingerprint, read_prompts
+from data.prompts import prompts_fingerprint, read_prompts
 from recipe import categories
 
 
@@ -75,6 +76,41 @@ def test_a_bad_line_is_named(folder, line, complaint):
         read_prompts([file])
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "utf-8-sig"])
+def test_a_file_may_be_in_another_encoding_with_its_mark(folder, encoding):
+    """As PowerShell writes them, and as a Mac of old did."""
+    lines = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in (T2I | {"prompt": "Öl\u2028油画 🎨"}, EDIT))
+    mark = "\ufeff".encode(encoding) if encoding == "utf-16-be" else b""
+    (folder / "prompts.jsonl").write_bytes(mark + lines.encode(encoding))
+    first, second = read_prompts([folder / "prompts.jsonl"])
+    assert first.prompt == "Öl\u2028油画 🎨" and second.images == [folder / "pictures/a.png"]
+    (folder / "prompts.jsonl").write_bytes(mark + f"{lines}\n\n{{".encode(encoding))
+    with pytest.raises(ValueError, match=r"prompts\.jsonl, line 4: not valid JSON"):
+        read_prompts([folder / "prompts.jsonl"])
+
+
+def test_an_encoding_that_cannot_be_read_is_named(folder):
+    text = json.dumps(T2I)
+    for content, complaint in (
+        (text.encode("utf-16") + b"\n", "begins as UTF-16 and does not go on so"),
+        (text.encode("utf-16-le"), "zero bytes, as UTF-16 without its mark"),
+    ):
+        (folder / "prompts.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"prompts\.jsonl: .*{complaint}"):
+            read_prompts([folder / "prompts.jsonl"])
+
+
+@pytest.mark.parametrize("there", ["NFC", "NFD"])
+@pytest.mark.parametrize("named", ["NFC", "NFD"])
+def test_a_name_is_found_in_composed_and_decomposed_letters(folder, there, named):
+    name = "pictures/café.png"
+    (folder / "pictures/a.png").rename(folder / unicodedata.normalize(there, name))
+    line = EDIT | {"images": [unicodedata.normalize(named, name)], "target": unicodedata.normalize(named, name)}
+    (folder / "prompts.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    (prompt,) = read_prompts([folder / "prompts.jsonl"])
+    assert prompt.images[0].is_file() and prompt.target.is_file()
+
+
 def test_an_empty_or_missing_file(folder):
     (folder / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match=r"empty\.jsonl: no prompts"):
@@ -86,9 +122,9 @@ def test_an_empty_or_missing_file(folder):
 
 def test_the_fingerprint_of_prompts_knows_their_pictures(folder):
     (folder / "one.jsonl").write_text(json.dumps(EDIT | {"target": "pictures/b.png"}))
-    before = fingerprint([folder / "one.jsonl"])
+    before = prompts_fingerprint([folder / "one.jsonl"])
     (folder / "one.jsonl").write_text("\n" + json.dumps(EDIT | {"target": "pictures/b.png"}))  # the same prompts
-    assert fingerprint([folder / "one.jsonl"]) == before
+    assert prompts_fingerprint([folder / "one.jsonl"]) == before
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4), "red").save(folder / "pictures" / name)
-        assert before != (before := fingerprint([folder / "one.jsonl"]))
+        assert before != (before := prompts_fingerprint([folder / "one.jsonl"]))

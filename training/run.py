@@ -20,7 +20,7 @@ from checkpoint.export import check_base, export
 from checkpoint.files import KEPT, PART, aside, read_json, remove, visible, write_json
 from checkpoint.lora import role_lora, write_lora
 from checkpoint.weights import finite, write_tensors
-from data import prompts
+from data.prompts import prompts_fingerprint
 from program.options import TOY, flag
 from program.ranks import on_rank0, raise_on_all_ranks, rank, ranks, say
 from training.options import TrainOptions
@@ -126,7 +126,7 @@ def _open_run(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
     options = fill_defaults(options)
     teachers = find_teachers(options)
     check_base(options.checkpoint)
-    contents = {"a prompt or its picture": prompts.fingerprint(options.prompts)} if options.prompts else {}
+    contents = {"a prompt or its picture": prompts_fingerprint(options.prompts)} if options.prompts else {}
     # The checkpoint takes longest, and the first note is written: the digests, where the encoders' are kept as well.
     kept = (options.cache or out / "conditions") / KEPT
     contents["the checkpoint"] = checkpoint.fingerprint(options.checkpoint, kept=kept)
