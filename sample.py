@@ -50,10 +50,10 @@ from checkpoint.files import config_from_json, may_write
 from checkpoint.layout import Scheduler, check_parts, check_sigmas, check_stage, open_device, read_index
 from checkpoint.lora import LoRA, factorise, merge, read_lora, write_lora
 from checkpoint.weights import check_finite
-from data.pictures import MULTIPLE, Source, fit, latent_grid, save, sides, to_pictures, to_tensor
+from data.pictures import MULTIPLE, Source, check_areas, fit, latent_grid, save, sides, to_pictures, to_tensor
 from data.prompts import LONGEST, MOST_IMAGES
 from model import Condition, MMDiT
-from networks.qwen3vl import Qwen3VL
+from networks.qwen3vl import PixelSettings, Qwen3VL
 from networks.vae import VAE
 from recipe import read_prompts
 from training.trainee import Network
@@ -199,6 +199,11 @@ class Pipeline:
         # A shared picture is read once.
         fitted = {id(image): fit(image, resolution, self.fit) for row in images for image in row}
         sources = [[fitted[id(image)] for image in row] for row in images]
+        if fitted:
+            limits = PixelSettings.from_pretrained(self.directory / "processor")
+            given = [image for row in images for image in row]
+            sizes = [fitted[id(image)].size for image in given]
+            check_areas(given, sizes, resolution, limits.shortest_edge, limits.longest_edge)
         with self.at_work(self.encoder) as encoder:
             states, mask, slots = encoder.encode(prompts, sources)  # (B, L, C), (B, L), one [start, stop) a source
         check_stage("the language model's states", states, self.dtype)

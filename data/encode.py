@@ -30,7 +30,7 @@ from checkpoint.weights import write_tensors
 from data import pictures
 from data.pool import Entry, Pool
 from data.prompts import Prompt
-from networks.qwen3vl import Qwen3VL
+from networks.qwen3vl import PixelSettings, Qwen3VL
 from networks.vae import VAE
 from program.ranks import all_gather, on_rank0, raise_on_all_ranks, rank, ranks, say
 
@@ -66,7 +66,7 @@ def encode_prompts(folder: Path, prompts: list[Prompt], checkpoint: Path, how: H
     known = on_rank0(lambda: set(read_shards(folder)))
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
     with raise_on_all_ranks():
-        mine = groups(missing, how)[rank() :: ranks()]
+        mine = groups(missing, how, checkpoint)[rank() :: ranks()]
         if mine:
             encode_groups(mine, folder, checkpoint, how, device)
             gc.collect()  # the encoders are gone; now their memory is, too
@@ -95,9 +95,11 @@ def drawn_size(words: str, parts: dict, how: How) -> tuple[int, int]:
 # ---- encoding --------------------------------------------------------------------------------------------------------
 
 
-def groups(prompts: dict[str, Prompt], how: How) -> list[dict[str, Prompt]]:
-    """The prompts, by their keys, in groups of at most GROUP whose pictures get equal sizes."""
+def groups(prompts: dict[str, Prompt], how: How, checkpoint: Path) -> list[dict[str, Prompt]]:
+    """The prompts, by their keys, in groups of at most GROUP whose pictures get equal sizes. ValueError for a prompt without
+    its target, and for a source that is too small or too large for the checkpoint's encoder."""
     alike = defaultdict(list)
+    sources, source_sizes = [], []
     for key, prompt in prompts.items():
         if how.targets and prompt.target is None:
             raise ValueError(f"the flow objective learns pictures, and the prompt {prompt.prompt!r} has no target")
@@ -106,6 +108,11 @@ def groups(prompts: dict[str, Prompt], how: How) -> list[dict[str, Prompt]]:
             shown = [prompt.target]
         sizes = [pictures.fitted_size(picture, how.resolution) for picture in shown]
         alike[len(prompt.images), *sizes].append(key)
+        sources += prompt.images
+        source_sizes += sizes[: len(prompt.images)]
+    if sources:
+        limits = PixelSettings.from_pretrained(checkpoint / "processor")
+        pictures.check_areas(sources, source_sizes, how.resolution, limits.shortest_edge, limits.longest_edge)
     cut = [keys[i : i + GROUP] for keys in alike.values() for i in range(0, len(keys), GROUP)]
     return [{key: prompts[key] for key in keys} for keys in cut]
 

@@ -1,4 +1,8 @@
-"""Pictures: opened upright in sRGB in any mode, fitted to the latent grid, as tensors, and written with their settings."""
+"""Pictures: opened upright in sRGB in any mode, fitted to the latent grid, as tensors, and written with their settings.
+
+What a file says beside its pixels (a camera's mark, a colour profile, texts) never decides whether it is read. Where it is
+broken, a notice says so, and the picture is read without it.
+"""
 
 import json
 import math
@@ -9,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageChops, ImageCms, ImageOps
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from checkpoint.files import aside
@@ -24,10 +27,25 @@ with suppress(ImportError):  # Pillow itself reads no HEIC
 
 Source = str | Path | Image.Image  # a picture, or the file it is in
 MOST_PIXELS = 4096 * 4096  # of a picture to draw; also the most that the published processor reads
+LARGE = 178_956_970  # pixels of a file above which it is read at half its sides; Pillow's own limit
+LARGEST = 500_000_000  # pixels of a file above which it is refused: 2 GB
+Image.MAX_IMAGE_PIXELS = LARGEST  # else Pillow refuses what is LARGE
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes of a profile, too: a printer's has more than Pillow's 1 MiB
+TURNS = {  # a camera's mark, the EXIF key ORIENTATION: how to set the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION = 0x0112
 
 
 def open_picture(source: Source) -> Image.Image:
-    """Read a picture of any mode: upright, in sRGB, as RGBA. OSError or ValueError name the file.
+    """Read a picture of any mode: upright, in sRGB, as RGBA; one of more than LARGE pixels at half its sides. OSError or
+    ValueError name the file.
 
     The reference leaves three traps to the caller. It does not apply a camera's rotation mark, it ignores colour
     profiles, and it cuts 16-bit grey off at 255, which turns it white.
@@ -35,16 +53,25 @@ def open_picture(source: Source) -> Image.Image:
     return _read(source, _upright)
 
 
-def fitted_size(source: Source, resolution: int) -> tuple[int, int]:
-    """The size that `fit` will give a picture: from its file's header where that is sure to say it, else by opening it."""
+def upright_size(source: Source) -> tuple[int, int]:
+    """(width, height) of what open_picture returns: from the file's header where that is sure to say it, else by opening
+    it."""
 
     def size(picture: Image.Image, name: str) -> tuple[int, int]:
-        if picture.format not in ("JPEG", "PNG", "WEBP"):  # others may be turned or resized as they are decoded
+        if picture.format not in (None, "JPEG", "PNG", "WEBP"):  # others may be turned or resized as they are decoded
             return _upright(picture, name).size
-        lies = picture.getexif().get(0x0112) in (5, 6, 7, 8)  # a camera's mark: it has to be turned by a quarter
-        return picture.size[::-1] if lies else picture.size
+        width, height = picture.size
+        if width * height > LARGE:
+            width, height = math.ceil(width / 2), math.ceil(height / 2)
+        lies = _mark(picture, name) in (5, 6, 7, 8)  # it has to be turned by a quarter
+        return (height, width) if lies else (width, height)
 
-    return sides(*_read(source, size), resolution, name_of(source))
+    return _read(source, size)
+
+
+def fitted_size(source: Source, resolution: int) -> tuple[int, int]:
+    """The size that `fit` will give a picture."""
+    return sides(*upright_size(source), resolution, name_of(source))
 
 
 def name_of(source: Source) -> str:
@@ -57,8 +84,16 @@ def _read(source: Source, use):
     try:
         if isinstance(source, Image.Image):
             return use(source, name)
-        with Image.open(source) as picture:
-            return use(picture, name)
+        try:
+            return _open(source, name, use)
+        except Exception as error:
+            # Metadata may be at fault. A profile and a camera's mark are kept as long as they are not.
+            for kept in ((b"tRNS", b"iCCP", b"eXIf"), (b"tRNS",)):
+                with suppress(Exception):
+                    result = _open(BytesIO(_png_without_metadata(source, kept)), name, use)
+                    notice("metadata", f"{name}: its metadata are broken and not used ({error})")
+                    return result
+            raise
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture") from None
     except Exception as error:  # decoders raise nearly everything
@@ -67,21 +102,78 @@ def _read(source: Source, use):
         raise ValueError(f"{name}: cannot be read as a picture ({error or type(error).__name__}{advice})") from None
 
 
+def _open(file: str | Path | BytesIO, name: str, use):
+    with Image.open(file) as picture:
+        if picture.width * picture.height > LARGEST:
+            raise ValueError(f"{picture.width} x {picture.height}: at most {LARGEST:,} pixels are read")
+        return use(picture, name)
+
+
+def _png_without_metadata(file: str | Path, kept: tuple[bytes, ...]) -> bytes:
+    """A PNG's bytes without its ancillary chunks, whose names begin with a small letter, but for those to keep."""
+    with open(file, "rb") as opened:
+        signature = opened.read(8)
+        if signature != b"\x89PNG\r\n\x1a\n":
+            raise ValueError(f"{file}: not a PNG")
+        content = signature + opened.read()
+    chunks, start = [signature], len(signature)
+    while start < len(content):
+        stop = start + 12 + int.from_bytes(content[start : start + 4], "big")  # length, name, data, checksum
+        name = content[start + 4 : start + 8]
+        if name[:1].isupper() or name in kept:
+            chunks.append(content[start:stop])
+        start = stop
+    return b"".join(chunks)
+
+
+def _mark(picture: Image.Image, name: str) -> int | None:
+    """A camera's mark, which says how it was held; None where there is none or it cannot be read."""
+    if picture.format == "PNG":
+        picture.load()  # the mark may stand behind the pixels, whose errors are not the mark's
+    try:
+        mark = picture.getexif().get(ORIENTATION)
+    except Exception as error:  # nearly everything, as decoders do
+        notice("exif", f"{name}: its EXIF data are broken and not used ({error or type(error).__name__})")
+        return None
+    return mark if isinstance(mark, int) else None
+
+
 def _upright(picture: Image.Image, name: str) -> Image.Image:
-    picture.load()  # first: some formats come out of their decoder upright, and their mark then is gone
-    profile = picture.info.get("icc_profile")
-    picture = ImageOps.exif_transpose(picture)
+    if picture.width * picture.height > LARGE:
+        picture.draft(None, (picture.width // 2, picture.height // 2))  # where the decoder can do it: JPEG
+    deep = any("16" in str(tile[-1]) for tile in getattr(picture, "tile", ()))  # 16 bits in the file
+    picture.load()  # before the mark is read: some formats come out of their decoder upright, and their mark is gone then
+    profile, mark = picture.info.get("icc_profile"), _mark(picture, name)
+    clear = picture.info.get("transparency")  # a PNG's one transparent colour, as it stands in the file
     if picture.mode.startswith("I"):  # I;16 and its byte orders; I is what older files of 16 bits open as
-        grey = np.asarray(picture).astype(np.float64) / 257  # 65535 -> 255
-        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+        picture = _eight_bits(picture, clear)
+    elif deep and picture.mode == "RGB" and clear is not None:  # Pillow has kept the upper halves of the 16 bits
+        picture = picture.copy()
+        picture.info["transparency"] = tuple(value >> 8 for value in clear)
     if picture.mode in ("F", "LAB"):  # floats without a known range; a mode that Pillow converts to wrong colours
         raise ValueError(f"mode {picture.mode} has no sure colours; save it as RGB")
+    if picture.width * picture.height > LARGE:
+        if picture.mode in ("1", "P", "PA") or "transparency" in picture.info:  # not to be averaged as they are
+            picture = picture.convert("RGBA")
+        picture = picture.reduce(2)
+    if mark in TURNS:
+        picture = picture.transpose(TURNS[mark])
     rgba = picture.convert("RGBA")
     if profile:
         base = {"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")  # the kind of colours it speaks of
         rgba = _srgb(picture if base == "CMYK" else rgba.convert(base), rgba, profile, name)
     rgba.info = {}  # mark and profile have been applied; nobody may apply them again
     return rgba
+
+
+def _eight_bits(picture: Image.Image, clear: int | None) -> Image.Image:
+    """16-bit grey as L, or as LA where the value `clear` is transparent."""
+    values = np.asarray(picture).clip(0, 65535)
+    grey = (np.arange(65536) / 257).round().astype(np.uint8)  # 65535 -> 255
+    small = Image.fromarray(grey[values])
+    if clear is None:
+        return small
+    return Image.merge("LA", [small, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))])
 
 
 def _srgb(colours: Image.Image, rgba: Image.Image, profile: bytes, name: str) -> Image.Image:
@@ -132,6 +224,30 @@ def sides(width: float, height: float, resolution: int, name: str = "the shape")
     return size
 
 
+def check_areas(sources: list[Source], fitted: list[tuple[int, int]], resolution: int, fewest: int, most: int) -> None:
+    """ValueError where a source has fewer or more pixels than the language model reads. It names the first such picture,
+    and the nearest resolution that suits all of them. fitted: the sizes that they get at this resolution."""
+
+    def wrong(sizes: list[tuple[int, int]]) -> list[int]:
+        return [number for number, (width, height) in enumerate(sizes) if not fewest <= width * height <= most]
+
+    if not (bad := wrong(fitted)):
+        return
+    name, (width, height) = name_of(sources[bad[0]]), fitted[bad[0]]
+    shapes = {upright_size(source): None for source in sources}
+    larger = width * height < fewest
+    for side in range(resolution + 1, 4097) if larger else range(resolution - 1, MULTIPLE, -1):
+        if side % MULTIPLE == 0 and not wrong([sides(*shape, side, name) for shape in shapes]):
+            advice = f"--resolution {side} suits all pictures"
+            break
+    else:
+        advice = "no resolution suits all pictures"
+    raise ValueError(
+        f"{name}: becomes {width} x {height} at --resolution {resolution}, and the language model reads pictures of "
+        f"{fewest:,} to {most:,} pixels (processor/preprocessor_config.json); {advice}"
+    )
+
+
 def latent_grid(height: int, width: int, own: int) -> tuple[int, int]:
     """(h, w) of the latent for a picture to draw, whose sides in pixels are floored to multiples of 32.
 
@@ -168,7 +284,7 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 
 def save(picture: Image.Image, path: str | Path, settings: dict) -> None:
     """Write a PNG, whole or not at all, with the settings as JSON under the text key `parameters`."""
-    info = PngInfo()
+    info = PngImagePlugin.PngInfo()
     text = json.dumps(settings, ensure_ascii=False)  # readable, but for the bytes of odd file names
     info.add_itxt("parameters", text.encode("utf-8", "backslashreplace").decode())
     with aside(path) as part:

@@ -355,6 +355,19 @@ class PixelSettings(Ranged):
     shortest_edge: int = within(65536, "[0, 1e9]")
     longest_edge: int = within(16777216, "[1, 1e9]")
 
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "PixelSettings":
+        """Read them from the folder processor/. ValueError or FileNotFoundError name file and key."""
+        path = Path(directory) / "preprocessor_config.json"
+        if not path.is_file() and path.with_name("processor_config.json").is_file():
+            path = path.with_name("processor_config.json")  # transformers 5 saves the same keys inside this one
+        settings = read_json(path)
+        settings = settings.get("image_processor", settings)
+        size = settings.get("size") if isinstance(settings, dict) else None
+        if not isinstance(size, dict):
+            raise ValueError(f"{path}: 'size' is missing or not an object")
+        return build_config(cls, settings | size, f"{path}: ")
+
 
 class Processor:
     """What the published processor/ folder says about tokens and pixels."""
@@ -376,16 +389,7 @@ class Processor:
         missing = [token for token in TOKENS if self.tokenizer.token_to_id(token) is None]
         if missing:
             raise ValueError(f"{path}: lacks the token {missing[0]}, which the prompt's template needs")
-
-        path = Path(directory) / "preprocessor_config.json"
-        if not path.is_file() and path.with_name("processor_config.json").is_file():
-            path = path.with_name("processor_config.json")  # transformers 5 saves the same keys inside this one
-        settings = read_json(path)
-        settings = settings.get("image_processor", settings)
-        size = settings.get("size") if isinstance(settings, dict) else None
-        if not isinstance(size, dict):
-            raise ValueError(f"{path}: 'size' is missing or not an object")
-        self.settings = build_config(PixelSettings, settings | size, f"{path}: ")
+        self.settings = PixelSettings.from_pretrained(directory)
 
     def pixels(self, image: Image.Image) -> Tensor:
         """One picture as (3, H, W), in [-1, 1] with the published mean and deviation of 0.5. Transparency shows white.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -249,3 +250,14 @@ def test_sources_and_targets_are_fitted_as_asked(checkpoint, tmp_path, how):
     fitted = pictures.fit(prompt.target, 64, how, (64, 64))
     expected = VAE.from_pretrained(checkpoint / "vae").encode(pictures.to_tensor([fitted]))[0].bfloat16()  # (64, h, w)
     assert entry.size == (4, 4) and torch.equal(entry.target, expected)
+
+
+def test_a_source_of_the_wrong_area_is_named_before_the_encoding(checkpoint, prompts, tmp_path, monkeypatch):
+    """100 x 40 becomes 96 x 32 here, less than this processor takes; one such picture among others."""
+    other = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    reference.write_processor(other, shortest_edge=SIZE**2)
+    monkeypatch.setattr(encode.Qwen3VL, "from_pretrained", None)
+    with pytest.raises(ValueError, match=r"2\.jpg: becomes 96 x 32 at --resolution 64, .*--resolution 96 suits all"):
+        encode_prompts(tmp_path / "cache", read_prompts([prompts]), other, How(SIZE))
+    monkeypatch.undo()
+    assert len(encode_prompts(tmp_path / "cache", read_prompts([prompts]), other, How(96)).entries) == 6
