@@ -30,7 +30,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from checkpoint.files import config_from_json, save_config
 from checkpoint.weights import load_weights, save_weights
-from networks.attention import attend, rotate
+from networks.attention import attend, rotate_pairs
 from program.ranges import Ranged, within
 
 KeysValues = tuple[Tensor, Tensor]  # 2 x (B, H, S, d), of a kept prefix 2 x (B, H, P, d)
@@ -192,7 +192,7 @@ class HeadNorm(nn.Module):
     def forward(self, x: Tensor, cos_sin: Tensor) -> Tensor:
         y = x.float()  # (B, n, H, d)
         y = y * (torch.rsqrt(y.square().mean(-1, True) + self.eps) * self.weight.float())  # (B, n, H, d)
-        return rotate(y, cos_sin).to(x.dtype)  # (B, n, H, d)
+        return rotate_pairs(y, cos_sin).to(x.dtype)  # (B, n, H, d)
 
 
 class Attention(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn.attention.bias import CausalBias
 SAFE_WITH_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:
     """x (B, n, H, d) in fp32 with its adjacent channel pairs turned by cosines and sines (n, 1, d/2, 2).
 
     Eager mode multiplies complex numbers: one pass, 2 to 3 times as fast as real pairs on a CPU. torch.compile cannot
@@ -21,7 +21,8 @@ def rotate(x: Tensor, cos_sin: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         turned = torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin)  # (B, n, H, d/2)
         return torch.view_as_real(turned).flatten(-2)  # (B, n, H, d)
-    (a, b), (cos, sin) = pairs.unbind(-1), cos_sin.unbind(-1)  # 2 x (B, n, H, d/2), 2 x (n, 1, d/2)
+    a, b = pairs.unbind(-1)  # (B, n, H, d/2) each
+    cos, sin = cos_sin.unbind(-1)  # (n, 1, d/2) each
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)  # (B, n, H, d)
 
 

@@ -129,12 +129,17 @@ class Qwen3VLConfig:
 
 
 def _section(path: str | Path, content: dict, name: str, kind: type, understood: dict):
+    """One of the two configs inside the file. understood: the only values of further keys that this file computes."""
     section = content.get(name)
-    ropes = [section.get(key) or {} for key in ("rope_scaling", "rope_parameters")] if isinstance(section, dict) else []
-    if not ropes or not all(isinstance(rope, dict) for rope in ropes):
-        raise ValueError(f"{path}: key {name!r} is missing, or it or its rope is not an object")
-    section = ropes[0] | ropes[1] | section
-    for key, value in (understood | {"attention_bias": False, "mrope_interleaved": True}).items():
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: key {name!r} is missing or not an object")
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = section.get(key) or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: {name}.{key} is {short(rope)}; an object is expected")
+        section = rope | section
+    understood = understood | {"attention_bias": False, "mrope_interleaved": True}
+    for key, value in understood.items():
         if section.get(key, value) != value:
             raise ValueError(f"{path}: {name}.{key} is {short(section[key])}; only {value!r} is implemented")
     return build_config(kind, section, f"{path}: {name}.")
@@ -148,9 +153,9 @@ def rotary_frequencies(width: int, theta: float, device: torch.device) -> Tensor
     return theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate_halves(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (i, i + D/2) of x (..., P, D) by angles whose cosine and sine are `rope`, each (P, D/2) in fp32.
-    The MMDiT's rope turns adjacent pairs instead."""
+    The MMDiT's rope turns adjacent pairs instead (attention.rotate_pairs)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)  # (..., P, D/2) each
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)  # (..., P, D)
@@ -169,7 +174,7 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "n p (qkv h d) -> qkv n h p d", qkv=3, h=self.heads)  # (N, H, P, D) each
         # Pictures lie along the batch axis: each attends to itself alone, without a mask.
-        x = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)  # (N, H, P, D)
+        x = F.scaled_dot_product_attention(rotate_halves(q, rope), rotate_halves(k, rope), v)  # (N, H, P, D)
         return self.proj(rearrange(x, "n h p d -> n p (h d)"))  # (N, P, E)
 
 
@@ -267,7 +272,7 @@ class VisionTower(nn.Module):
 # ---- Language model --------------------------------------------------------------------------------------------------
 
 
-class Attention(nn.Module):
+class LanguageAttention(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
@@ -284,13 +289,14 @@ class Attention(nn.Module):
         q = rearrange(self.q_proj(x), heads, d=d)  # (B, H, L, D)
         k = rearrange(self.k_proj(x), heads, d=d)  # (B, K, L, D)
         v = rearrange(self.v_proj(x), heads, d=d)  # (B, K, L, D)
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)  # (B, H, L, D), (B, K, L, D)
+        q = rotate_halves(self.q_norm(q), rope)  # (B, H, L, D)
+        k = rotate_halves(self.k_norm(k), rope)  # (B, K, L, D)
         # Causal is all the mask there is: padding stands on the right, where no token before it can look.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, L, D)
         return self.o_proj(rearrange(x, "b h l d -> b l (h d)"))  # (B, L, C)
 
 
-class MLP(nn.Module):
+class LanguageMLP(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -305,9 +311,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = LanguageAttention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = LanguageMLP(config)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope)  # (B, L, C)
@@ -466,13 +472,14 @@ class Qwen3VL(nn.Module):
         # Text is cut into tokens after the slots are written out, special tokens in a user's text included.
         grids = [(height // SIDE, width // SIDE) for width, height in sizes]
         counts = [rows * columns for rows, columns in grids]
-        pictures = [PICTURE.format(number=i, slots=SLOT * count) for i, count in enumerate(counts, start=1)]
+        numbered = enumerate(counts, start=1)
+        pictures = " ".join(PICTURE.format(number=number, slots=SLOT * count) for number, count in numbered)
         # An empty prompt becomes one space: the language model has no start token, it must have something to read.
-        users = [USER_TURN.format(pictures=" ".join(pictures), prompt=prompt or " ") for prompt in prompts]
-        tokens = [encoding.ids for encoding in self.processor.tokenizer.encode_batch([SYSTEM_TURN + u for u in users])]
-        lengths = torch.tensor([len(ids) for ids in tokens])  # (B,)
+        texts = [SYSTEM_TURN + USER_TURN.format(pictures=pictures, prompt=prompt or " ") for prompt in prompts]
+        ids = [encoding.ids for encoding in self.processor.tokenizer.encode_batch(texts)]
+        lengths = torch.tensor([len(text) for text in ids])  # (B,)
         longest = int(lengths.max())
-        tokens = torch.tensor([ids + [0] * (longest - len(ids)) for ids in tokens])  # (B, L)
+        tokens = torch.tensor([text + [0] * (longest - len(text)) for text in ids])  # (B, L)
 
         found = (tokens == self.config.image_token_id).sum(1)  # (B,)
         if (found != sum(counts)).any():
@@ -499,7 +506,8 @@ class Qwen3VL(nn.Module):
             once = {id(image): image for image in column}  # prompts often share a picture
             pixels = torch.stack([self.processor.pixels(image) for image in once.values()])  # (N, 3, H, W)
             features = self.model["visual"](pixels.to(weight.device))  # (1 + J, N, S, C)
-            columns.append(features[:, [list(once).index(id(image)) for image in column]])  # (1 + J, B, S, C)
+            places = {key: place for place, key in enumerate(once)}
+            columns.append(features[:, [places[id(image)] for image in column]])  # (1 + J, B, S, C)
         return torch.cat(columns[1:] or columns, dim=2)
 
 
@@ -509,12 +517,15 @@ def rope_places(length: int, runs: list[tuple[int, int]], grids: list[tuple[int,
     Text advances a counter on all three axes. A picture stands still in time at the counter, and its rows and columns
     count from there, not centred as in the MMDiT; then the counter advances by the longer of its sides.
     """
-    pieces, counter, at = [], 0, 0
+    pieces = []
+    counter = 0  # the next position
+    done = 0  # tokens that have theirs
     for (start, stop), (rows, columns) in zip(runs, grids, strict=True):
-        pieces.append((counter + torch.arange(start - at)).expand(3, -1))  # (3, text before)
-        counter, at = counter + start - at, stop
+        pieces.append((counter + torch.arange(start - done)).expand(3, -1))  # (3, text before)
+        counter += start - done
         grid = torch.meshgrid(torch.zeros(1).long(), torch.arange(rows), torch.arange(columns), indexing="ij")
         pieces.append(counter + torch.stack(grid).flatten(1))  # (3, rows * columns)
         counter += max(rows, columns)
-    pieces.append((counter + torch.arange(length - at)).expand(3, -1))  # (3, text after)
+        done = stop
+    pieces.append((counter + torch.arange(length - done)).expand(3, -1))  # (3, text after)
     return torch.cat(pieces, dim=1)  # (3, length)

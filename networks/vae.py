@@ -76,9 +76,9 @@ class VAEConfig(Ranged):
             if len(getattr(self, key)) != length:
                 raise ValueError(f"{key} has {len(getattr(self, key))} values; by the other keys {length} are expected")
         # The shortcuts regroup channels, which works for whole groups only.
-        whole_down = all(c * 4**space * 2**time % o == 0 for c, o, space, time in self.encoder_levels())
-        whole_up = all(o * 4 * 2**time % c == 0 for c, o, space, time in self.decoder_levels() if space)
-        if not whole_down or not whole_up:
+        rests = [c * 4**space * 2**time % o for c, o, space, time in self.encoder_levels()]
+        rests += [o * 4 * 2**time % c for c, o, space, time in self.decoder_levels() if space]
+        if any(rests):
             raise ValueError(f"dim_mult is {self.dim_mult}; the channels of two neighbours do not divide into groups")
 
     @property
@@ -96,8 +96,10 @@ class VAEConfig(Ranged):
         return self._levels(self.decoder_base_dim, multiples, self.temperal_downsample[::-1])
 
     def _levels(self, base: int, multiples: tuple[int, ...], times: tuple[bool, ...]):
-        dims = [base * m for m in multiples]
-        return list(zip(dims[:-1], dims[1:], [True] * len(times) + [False], (*times, False), strict=True))
+        dims = [base * multiple for multiple in multiples]
+        changes_space = [True] * len(times) + [False]
+        changes_time = [*times, False]
+        return list(zip(dims[:-1], dims[1:], changes_space, changes_time, strict=True))
 
 
 class Norm(nn.Module):
@@ -132,7 +134,7 @@ class Resnet(nn.Module):
         return y + self.conv_shortcut(x)  # (B, o, H, W)
 
 
-class Attention(nn.Module):
+class GridAttention(nn.Module):
     """One head as wide as the channels; every pixel of the latent grid sees every other."""
 
     def __init__(self, dim: int):
@@ -146,7 +148,7 @@ class Attention(nn.Module):
         q, k, v = rearrange(qkv, "b (three d) h w -> three b 1 (h w) d", three=3)  # (B, 1, hw, d) each
         # Some pixels after the other, because the fused kernels stop at 256 channels a head: here a GPU may write out
         # all scores, and a picture of 2048 x 2048 pixels has 16,384^2 of them.
-        y = [F.scaled_dot_product_attention(some, k, v) for some in q.split(4096, 2)]  # each (B, 1, 4096 or less, d)
+        y = [F.scaled_dot_product_attention(part, k, v) for part in q.split(4096, 2)]  # each (B, 1, 4096 or less, d)
         y = torch.cat(y, 2)  # (B, 1, hw, d)
         y = rearrange(y, "b 1 (h w) d -> b d h w", h=x.shape[2])  # (B, d, h, w)
         return x + self.proj(y)  # (B, d, h, w)
@@ -155,7 +157,7 @@ class Attention(nn.Module):
 class Mid(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.attentions = nn.ModuleList([Attention(dim)])
+        self.attentions = nn.ModuleList([GridAttention(dim)])
         self.resnets = nn.ModuleList([Resnet(dim, dim), Resnet(dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +176,9 @@ class Down(nn.Module):
 
     def __init__(self, num_res_blocks: int, dim: int, out_dim: int, halves_space: bool, halves_time: bool):
         super().__init__()
-        self.out_dim, self.halves_space, self.halves_time = out_dim, halves_space, halves_time
+        self.out_dim = out_dim
+        self.halves_space = halves_space
+        self.halves_time = halves_time
         self.resnets = nn.ModuleList(Resnet(dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks))
         if halves_space:
             # Zeros to the right and below only: output i looks at pixels 2i to 2i + 2. padding=1 would start at 2i - 1.
@@ -206,7 +210,9 @@ class Up(nn.Module):
 
     def __init__(self, num_res_blocks: int, dim: int, out_dim: int, doubles_space: bool, doubles_time: bool):
         super().__init__()
-        self.out_dim, self.doubles_space, self.doubles_time = out_dim, doubles_space, doubles_time
+        self.out_dim = out_dim
+        self.doubles_space = doubles_space
+        self.doubles_time = doubles_time
         self.resnets = nn.ModuleList(Resnet(dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1))
         if doubles_space:
             conv = nn.Conv2d(out_dim, out_dim, 3, padding=1)
@@ -235,7 +241,8 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         levels = config.encoder_levels()
-        dim, out_dim = levels[0][0], levels[-1][1]
+        dim = levels[0][0]
+        out_dim = levels[-1][1]
         self.conv_in = nn.Conv2d(config.in_channels, dim, 3, padding=1)
         self.down_blocks = nn.ModuleList(Down(config.num_res_blocks, *level) for level in levels)
         self.mid_block = Mid(out_dim)
@@ -254,7 +261,8 @@ class Decoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         levels = config.decoder_levels()
-        dim, out_dim = levels[0][0], levels[-1][1]
+        dim = levels[0][0]
+        out_dim = levels[-1][1]
         self.conv_in = nn.Conv2d(config.z_dim, dim, 3, padding=1)
         self.mid_block = Mid(dim)
         self.up_blocks = nn.ModuleList(Up(config.num_res_blocks, *level) for level in levels)
@@ -280,15 +288,18 @@ class Decoder(nn.Module):
             # One more for the upsampler's kernel.
             doubled = (margins[0] + 2) // 2 if block.doubles_space else margins[0]
             margins.insert(0, doubled + 2 * len(block.resnets))
-        top = 0  # the row where x begins; as start and stop in rows of x, which become finer
+        top = 0  # the row where x begins; start, stop and top are rows of x, which become finer
 
-        for block, margin in zip([*self.up_blocks, None], margins, strict=True):
+        for block, margin in zip(self.up_blocks, margins[:-1], strict=True):
             above = max(start - margin, 0)  # the picture's own edges stay edges
-            x, top = x[:, :, above - top : stop + margin - top], above  # (B, C, H, W)
-            x = block(x) if block else self.conv_out(F.silu(self.norm_out(x)))  # (B, o, 2H, 2W); last (B, 4, H, W)
-            if block and block.doubles_space:
+            x = block(x[:, :, above - top : stop + margin - top])  # (B, o, 2H, 2W)
+            top = above
+            if block.doubles_space:
                 start, stop, top = 2 * start, 2 * stop, 2 * top
-        return x[:, :, start - top : stop - top]  # (B, 4, H, W)
+        above = max(start - margins[-1], 0)
+        x = x[:, :, above - top : stop + margins[-1] - top]  # (B, C, H, W)
+        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, 4, H, W)
+        return x[:, :, start - above : stop - above]  # (B, 4, H, W)
 
 
 class VAE(nn.Module):
@@ -346,13 +357,15 @@ class VAE(nn.Module):
 
     def video_weights(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the published tensors that only a second frame would meet."""
-        down = [("encoder.down_blocks", "downsampler", 1, level) for level in enumerate(self.config.encoder_levels())]
-        up = [("decoder.up_blocks", "upsampler", 2, level) for level in enumerate(self.config.decoder_levels())]
         shapes = {}
-        for blocks, sampler, frames, (i, (_, dim, _, time)) in down + up:  # up, one frame becomes two
+        for number, (_, dim, _, time) in enumerate(self.config.encoder_levels()):
             if time:
-                name = f"{blocks}.{i}.{sampler}.time_conv"
-                shapes |= {f"{name}.weight": (frames * dim, dim, 1, 1), f"{name}.bias": (frames * dim,)}
+                name = f"encoder.down_blocks.{number}.downsampler.time_conv"
+                shapes |= {f"{name}.weight": (dim, dim, 1, 1), f"{name}.bias": (dim,)}
+        for number, (_, dim, _, time) in enumerate(self.config.decoder_levels()):
+            if time:  # one frame becomes two
+                name = f"decoder.up_blocks.{number}.upsampler.time_conv"
+                shapes |= {f"{name}.weight": (2 * dim, dim, 1, 1), f"{name}.bias": (2 * dim,)}
         return shapes
 
     @classmethod
@@ -367,7 +380,8 @@ class VAE(nn.Module):
         config = config_from_json(VAEConfig, Path(directory) / "config.json")
         with torch.device("meta"):
             vae = cls(config)
-        load_weights(vae, directory, STEM, dtype, device, skip=tuple(re.escape(name) for name in vae.video_weights()))
+        unused = tuple(re.escape(name) for name in vae.video_weights())
+        load_weights(vae, directory, STEM, dtype, device, skip=unused)
         return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
