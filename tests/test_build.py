@@ -14,8 +14,8 @@ from toy.build import stages as build
 def tiny(monkeypatch):
     """Two steps of a few small pictures."""
     monkeypatch.setattr(train_vae, "CONFIG", train_vae.CONFIG | {"dim_mult": [1, 2, 2, 2, 2]})
-    measured = train_vae.pictures
-    monkeypatch.setattr(train_vae, "pictures", lambda count, seed: measured(min(count, 4), seed))
+    drawn = train_vae.random_pictures
+    monkeypatch.setattr(train_vae, "random_pictures", lambda count, seed: drawn(min(count, 4), seed))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -32,8 +32,8 @@ def test_autoencoder_training_resumes(tiny, tmp_path):
 def test_the_whole_chain(tiny, tmp_path, monkeypatch):
     """python -m toy.build, killed when a teacher is trained but not yet logged, and called again. Then the premises are in the
     checkpoint's log."""
-    stages = {name: replace(s, steps=1, pool=dict.fromkeys(s.pool, 2)) for name, s in build.STAGES.items()}
-    monkeypatch.setattr(build, "STAGES", stages)
+    runs = {name: replace(run, steps=1, pool=dict.fromkeys(run.pool, 2)) for name, run in build.TEACHER_RUNS.items()}
+    monkeypatch.setattr(build, "TEACHER_RUNS", runs)
     monkeypatch.setattr(build, "VAE_STEPS", 1)
     monkeypatch.setattr(build, "BATCH", 2)
     monkeypatch.setattr(build, "MICRO_BATCH", 2)

@@ -118,13 +118,11 @@ def test_readme_commands(job, toy_checkpoint, tmp_path, monkeypatch):
         Image.open("tree.png").convert("RGB").save(name)
     for name in {json.loads(line)["target"] for line in examples if "target" in line}:
         Image.open("sea.png").save(name)
-    tiny = ["--checkpoint", str(toy_checkpoint), "--steps", "1", "--batch", "2", "--micro-batch", "1", "--warmup", "0"]
-    train.main([*own_prompts, *tiny, "--student-steps", "1"])
-    assert (tmp_path / "runs" / "mine" / "student" / "model_index.json").is_file()
-
-    for words in node:  # plans, and a run of LoRA roles
+    tiny = ["--steps", "1", "--batch", "2", "--micro-batch", "1", "--warmup", "0", "--student-steps", "1"]
+    for words in (own_prompts, *node):  # of node: plans, and a run of LoRA roles
         words[words.index("--checkpoint") + 1] = str(toy_checkpoint)
-        train.main([*words, *tiny[2:], "--student-steps", "1"])
+        train.main([*words, *tiny])
+    assert (tmp_path / "runs" / "mine" / "student" / "model_index.json").is_file()
     assert len(node) == 3 and (tmp_path / "runs" / "lora" / "lora.safetensors").is_file()
     (large,) = [line.split("train.py")[1].split() for line in README if line.strip().startswith("torchrun")]
     assert list(train.parse(large).prompts) == [Path("mine.jsonl")]  # test_node.py runs the like of it

@@ -36,7 +36,7 @@ LR = 2e-3  # AdamW, for the rest: biases, gammas, and the first and last convolu
 WHOLE_FROM = 0.8  # part of the steps after which whole pictures are used
 
 
-def pictures(count: int, seed: int) -> np.ndarray:
+def random_pictures(count: int, seed: int) -> np.ndarray:
     """(count, 32, 32, 4) float32 in [0, 1], large pixels: everything that the autoencoder will meet.
 
     One in five is damaged, as the sources of edits are. Some have other colours, and some are partly
@@ -104,7 +104,7 @@ def split_parameters(vae: VAE) -> tuple[list, list, list]:
 @torch.no_grad()
 def psnr(vae: VAE, count: int = 96) -> float:
     """Peak signal-to-noise ratio in dB over `count` held-out pictures."""
-    images = to_images(pictures(count, seed=-1))
+    images = to_images(random_pictures(count, seed=-1))
     mean = torch.cat([vae.moments(part)[0] for part in images.split(16)])
     again = torch.cat([vae.decode_raw(part) for part in mean.split(16)]).clamp(-1, 1)
     error = ((again - images) / 2).square().mean(dim=(1, 2, 3))
@@ -132,7 +132,7 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
     for step in bar:
         rng = random.Random(f"vae {seed} {step}")
         whole = step >= WHOLE_FROM * steps
-        small = pictures(batch // 4 if whole else batch, seed=seed * 10**6 + step)
+        small = random_pictures(batch // 4 if whole else batch, seed=seed * 10**6 + step)
         images = to_images(small if whole else crop(small, rng))
         side = images.shape[2] // 16
         noise = torch.randn(len(images), 64, side, side, generator=torch.Generator().manual_seed(step))
@@ -166,7 +166,7 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
 def measure_statistics(vae: VAE) -> None:
     """Set latents_mean and latents_std of the config: those of the SAMPLED latents. A channel that carries nothing has a
     constant mean and the prior's width; by its mean alone it would be scaled up to noise."""
-    moments = [vae.moments(part) for part in to_images(pictures(512, seed=-2)).split(16)]
+    moments = [vae.moments(part) for part in to_images(random_pictures(512, seed=-2)).split(16)]
     mean, logvar = (torch.cat(parts) for parts in zip(*moments))
     centre = mean.mean(dim=(0, 2, 3))
     std = ((mean - centre.view(-1, 1, 1)).square() + logvar.exp()).mean(dim=(0, 2, 3)).sqrt()

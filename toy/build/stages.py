@@ -58,8 +58,8 @@ BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more and noisier steps g
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One training run of a teacher."""
+class TeacherRun:
+    """One run of train.py that makes a teacher."""
 
     recipe: Recipe
     steps: int
@@ -71,7 +71,7 @@ class Stage:
         return list((self.recipe.t2i if task == "t2i" else self.recipe.edit) or world.BENCHES[task])
 
     def prompts(self) -> list[Prompt]:
-        """What the stage learns from."""
+        """What the run learns from."""
         prompts = []
         for task, count in self.pool.items():
             for category in self.categories(task):
@@ -82,17 +82,17 @@ class Stage:
 # First the base sees few posters and few edits, then more of both, and not enough for either: so it is worst at text, and a
 # specialised teacher can be better than it. These are the paper's premises. A specialised teacher learns from narrower
 # pictures, as after training on chosen ones.
-STAGES = {
-    "base": Stage(
+TEACHER_RUNS = {
+    "base": TeacherRun(
         Recipe("base", (7, 3), t2i={"landscape": 3, "portrait": 3, "text": 2}),
         3400,
         1.0,
         {"t2i": 6000, "edit": 2500},
         False,
     ),
-    "more": Stage(Recipe("more", (4, 6)), 2400, 0.7, {"t2i": 6000, "edit": 2500}, False),
-    "text": Stage(Recipe("text", (10, 0), t2i={"text": 1}), 500, 0.5, {"t2i": 6000}, True),
-    "edit": Stage(Recipe("edit", (0, 10)), 1000, 0.5, {"edit": 2500}, True),
+    "more": TeacherRun(Recipe("more", (4, 6)), 2400, 0.7, {"t2i": 6000, "edit": 2500}, False),
+    "text": TeacherRun(Recipe("text", (10, 0), t2i={"text": 1}), 500, 0.5, {"t2i": 6000}, True),
+    "edit": TeacherRun(Recipe("edit", (0, 10)), 1000, 0.5, {"edit": 2500}, True),
 }
 
 
@@ -116,25 +116,25 @@ def build_language(folder: Path) -> None:
 
 
 def train_teacher(name: str, folder: Path, out: Path, compile: bool) -> dict:
-    """One run of train.py's flow objective from folder/transformer, as STAGES says; the log's entry.
+    """One run of train.py's flow objective from folder/transformer, as TEACHER_RUNS says; the log's entry.
 
     p(t) is shifted as the teacher's own steps are: most times lie where a picture's parts find their places.
     """
-    stage = STAGES[name]
-    # The base's are 33,000 prompts, about 0.8 GB. Two stages may have the same.
-    pool = encode_prompts(out.parent / "conditions", stage.prompts(), folder, How(RESOLUTION, targets=True))
+    run = TEACHER_RUNS[name]
+    # The base's are 33,000 prompts, about 0.8 GB. Two runs may have the same.
+    pool = encode_prompts(out.parent / "conditions", run.prompts(), folder, How(RESOLUTION, targets=True))
     args = TrainOptions(
-        **presets.FLOW | {"batch": BATCH, "micro_batch": MICRO_BATCH, "time_shift": TIME_SHIFT, "steps": stage.steps}
+        **presets.FLOW | {"batch": BATCH, "micro_batch": MICRO_BATCH, "time_shift": TIME_SHIFT, "steps": run.steps}
     )
-    args = replace(args, checkpoint=folder, out=out, recipe=stage.recipe.name, guidance=GUIDANCE, seed=SEED)
-    args = replace(args, muon_lr=stage.scale * args.muon_lr, lr=stage.scale * args.lr, compile=compile, save_every=100)
-    recipes.RECIPES[stage.recipe.name] = stage.recipe  # not on import: for everyone else the table stays the paper's
+    args = replace(args, checkpoint=folder, out=out, recipe=run.recipe.name, guidance=GUIDANCE, seed=SEED)
+    args = replace(args, muon_lr=run.scale * args.muon_lr, lr=run.scale * args.lr, compile=compile, save_every=100)
+    recipes.RECIPES[run.recipe.name] = run.recipe  # not on import: for everyone else the table stays the paper's
     args, state = open_run(replace(args, resume=(out / "args.json").exists()))
     train.train(args, pool, state)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     every = max(1, len(lines) // 20)
     curve = [{"step": line["step"], "loss": round(line["loss"], 4)} for line in lines[every - 1 :: every]]
-    return {"steps": stage.steps, "seconds": round(sum(line["seconds"] for line in lines)), "curve": curve}
+    return {"steps": run.steps, "seconds": round(sum(line["seconds"] for line in lines)), "curve": curve}
 
 
 def put_in_place(name: str, folder: Path, out: Path) -> None:
@@ -146,7 +146,8 @@ def put_in_place(name: str, folder: Path, out: Path) -> None:
 
 def score_autoencoder(folder: Path) -> dict:
     """The scores of the right answers, through the autoencoder and back: no teacher can have higher ones."""
-    pipeline, row = benches.open_checkpoint(folder), {}
+    pipeline = benches.open_checkpoint(folder)
+    row = {}
     for bench, categories in benches.CATEGORIES.items():
         verdicts = {}
         for category in categories:
@@ -159,11 +160,12 @@ def score_autoencoder(folder: Path) -> dict:
     return row
 
 
-def score(folder: Path, name: str) -> list[dict]:
+def score_teacher(folder: Path, name: str) -> list[dict]:
     """The rows of a teacher: at 80 NFE, and of the base also in the student's four steps, by both samplers. A specialised one is
     scored at what it was trained for."""
     pipeline = benches.open_checkpoint(folder)
-    samplers, tasks, only = benches.teacher_samplers(pipeline, flow.student_sigmas(4)), ["t2i", "edit"], ()
+    samplers = benches.teacher_samplers(pipeline, flow.student_sigmas(4))
+    tasks, only = ["t2i", "edit"], ()
     if name != "base":
         pipeline.mmdit = MMDiT.from_pretrained(folder / "teachers" / name).eval()
         samplers = [replace(samplers[0], name=f"{name} teacher")]
@@ -225,12 +227,12 @@ def main(argv: list[str] | None = None) -> None:
         MMDiT(MMDiTConfig(**TEACHER)).save_pretrained(folder / "transformer", torch.float32)
 
     stage("init", fresh)
-    for name in STAGES:
+    for name in TEACHER_RUNS:
         stage(name, partial(train_teacher, name, folder, args.out / name, args.compile))
         stage(f"{name} in place", partial(put_in_place, name, folder, args.out / name))
     stage("score autoencoder", lambda: score_autoencoder(folder))
     for name in ("base", "text", "edit"):
-        stage(f"score {name}", lambda: {"rows": score(folder, name)})  # noqa: B023 (called at once)
+        stage(f"score {name}", lambda: {"rows": score_teacher(folder, name)})  # noqa: B023 (called at once)
     stage("premises", lambda: {"premises": premises(log)})
     write_json(folder / "build.json", log | {"fingerprint": benches.fingerprint_with_teachers(folder)})
     print(f"finished: {folder}")
