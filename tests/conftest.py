@@ -1,10 +1,12 @@
 """What several test files share."""
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from chat_server import Server
 
 from model import MMDiT, MMDiTConfig
 from networks.vae import VAE, VAEConfig
@@ -33,3 +35,18 @@ def toy_checkpoint(tmp_path_factory) -> Path:
     vae.save_pretrained(folder / "vae")
     mmdit.save_pretrained(folder / "transformer")
     return folder
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Callable], Server]]:
+    """serve(answer): a chat server that stops with the test."""
+    servers = []
+
+    def start(answer: Callable) -> Server:
+        servers.append(Server(answer))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

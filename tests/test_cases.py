@@ -1,0 +1,203 @@
+"""Cases from files: their names, their pictures, and the commands that draw and judge them."""
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from chat_server import about, well, write_bench
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+import eval as evaluation
+from judges import rubrics
+from judges.cases import name_cases
+from recipe import Prompt, read_prompts
+from sample import Pipeline
+from toy import world
+
+ROOT = Path(evaluation.__file__).parent
+
+
+def test_names_of_pictures(tmp_path):
+    cases, folder = write_bench(tmp_path), tmp_path
+    again = name_cases(list(cases.values())[::-1])
+    assert again == cases  # whatever the order
+    with pytest.raises(ValueError, match="twice: t2i, text, 'text 1'"):
+        name_cases([*cases.values(), Prompt("t2i", "text", "text 1")])
+    (folder / "copy.png").write_bytes((folder / "source.png").read_bytes())
+    with pytest.raises(ValueError, match="twice: edit, scene"):  # the same picture under another name
+        name_cases([*cases.values(), Prompt("edit", "scene", "do it", [folder / "copy.png"])])
+    with pytest.raises(
+        ValueError, match="edit, motion, 'run': no rubric is for such edits; categories are scene, enhance"
+    ):
+        name_cases([Prompt("edit", "motion", "run", [folder / "source.png"])])
+
+
+@pytest.fixture
+def cases(tmp_path) -> Path:
+    """A folder of two files: one T2I prompt, one edit. The toy's template knows no other words than the toy's."""
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    case = world.bench("edit", "style", 1)[0]
+    case.images[0].save(folder / "source.png")
+    edit = {"task": "edit", "category": "style", "prompt": case.prompt, "images": ["source.png"]}
+    draw = {"task": "t2i", "category": "text", "prompt": world.bench("t2i", "text", 1)[0].prompt}
+    (folder / "edit.jsonl").write_text(json.dumps(edit))
+    (folder / "t2i.jsonl").write_text(json.dumps(draw))
+    return folder
+
+
+def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tmp_path, monkeypatch, capsys):
+    def answer(question, n):
+        if question["model"] == "strict/2" and "style" in about(question) and refusing:
+            return 400
+        return well(question).replace("4.5", "2.25" if question["model"] == "strict/2" else "4.5")
+
+    refusing, server, out = True, serve(answer), tmp_path / "turbo"
+    monkeypatch.setenv("MY_KEY", "secret-key")
+    words = f"--checkpoint {toy_checkpoint} --prompts {cases} --out {out} --steps 2 --judge {server.url} "
+    words = (words + "--judge-model kind strict/2 --judge-key MY_KEY").split()
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main(words)
+    shown = capsys.readouterr()
+    assert stop.value.code == 1 and "not scored by strict/2: style-" in shown.err and "HTTP 400" in shown.err
+    row = json.loads((out / "row.json").read_text())
+    assert (row["scale"], row["nfe"], row["guidance"], row["name"]) == (5, 4, 2.0, "turbo")
+    assert row["t2i"] == {"text": 4.5, "average": 4.5} and row["judges"]["strict/2"]["t2i"]["average"] == 2.25
+    assert row["edit"] == {"style": 4.5, "average": 4.5} and row["judges"]["strict/2"]["edit"]["average"] is None
+    assert row["seconds_per_image"] > 0 and "secret" not in shown.out + shown.err + str(list(out.rglob("*")))
+
+    # Again: nothing is drawn, one question is asked.
+    times = {path: path.stat().st_mtime_ns for path in (out / "pictures").iterdir()}
+    refusing, before = False, len(server.asked)
+    evaluation.main(words)
+    assert len(server.asked) == before + 1 and len(times) == 2
+    assert times == {path: path.stat().st_mtime_ns for path in (out / "pictures").iterdir()}
+    row = json.loads((out / "row.json").read_text())
+    assert row["judges"]["strict/2"]["edit"] == {"style": 2.25, "average": 2.25}
+    capsys.readouterr()
+    evaluation.main(["--table", str(out / "row.json"), str(out / "row.json")])
+    table = capsys.readouterr().out
+    assert table.count("turbo") == 4 and table.count("| strict/2 | 2.25") == 4
+
+    # The pictures are those of the pipeline, from a noise of their own.
+    name, case = next((n, c) for n, c in name_cases(read_prompts([cases / "t2i.jsonl"])).items())
+    pipeline = Pipeline.from_pretrained(toy_checkpoint)
+    seed = int(name[-20:-4], 16) % 2**31
+    with Image.open(out / "pictures" / name) as picture:
+        assert picture.tobytes() == pipeline(case.prompt, steps=2, guidance=2.0, seed=seed).tobytes()
+
+    # Everything that is wrong is said before the first question.
+    before = len(server.asked)
+
+    def fails(message: str, *more: str) -> None:
+        with pytest.raises((ValueError, OSError), match=message):
+            evaluation.main([*words, *more])
+        assert len(server.asked) == before
+
+    fails("drawn by other weights or settings", "--steps", "3")
+    fails("two names", "--judge-model", "kind", "kind")
+    fails("nowhere", "--prompts", str(tmp_path / "nowhere"))
+    fails("--prompts and --experiment: give one of them", "--experiment", "teachers")
+    moved = tmp_path / "moved"
+    shutil.copytree(out / "pictures", moved)
+    (moved / name).unlink()
+    fails(r"missing \(1 in all\); it is 'text'", "--pictures", str(moved))
+    (moved / name).write_bytes(b"no picture")
+    fails("cannot be read as a picture", "--pictures", str(moved))
+    shutil.copy(out / "pictures" / name, moved)
+    shutil.copy(out / "pictures" / name, moved / "extra.png")
+    fails(r"extra.png: belongs to no case \(1", "--pictures", str(moved))
+    (moved / "extra.png").unlink()
+    (cases / "again.jsonl").write_text((cases / "t2i.jsonl").read_text())
+    fails("a case is there twice")
+    (cases / "again.jsonl").unlink()
+    evaluation.main([*words, "--pictures", str(moved)])  # equal pictures, wherever they lie: known
+    assert len(server.asked) == before
+    fails("turbo/row.json: exists; name another, or give --overwrite", "--name", "mine")
+    row = json.loads((out / "row.json").read_text())
+    assert (row["nfe"], row["guidance"]) == (4, 2.0)  # they say so themselves
+
+    # Pictures of the most used web interface have text under the same key, which is no JSON.
+    notes = PngInfo()
+    notes.add_text("parameters", "a cat\nSteps: 20, Sampler: Euler a, CFG scale: 7")
+    with Image.open(moved / name) as picture:
+        picture.save(moved / name, pnginfo=notes)
+    evaluation.main([*words, "--pictures", str(moved)])
+    row = json.loads((out / "row.json").read_text())
+    assert row["nfe"] is None and row["guidance"] is None and "seconds_per_image" not in row
+
+
+def test_what_lies_beside_the_pictures_stays(toy_checkpoint, cases, tmp_path):
+    """Only a killed run's own unfinished file may lie there. Nothing is removed that has another name."""
+    words = f"--checkpoint {toy_checkpoint} --prompts {cases} --out {tmp_path / 'out'} --steps 1".split()
+    folder = tmp_path / "out" / "pictures"
+    folder.mkdir(parents=True)
+    (folder / "film.part").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="film.part: belongs to no case"):
+        evaluation.main(words)
+    assert (folder / "film.part").read_bytes() == b"mine" and len(list(folder.iterdir())) == 1
+    (folder / "film.part").unlink()
+    names = name_cases(read_prompts(sorted(cases.glob("*.jsonl"))))
+    (folder / f".{min(names)}.qwen-image-flash.part").write_bytes(b"half a picture")
+    evaluation.main(words)
+    assert {path.name for path in folder.iterdir()} == names.keys()
+
+
+def test_prompts_from_the_command_line(serve, tmp_path, capsys):
+    out = tmp_path / "portrait.jsonl"
+    server = serve(lambda question, n: json.dumps({"prompts": [f"face {len(server.asked)} {i}" for i in range(3)]}))
+    words = ["--write-prompts", "5", "--category", "portrait", "--endpoint", server.url, "--out", str(out)]
+    evaluation.main(words)
+    assert len(read_prompts([out])) == 5 and "5 prompts" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--category"):
+        evaluation.main(words[:2])
+    with pytest.raises(ValueError, match="--judge is for --prompts, not for the toy"):
+        evaluation.main(["--judge", server.url])
+
+
+def test_the_layout_of_a_public_bench(tmp_path, monkeypatch):
+    """The code of docs/benches.md, on rows of the form that GEdit-Bench has."""
+    kinds = (
+        "background_change color_alter material_alter motion_change ps_human style_change subject-add subject-remove "
+    )
+    kinds = (kinds + "subject-replace text_change tone_transfer").split()
+    rows = [
+        {"task_type": kind, "key": f"{kind}{i}", "instruction": f"edit {i}", "instruction_language": ["en", "cn"][i]}
+        | {"input_image_raw": Image.new("RGB", (8, 8)), "input_image": None, "Intersection_exist": True}
+        for kind in kinds
+        for i in range(2)
+    ]
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "benches.md").read_text()
+    code = next(block.split("```")[0] for block in page.split("```python\n")[1:] if "GEdit-Bench" in block)
+    exec(code, {})
+    cases = read_prompts([tmp_path / "gedit" / "edit.jsonl"])
+    assert len(cases) == 11 and {case.category for case in cases} <= rubrics.FAMILIES.keys()
+
+
+def test_the_pages_commands(toy_checkpoint, cases, serve, monkeypatch, capsys):
+    """As they stand there, in an empty folder: only the checkpoint is tiny, the endpoint local, and numbers small."""
+    monkeypatch.chdir(cases.parent)
+    server = serve(lambda question, n: well(question) if "grade" in str(question) else '{"prompts": ["a", "b", "c"]}')
+    page = (ROOT / "docs" / "benches.md").read_text().replace("http://localhost:8000/v1", server.url)
+    page = page.replace("runs/mine/student", str(toy_checkpoint)).replace("--write-prompts 20000", "--write-prompts 3")
+
+    def commands(text: str) -> list[list[str]]:
+        return [shlex.split(line)[2:] for line in text.splitlines() if "python eval.py" in line]
+
+    score, table, write = commands(page)
+    evaluation.main([*score, "--steps", "1"])
+    shutil.copytree("results/mine", "results/other")
+    evaluation.main(table)
+    assert capsys.readouterr().out.count("| mine |") == 2 + 4  # two tasks, of one model and of two
+    evaluation.main(write)
+    assert {prompt.prompt for prompt in read_prompts(["portrait.jsonl"])} == {"a", "b", "c"}
+    experiments = commands((ROOT / "results" / "README.md").read_text())
+    tables = [["composition"], ["teachers"], ["mixture", "--seeds", "7"]]
+    assert experiments == [["--experiment", *table] for table in tables]
