@@ -5,9 +5,9 @@ asked for. What happens otherwise:
 
     other text around the JSON, another key, a 6       asked again, ATTEMPTS times in all; then it stays unanswered
     429, 5xx, a time-out, a cut connection             the same, after a pause that doubles (or that Retry-After names)
-    another 4xx: the server refuses this question      unanswered at once
+    another 4xx, or the model's own "refusal"          refused at once: this question, not the next one
     401, 403, 404, a redirect                          the run ends: the next question would fare no better
-    GIVE_UP unanswered questions in a row              the run ends
+    GIVE_UP unanswered questions in a row              the run ends: nothing usable comes. Refused ones do not count
 
 Python's own HTTP client is enough.
 """
@@ -45,6 +45,10 @@ class Unanswered(Exception):
     """One question without a usable answer. Its text says why."""
 
 
+class Refused(Unanswered):
+    """The server refuses this question, for its content say. It is alive, and other questions may be answered."""
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     """urllib would follow a redirect, and send the key to the other server."""
 
@@ -79,7 +83,7 @@ class Chat:
     def ask(self, system: str, content: list[dict], check: Callable[[dict], None]) -> dict:
         """The JSON object that answers. `check` raises ValueError for an answer that is not what was asked for.
 
-        Unanswered: too many attempts, or the server refuses this question. ValueError: the server refuses every question.
+        Unanswered: too many attempts. Refused: the server refuses this question. ValueError: it refuses every question.
         """
         messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
         # No temperature: models that think first accept none, and a second attempt should not repeat the first.
@@ -99,7 +103,7 @@ class Chat:
                 if error.code in HOPELESS:
                     raise ValueError(f"{self.url}: {problem}") from None
                 if error.code not in TRANSIENT and error.code < 500:
-                    raise Unanswered(problem) from None
+                    raise Refused(problem) from None
                 after = error.headers.get("Retry-After", "")
                 pause = max(pause, float(after)) if after.isdecimal() else pause
             except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, a cut one
@@ -109,18 +113,21 @@ class Chat:
         raise Unanswered(problem)
 
     def reply(self, body: bytes) -> str:
-        """The text of the model's answer. ValueError if the reply is no chat completion."""
+        """The text of the model's answer. ValueError if the reply is no chat completion; Refused if the model refuses."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url + "/chat/completions", body, headers)
         with self.opener.open(request, timeout=self.timeout) as response:
             raw = response.read()
         try:
             choice = parse_json(raw)["choices"][0]
-            text, ended = choice["message"]["content"], choice.get("finish_reason")
+            message, ended = choice["message"], choice.get("finish_reason")
+            text, refusal = message.get("content"), message.get("refusal")
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"no chat completion: {raw[:200]!r}") from None
+        if refusal or ended == "content_filter":
+            raise Refused(f"refused (finish_reason {ended}): {refusal}"[:300])
         if not isinstance(text, str) or ended == "length":
-            raise ValueError(f"no whole answer (finish_reason {ended}): {choice['message']}"[:300])
+            raise ValueError(f"no whole answer (finish_reason {ended}): {message}"[:300])
         return text
 
     def excerpt(self, error: urllib.error.HTTPError) -> str:
@@ -166,20 +173,28 @@ def image_part(path: Path) -> dict:
 
 
 def in_parallel(chat: Chat, ask: Callable, jobs: list, parallel: int, title: str) -> Iterator[tuple]:
-    """(job, answer or Unanswered), in the order in which they end. ValueError after GIVE_UP in a row without an answer."""
-    pool, in_a_row = ThreadPoolExecutor(parallel), 0
+    """(job, answer or Unanswered), in the order in which they end.
+
+    ValueError after GIVE_UP questions in a row without an answer. Refused ones neither count nor end the row.
+    """
+    pool = ThreadPoolExecutor(parallel)
+    unanswered = 0  # questions in a row
     try:
         futures = {pool.submit(ask, job): job for job in jobs}
         for future in tqdm(as_completed(futures), desc=title, total=len(jobs), leave=False):
             try:
-                result, in_a_row = future.result(), 0
+                result = future.result()
+                unanswered = 0
+            except Refused as refusal:
+                result = refusal
             except Unanswered as error:
-                result, in_a_row = error, in_a_row + 1
-                if in_a_row == GIVE_UP:
-                    raise ValueError(
-                        f"{chat.url}: {GIVE_UP} questions in a row without an answer, the last because of {error}; "
-                        f"all answers so far are kept, and the same command asks for the rest"
-                    ) from None
+                result = error
+                unanswered += 1
+            if unanswered == GIVE_UP:
+                raise ValueError(
+                    f"{chat.url}: {GIVE_UP} questions in a row without an answer, the last because of {result}; "
+                    f"all answers so far are kept, and the same command asks for the rest"
+                )
             yield futures[future], result
     except BaseException:  # also Ctrl-C: questions under way may end, but are not asked again
         chat.stop.set()

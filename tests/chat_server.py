@@ -67,9 +67,9 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def reply(content: str | list | None, **choice) -> bytes:
+def reply(content: str | list | None, refusal: str | None = None, **choice) -> bytes:
     """A chat completion."""
-    return json.dumps({"choices": [{"message": {"content": content}} | choice]}).encode()
+    return json.dumps({"choices": [{"message": {"content": content, "refusal": refusal}} | choice]}).encode()
 
 
 def quick(server: Server, **settings) -> Chat:

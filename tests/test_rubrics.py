@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_server import GOOD, Server, about, quick, text, well, write_bench
+from chat_server import GOOD, Server, about, quick, reply, text, well, write_bench
 from PIL import Image
 
 from judges import chat, rubrics
@@ -89,6 +89,31 @@ def test_a_dead_endpoint_ends_the_run_and_keeps_the_answers(serve, bench, monkey
     server.answer = lambda question, n: well(question)
     answers, unscored = score(server, bench, parallel=1)
     assert len(answers) == 10 and not unscored and len(server.asked) - before == 6
+
+
+REFUSALS = [400, 413, 451, reply(None, finish_reason="content_filter"), reply(None, refusal="I cannot judge people.")]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_refused_cases_do_not_end_a_run_first_or_later(serve, bench, monkeypatch, refusal):
+    """Only refused cases are left for the second run: more in a row than a dead server would be given."""
+    monkeypatch.setattr(chat, "GIVE_UP", 3)
+    cases, _ = bench
+    server = serve(lambda question, n: refusal if "Instruction" in about(question) else well(question))
+    first = score(server, bench, parallel=1)
+    before = len(server.asked)
+    second = score(server, bench, parallel=1)
+    assert first == second and len(first[0]) == 4 and len(first[1]) == 6
+    assert len(server.asked) - before == 6  # nothing that was refused is insisted on
+    tables = [rubrics.summary(cases, *run) for run in (first, second)]
+    assert tables[0] == tables[1] and tables[0]["t2i"]["average"] == 4.5 and tables[0]["edit"]["average"] is None
+
+
+def test_refusals_between_failures_do_not_hide_a_dead_endpoint(serve, bench, monkeypatch):
+    monkeypatch.setattr(chat, "GIVE_UP", 3)
+    server = serve(lambda question, n: 400 if "portrait" in about(question) else 503)
+    with pytest.raises(ValueError, match="3 questions in a row without an answer, .*HTTP 503"):
+        score(server, bench, parallel=1)
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
