@@ -37,6 +37,7 @@ ATTEMPTS = 6  # at one question
 GIVE_UP = 10  # unanswered questions in a row
 LONGEST_PAUSE = 120.0  # seconds, whatever a server's Retry-After says
 LONGEST_SIDE = 2048  # in pixels, of a picture that is sent; judges look at smaller ones
+JSON_MODE = {"response_format": {"type": "json_object"}}  # not every server knows it
 TRANSIENT = {408, 409, 425, 429}  # HTTP statuses after which the question is asked again, as after every 5xx
 HOPELESS = {301, 302, 303, 307, 308, 401, 403, 404}  # every other question would get the same status
 
@@ -66,6 +67,7 @@ class Chat:
     timeout: float = 180.0  # seconds in which a server may send nothing
     pause: float = 2.0  # seconds after the first failure, then twice as long each time
     stop: threading.Event = field(default_factory=threading.Event)  # once set, nothing more is asked
+    json_mode: bool | None = None  # whether the server takes JSON_MODE; None until a reply has shown it
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
@@ -87,22 +89,21 @@ class Chat:
         """
         messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
         # No temperature: models that think first accept none, and a second attempt should not repeat the first.
-        question = {"messages": messages, "response_format": {"type": "json_object"}}
-        body = json.dumps(question | ({"model": self.model} if self.model else {})).encode()
+        question = {"messages": messages} | ({"model": self.model} if self.model else {})
         problem, pause = "stopped", self.pause
         for attempt in range(ATTEMPTS):
             if attempt and self.stop.wait(min(pause, LONGEST_PAUSE)) or self.stop.is_set():
                 break
             pause = self.pause * 2**attempt * random.uniform(0.75, 1.25)  # so that waiting threads spread out
             try:
-                answer = json_object(self.reply(body))
+                answer = json_object(self.reply(question))
                 check(answer)
                 return answer
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code}: {self.excerpt(error)}"
                 if error.code in HOPELESS:
                     raise ValueError(f"{self.url}: {problem}") from None
-                if error.code not in TRANSIENT and error.code < 500:
+                if refuses(error.code):
                     raise Refused(problem) from None
                 after = error.headers.get("Retry-After", "")
                 pause = max(pause, float(after)) if after.isdecimal() else pause
@@ -112,12 +113,9 @@ class Chat:
                 problem, pause = str(error), 0.0
         raise Unanswered(problem)
 
-    def reply(self, body: bytes) -> str:
+    def reply(self, question: dict) -> str:
         """The text of the model's answer. ValueError if the reply is no chat completion; Refused if the model refuses."""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.url + "/chat/completions", body, headers)
-        with self.opener.open(request, timeout=self.timeout) as response:
-            raw = response.read()
+        raw = self.post(question)
         try:
             choice = parse_json(raw)["choices"][0]
             message, ended = choice["message"], choice.get("finish_reason")
@@ -130,6 +128,32 @@ class Chat:
             raise ValueError(f"no whole answer (finish_reason {ended}): {message}"[:300])
         return text
 
+    def post(self, question: dict) -> bytes:
+        """The server's reply to a question, asked in JSON mode unless the server does not know it; else HTTPError.
+
+        Such a server refuses, and so does a content filter. So a refused question is asked once more without JSON mode,
+        until a reply has shown which it was.
+        """
+        if self.json_mode is not False:
+            try:
+                raw = self.send(question | JSON_MODE)
+                self.json_mode = True
+                return raw
+            except urllib.error.HTTPError as error:
+                if self.json_mode or not refuses(error.code):
+                    raise
+        raw = self.send(question)
+        self.json_mode = False
+        return raw
+
+    def send(self, question: dict) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.url + "/chat/completions", json.dumps(question).encode(), headers)
+        with self.opener.open(request, timeout=self.timeout) as response:
+            return response.read()
+
     def excerpt(self, error: urllib.error.HTTPError) -> str:
         """The start of a server's error message, without the key, which some servers repeat in it."""
         try:
@@ -137,6 +161,11 @@ class Chat:
         except (OSError, http.client.HTTPException):
             text = ""
         return " ".join(text.replace(self.key or "\0", "***").split())[:300] or error.reason
+
+
+def refuses(status: int) -> bool:
+    """Whether a server answers this HTTP status to a question that it does not want, while it takes others."""
+    return status < 500 and status not in TRANSIENT | HOPELESS
 
 
 def json_object(text: str) -> dict:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.pictures import open_picture
 from judges import chat, rubrics
-from judges.chat import Chat, Unanswered
+from judges.chat import Chat, Refused, Unanswered
 from recipe import Prompt
 
 
@@ -83,6 +83,29 @@ def test_one_fence_and_one_finished_thought_are_taken_off(serve, around):
     assert ask(quick(serve(lambda question, n: tags)))["reason"] == "a sign with </think> on it"
 
 
+def test_a_server_without_json_mode_is_asked_without_it(serve):
+    """Found out once, by the first question. One that refuses the question itself gets no third request."""
+    server = serve(lambda question, n: 400 if "response_format" in question else text())
+    client = quick(server)
+    assert [ask(client) for _ in range(3)] == [GOOD] * 3
+    assert ["response_format" in json.loads(body) for body in server.asked] == [True, False, False, False]
+
+    refusing = True
+    server = serve(lambda question, n: 400 if refusing else text())
+    client = quick(server)
+    for requests in 2, 2:  # still not known which of the two is refused
+        before = len(server.asked)
+        with pytest.raises(Refused, match="HTTP 400"):
+            ask(client)
+        assert len(server.asked) - before == requests
+    refusing = False
+    assert ask(client) == GOOD and "response_format" in json.loads(server.asked[-1])
+    refusing, before = True, len(server.asked)
+    with pytest.raises(Refused):
+        ask(client)
+    assert len(server.asked) - before == 1  # known: the server takes JSON mode
+
+
 def test_too_slow_is_asked_again(serve):
     def answer(question, n):
         if n == 0:
@@ -111,7 +134,7 @@ def test_what_cannot_be_answered_says_why(serve):
     server = serve(lambda question, n: {"never": 500, "not this": 400, "chatty": "Well..."}[question["model"]])
     for model, why, attempts in (
         ("never", "HTTP 500", chat.ATTEMPTS),
-        ("not this", "HTTP 400", 1),
+        ("not this", "HTTP 400", 2),  # the second without JSON mode
         ("chatty", "Well", 6),
     ):
         before = len(server.asked)
