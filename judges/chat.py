@@ -120,6 +120,8 @@ class Chat:
             choice = parse_json(raw)["choices"][0]
             message, ended = choice["message"], choice.get("finish_reason")
             text, refusal = message.get("content"), message.get("refusal")
+            if isinstance(text, list):  # of parts: thoughts, which are left out, and texts
+                text = "".join(part["text"] for part in text if part["type"] == "text")
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"no chat completion: {raw[:200]!r}") from None
         if refusal or ended == "content_filter":

@@ -39,6 +39,9 @@ MISBEHAVIOURS = {
     "a deep nest": b"[" * 100_000,
     "a refusal": reply(None),
     "cut off": reply(text(), finish_reason="length"),
+    "parts without a text": reply([{"type": "thinking", "thinking": text()}]),
+    "parts that are no parts": reply([text(), 3]),
+    "a part without its text": reply([{"type": "text", "text": None}]),
     "prose": "Sure! " + text(),
     "two fences": f"```\n```json\n{text()}\n```\n```",
     "a fence and prose": f"Here:\n```json\n{text()}\n```",
@@ -81,6 +84,15 @@ def test_one_fence_and_one_finished_thought_are_taken_off(serve, around):
     assert ask(quick(server)) == GOOD and len(server.asked) == 1
     tags = text(reason="a sign with </think> on it")  # inside the JSON it is a part of the answer
     assert ask(quick(serve(lambda question, n: tags)))["reason"] == "a sign with </think> on it"
+
+
+@pytest.mark.parametrize(
+    "before", [[], [{"type": "thinking", "thinking": text(score=5)}], [{"type": "text", "text": ""}]]
+)
+def test_the_text_parts_of_an_answer_in_parts_are_the_answer(serve, before):
+    halves = [{"type": "text", "text": text()[:9]}, {"type": "text", "text": text()[9:]}]
+    server = serve(lambda question, n: reply([*before, *halves]))
+    assert ask(quick(server)) == GOOD and len(server.asked) == 1
 
 
 def test_a_server_without_json_mode_is_asked_without_it(serve):
