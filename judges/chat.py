@@ -23,7 +23,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -105,8 +108,7 @@ class Chat:
                     raise ValueError(f"{self.url}: {problem}") from None
                 if refuses(error.code):
                     raise Refused(problem) from None
-                after = error.headers.get("Retry-After", "")
-                pause = max(pause, float(after)) if after.isdecimal() else pause
+                pause = max(pause, seconds_until(error.headers.get("Retry-After", "")))
             except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, a cut one
                 problem = f"{type(error).__name__}: {error}"
             except ValueError as error:  # an answer, but not what was asked for: no reason to wait
@@ -168,6 +170,17 @@ class Chat:
 def refuses(status: int) -> bool:
     """Whether a server answers this HTTP status to a question that it does not want, while it takes others."""
     return status < 500 and status not in TRANSIENT | HOPELESS
+
+
+def seconds_until(retry_after: str) -> float:
+    """What a Retry-After header says, which is a number of seconds or a date; 0 if it says anything else."""
+    try:
+        return float(retry_after)
+    except ValueError:
+        with suppress(ValueError, OverflowError):  # no date; one that no calendar has
+            date = parsedate_to_datetime(retry_after).replace(tzinfo=UTC)  # HTTP knows no other zone
+            return (date - datetime.now(UTC)).total_seconds()
+    return 0.0
 
 
 def json_object(text: str) -> dict:

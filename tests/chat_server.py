@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -60,8 +61,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in ({"Content-Length": len(content)} | headers).items():
             self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(content)
+        with suppress(OSError):  # a client that waited no longer
+            self.end_headers()
+            self.wfile.write(content)
 
     def log_message(self, *_):
         pass

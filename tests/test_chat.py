@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -134,12 +135,29 @@ def test_pauses_double_and_follow_the_server(serve, monkeypatch):
     stop = threading.Event()
     monkeypatch.setattr(chat.random, "uniform", lambda low, high: 1.0)
     monkeypatch.setattr(stop, "wait", lambda timeout: waits.append(timeout))
-    server = serve(lambda question, n: [500, 500, (429, {"Retry-After": "9"}), (503, {"Retry-After": "9999"}), "no"][n])
+    after = [None, None, "9.5", "9999", "Fri, 31 Dec 2100 00:00:00 GMT", "-5", "nan", "1e999"]
+    server = serve(lambda question, n: 500 if after[n] is None else (429, {"Retry-After": after[n]}))
     client = Chat(server.url, "x", pause=2.0, stop=stop)
-    monkeypatch.setattr(chat, "ATTEMPTS", 5)
-    with pytest.raises(Unanswered, match="'no'"):
+    monkeypatch.setattr(chat, "ATTEMPTS", 8)
+    monkeypatch.setattr(chat, "LONGEST_PAUSE", 1000.0)
+    with pytest.raises(Unanswered, match="HTTP 429"):
         ask(client)
-    assert waits == [2.0, 4.0, 9.0, chat.LONGEST_PAUSE]
+    assert waits == [2.0, 4.0, 9.5, 1000.0, 1000.0, 64.0, 128.0]
+
+
+@pytest.mark.parametrize("header, seconds", [
+    ("7.5", 7.5), ("12", 12), ("", 0), ("soon", 0), ("Wed, 21 Oct", 0), ("Wed, 32 Oct 2026 07:28:00 GMT", 0),
+    ("Thu, 01 Jan 2026 00:01:30 GMT", 90), ("Thursday, 01-Jan-26 00:01:30 GMT", 90), ("Thu Jan  1 00:01:30 2026", 90),
+    ("Wed, 31 Dec 2025 23:59:50 GMT", -10), ("Thu, 01 Jan 2026 00:00:30 -0000", 30), ("1" * 30 + " Jan 2026 0:0:0", 0),
+])  # fmt: skip
+def test_retry_after_is_seconds_or_a_date(monkeypatch, header, seconds):
+    class Clock(datetime):
+        @classmethod
+        def now(cls, zone):
+            return cls(2026, 1, 1, tzinfo=zone)
+
+    monkeypatch.setattr(chat, "datetime", Clock)
+    assert chat.seconds_until(header) == seconds
 
 
 def test_what_cannot_be_answered_says_why(serve):
