@@ -39,6 +39,7 @@ from program.edges import parse_json
 ATTEMPTS = 6  # at one question
 GIVE_UP = 10  # unanswered questions in a row
 LONGEST_PAUSE = 120.0  # seconds, whatever a server's Retry-After says
+THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}  # asked directly, whatever proxy the environment names
 LONGEST_SIDE = 2048  # in pixels, of a picture that is sent; judges look at smaller ones
 JSON_MODE = {"response_format": {"type": "json_object"}}  # not every server knows it
 TRANSIENT = {408, 409, 425, 429}  # HTTP statuses after which the question is asked again, as after every 5xx
@@ -83,7 +84,8 @@ class Chat:
             raise ValueError(f"{self.url}: no address; one like http://localhost:8000/v1 is expected")
         if not re.fullmatch("[ -~]*", self.key or ""):
             raise ValueError(f"{self.url}: the key for it has letters that HTTP cannot send")
-        self.opener = urllib.request.build_opener(NoRedirect)
+        no_proxy = [urllib.request.ProxyHandler({})] if parts.hostname in THIS_MACHINE else []
+        self.opener = urllib.request.build_opener(NoRedirect, *no_proxy)
 
     def ask(self, system: str, content: list[dict], check: Callable[[dict], None]) -> dict:
         """The JSON object that answers. `check` raises ValueError for an answer that is not what was asked for.

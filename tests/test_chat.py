@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from datetime import datetime
+from urllib.request import ProxyHandler
 
 import numpy as np
 import pytest
@@ -175,6 +176,23 @@ def test_what_cannot_be_answered_says_why(serve):
     server.server_close()
     with pytest.raises(Unanswered, match="refused"):
         ask(quick(server))
+
+
+def test_a_proxy_is_for_other_machines_only(serve, monkeypatch):
+    """This machine is asked directly; another through the proxy, which then gets the whole address."""
+    proxy = serve(lambda question, n: text())
+    for name in "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY":
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
+    for name in "no_proxy", "NO_PROXY":
+        monkeypatch.delenv(name, raising=False)
+    server = serve(lambda question, n: text())
+    for host in "127.0.0.1", "localhost", "LOCALHOST":
+        assert ask(Chat(f"http://{host}:{server.server_port}/v1")) == GOOD
+    assert len(server.asked) == 3 and proxy.asked == []
+    assert ask(Chat("http://judge.invalid/v1")) == GOOD
+    assert proxy.headers[0]["path"] == "http://judge.invalid/v1/chat/completions"
+    opener = Chat("http://[::1]:8000/v1").opener
+    assert not any(isinstance(handler, ProxyHandler) for handler in opener.handlers)
 
 
 def test_hopeless_endpoints_and_the_key(serve):
