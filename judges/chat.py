@@ -40,7 +40,8 @@ ATTEMPTS = 6  # at one question
 GIVE_UP = 10  # unanswered questions in a row
 LONGEST_PAUSE = 120.0  # seconds, whatever a server's Retry-After says
 THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}  # asked directly, whatever proxy the environment names
-LONGEST_SIDE = 2048  # in pixels, of a picture that is sent; judges look at smaller ones
+LONGEST_SIDE = 1536  # in pixels, of a picture that is sent. Judges reduce larger ones themselves
+LARGEST_PNG = 4_000_000  # bytes; a larger one is sent as JPEG. Servers limit a question's size
 JSON_MODE = {"response_format": {"type": "json_object"}}  # not every server knows it
 TRANSIENT = {408, 409, 425, 429}  # HTTP statuses after which the question is asked again, as after every 5xx
 HOPELESS = {301, 302, 303, 307, 308, 401, 403, 404}  # every other question would get the same status
@@ -208,14 +209,20 @@ def text_part(text: str) -> dict:
 
 
 def image_part(path: Path) -> dict:
-    """A picture as part of a question: upright, over white, as PNG inside the JSON."""
+    """A picture as part of a question: upright, over white, as PNG, or as JPEG if the PNG would be too large."""
     picture = open_picture(path)
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     flat.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
+    kind, data = "png", file_content(flat, "PNG")
+    if len(data) > LARGEST_PNG:
+        kind, data = "jpeg", file_content(flat, "JPEG", quality=95, subsampling="4:4:4")
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}
+
+
+def file_content(picture: Image.Image, kind: str, **settings) -> bytes:
     file = io.BytesIO()
-    flat.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    picture.save(file, kind, **settings)
+    return file.getvalue()
 
 
 def in_parallel(chat: Chat, ask: Callable, jobs: list, parallel: int, title: str) -> Iterator[tuple]:

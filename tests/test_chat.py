@@ -234,3 +234,18 @@ def test_the_judge_sees_what_the_network_sees(tmp_path):
             over = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
             assert sent.size == over.size and sent.tobytes() == over.tobytes()
     assert chat.image_part(tmp_path / "grey.png") != chat.image_part(tmp_path / "turned.png")
+
+
+def test_a_large_picture_is_reduced_and_sent_as_jpeg_where_png_would_be_larger_than_4_mb(tmp_path):
+    """Noise is what PNG cannot compress. One flat colour of the same size stays PNG."""
+    noise = np.random.default_rng(0).integers(32, 224, (1200, 1600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.bmp")
+    Image.new("RGB", (1200, 1600), "red").save(tmp_path / "flat.png")
+    for name, kind, size in (("noise.bmp", "jpeg", (1536, 1152)), ("flat.png", "png", (1152, 1536))):
+        head, data = chat.image_part(tmp_path / name)["image_url"]["url"].split(",")
+        content = base64.b64decode(data)
+        assert head == f"data:image/{kind};base64" and len(content) < 4e6
+        reduced = open_picture(tmp_path / name).convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        with Image.open(io.BytesIO(content)) as sent:
+            assert (sent.format, sent.size) == (kind.upper(), size)
+            assert np.abs(np.asarray(sent).astype(int) - np.asarray(reduced)).mean() < 4  # another noise: about 64

@@ -177,8 +177,8 @@ def test_a_question_shows_all_that_counts(serve, bench, tmp_path):
         if part["type"] == "image_url"
     ]
     assert (source.mode, source.getpixel((0, 0))) == ("RGB", (0, 0, 255))
-    assert result.size == (2048, 683) and result.getpixel((9, 9)) == (255, 0, 0)
-    assert result.getpixel((2000, 9)) == (255, 255, 255)
+    assert result.size == (1536, 512) and result.getpixel((9, 9)) == (255, 0, 0)
+    assert result.getpixel((1500, 9)) == (255, 255, 255)
     assert len({rubrics.system_text(case) for case in cases.values()}) == 7  # T2I and six families
 
 
