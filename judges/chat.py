@@ -1,15 +1,13 @@
-"""A chat model behind an HTTP endpoint. It grades pictures (rubrics.py) and writes prompts (prompts.py).
+"""A chat model behind an HTTP endpoint. It grades pictures (rubrics.py) and writes prompts (writing.py).
 
-Any server that speaks OpenAI's chat format will do, also a local one. An answer counts only if it is exactly what was
-asked for. What happens otherwise:
+Any server that speaks OpenAI's chat format will do, local or remote. An answer counts only if it is one JSON object in
+the form that was asked for. What happens otherwise:
 
-    other text around the JSON, another key, a 6       asked again, ATTEMPTS times in all; then it stays unanswered
-    429, 5xx, a time-out, a cut connection             the same, after a pause that doubles (or that Retry-After names)
-    another 4xx, or the model's own "refusal"          refused at once: this question, not the next one
-    401, 403, 404, a redirect                          the run ends: the next question would fare no better
-    GIVE_UP unanswered questions in a row              the run ends: nothing usable comes. Refused ones do not count
-
-Python's own HTTP client is enough.
+    text around the JSON, a wrong key, a score of 6    ask again, ATTEMPTS times in all; then the question is unanswered
+    429, 5xx, a time-out, a cut connection             the same, after a pause that doubles, or that Retry-After sets
+    400 and the like, or the model refuses             the question is refused; the others are still asked
+    401, 404 and the like, a redirect                  the run ends: every question would get the same reply
+    GIVE_UP unanswered questions in a row              the run ends: the server is dead. Refused questions do not count
 """
 
 import base64
@@ -38,25 +36,27 @@ from program.edges import parse_json
 
 ATTEMPTS = 6  # at one question
 GIVE_UP = 10  # unanswered questions in a row
-LONGEST_PAUSE = 120.0  # seconds, whatever a server's Retry-After says
-THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}  # asked directly, whatever proxy the environment names
-LONGEST_SIDE = 1536  # in pixels, of a picture that is sent. Judges reduce larger ones themselves
-LARGEST_PNG = 4_000_000  # bytes; a larger one is sent as JPEG. Servers limit a question's size
+LONGEST_PAUSE = 120.0  # seconds, whatever Retry-After says
+LONGEST_SIDE = 1536  # pixels, of a picture that is sent; judges reduce larger ones themselves
+LARGEST_PNG = 4_000_000  # bytes, since servers limit a question's size; a larger picture is sent as JPEG
 JSON_MODE = {"response_format": {"type": "json_object"}}  # not every server knows it
-TRANSIENT = {408, 409, 425, 429}  # HTTP statuses after which the question is asked again, as after every 5xx
-HOPELESS = {301, 302, 303, 307, 308, 401, 403, 404}  # every other question would get the same status
+THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}  # asked directly, without a proxy
+
+# HTTP statuses. 5xx is transient too; any other says that the server refuses this one question.
+TRANSIENT = {408, 409, 425, 429}
+HOPELESS = {301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 407, 410}
 
 
 class Unanswered(Exception):
-    """One question without a usable answer. Its text says why."""
+    """A question without a usable answer. The message says why."""
 
 
 class Refused(Unanswered):
-    """The server refuses this question, for its content say. It is alive, and other questions may be answered."""
+    """A question that the server refuses, for its content for example. The server is alive."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """urllib would follow a redirect, and send the key to the other server."""
+    """Raises redirects as errors. urllib would follow them and send the key to another server."""
 
     def redirect_request(self, *_):
         return None
@@ -64,43 +64,49 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass
 class Chat:
-    """One model at one endpoint. `url` ends where /chat/completions follows; model None: the server's only one."""
+    """One model at one endpoint. ValueError for an address or a key that HTTP cannot use."""
 
-    url: str
-    model: str | None = None
+    url: str  # without /chat/completions
+    model: str | None = None  # None: the server's only one
     key: str | None = field(default=None, repr=False)
-    timeout: float = 180.0  # seconds in which a server may send nothing
-    pause: float = 2.0  # seconds after the first failure, then twice as long each time
+    timeout: float = 180.0  # seconds without a byte from the server
+    pause: float = 2.0  # seconds after the first failure; doubles with each further one
     stop: threading.Event = field(default_factory=threading.Event)  # once set, nothing more is asked
-    json_mode: bool | None = None  # whether the server takes JSON_MODE; None until a reply has shown it
+    json_mode: bool | None = field(default=None, init=False)  # whether the server knows it; None: not seen yet
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
         try:
             parts = urlsplit(self.url)
-            right = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+            valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:  # a port that is no number, a bracket that is not closed
-            right = False
-        if not right or not re.fullmatch("[!-~]+", self.url):
+            valid = False
+        if not valid or not re.fullmatch("[!-~]+", self.url):
             raise ValueError(f"{self.url}: no address; one like http://localhost:8000/v1 is expected")
         if not re.fullmatch("[ -~]*", self.key or ""):
             raise ValueError(f"{self.url}: the key for it has letters that HTTP cannot send")
-        no_proxy = [urllib.request.ProxyHandler({})] if parts.hostname in THIS_MACHINE else []
-        self.opener = urllib.request.build_opener(NoRedirect, *no_proxy)
+        no_proxy = urllib.request.ProxyHandler({})
+        direct = [no_proxy] if parts.hostname in THIS_MACHINE else []
+        self.opener = urllib.request.build_opener(NoRedirect, *direct)
 
     def ask(self, system: str, content: list[dict], check: Callable[[dict], None]) -> dict:
-        """The JSON object that answers. `check` raises ValueError for an answer that is not what was asked for.
+        """Ask until the answer is a JSON object that passes `check`, which raises ValueError for a wrong one.
 
-        Unanswered: too many attempts. Refused: the server refuses this question. ValueError: it refuses every question.
+        Unanswered after ATTEMPTS, Refused if the server refuses this question, ValueError if it refuses all questions.
         """
+        # No temperature: reasoning models do not accept it, and a second attempt should not repeat the first.
         messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        # No temperature: models that think first accept none, and a second attempt should not repeat the first.
-        question = {"messages": messages} | ({"model": self.model} if self.model else {})
-        problem, pause = "stopped", self.pause
+        question = {"messages": messages}
+        if self.model:
+            question["model"] = self.model
+        problem = "stopped"
+        pause = 0.0
         for attempt in range(ATTEMPTS):
-            if attempt and self.stop.wait(min(pause, LONGEST_PAUSE)) or self.stop.is_set():
+            if self.stop.wait(min(pause, LONGEST_PAUSE)):
                 break
-            pause = self.pause * 2**attempt * random.uniform(0.75, 1.25)  # so that waiting threads spread out
+            pause = (
+                self.pause * 2**attempt * random.uniform(0.75, 1.25)
+            )  # random, so that threads do not return at once
             try:
                 answer = json_object(self.reply(question))
                 check(answer)
@@ -112,20 +118,21 @@ class Chat:
                 if refuses(error.code):
                     raise Refused(problem) from None
                 pause = max(pause, seconds_until(error.headers.get("Retry-After", "")))
-            except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, a cut one
+            except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, a cut connection
                 problem = f"{type(error).__name__}: {error}"
-            except ValueError as error:  # an answer, but not what was asked for: no reason to wait
-                problem, pause = str(error), 0.0
+            except ValueError as error:  # an answer in another form: no reason to wait
+                problem = str(error)
+                pause = 0.0
         raise Unanswered(problem)
 
     def reply(self, question: dict) -> str:
-        """The text of the model's answer. ValueError if the reply is no chat completion; Refused if the model refuses."""
+        """The text of the model's answer. ValueError if there is none or only half of it; Refused if the model refuses."""
         raw = self.post(question)
         try:
             choice = parse_json(raw)["choices"][0]
             message, ended = choice["message"], choice.get("finish_reason")
             text, refusal = message.get("content"), message.get("refusal")
-            if isinstance(text, list):  # of parts: thoughts, which are left out, and texts
+            if isinstance(text, list):  # texts and thoughts; the texts are the answer
                 text = "".join(part["text"] for part in text if part["type"] == "text")
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"no chat completion: {raw[:200]!r}") from None
@@ -136,10 +143,10 @@ class Chat:
         return text
 
     def post(self, question: dict) -> bytes:
-        """The server's reply to a question, asked in JSON mode unless the server does not know it; else HTTPError.
+        """The server's reply, in JSON mode where the server knows it. HTTPError for a status other than success.
 
-        Such a server refuses, and so does a content filter. So a refused question is asked once more without JSON mode,
-        until a reply has shown which it was.
+        A server that does not know JSON mode refuses the question, but so does a content filter. Until the first
+        success shows which it is, a refused question is sent a second time, without JSON mode.
         """
         if self.json_mode is not False:
             try:
@@ -162,7 +169,7 @@ class Chat:
             return response.read()
 
     def excerpt(self, error: urllib.error.HTTPError) -> str:
-        """The start of a server's error message, without the key, which some servers repeat in it."""
+        """The start of a server's error message. Some servers repeat the key in it; here it is masked."""
         try:
             text = error.read(500).decode(errors="replace")
         except (OSError, http.client.HTTPException):
@@ -171,31 +178,32 @@ class Chat:
 
 
 def refuses(status: int) -> bool:
-    """Whether a server answers this HTTP status to a question that it does not want, while it takes others."""
+    """Whether an HTTP error says that the server refuses this question, and not all questions."""
     return status < 500 and status not in TRANSIENT | HOPELESS
 
 
 def seconds_until(retry_after: str) -> float:
-    """What a Retry-After header says, which is a number of seconds or a date; 0 if it says anything else."""
-    try:
+    """The seconds that a Retry-After header asks for, as a number or as a date. 0 for anything else."""
+    with suppress(ValueError):
         return float(retry_after)
-    except ValueError:
-        with suppress(ValueError, OverflowError):  # no date; one that no calendar has
-            date = parsedate_to_datetime(retry_after).replace(tzinfo=UTC)  # HTTP knows no other zone
-            return (date - datetime.now(UTC)).total_seconds()
+    with suppress(ValueError, OverflowError):  # no date, or a year that does not exist
+        date = parsedate_to_datetime(retry_after).replace(tzinfo=UTC)  # HTTP has no other zone
+        return (date - datetime.now(UTC)).total_seconds()
     return 0.0
 
 
 def json_object(text: str) -> dict:
-    """The one JSON object in an answer; ValueError for anything else. What many models put around it is taken off: a
-    finished thought before it, and a code fence around it."""
+    """The JSON object that an answer consists of; ValueError for anything else.
+
+    A finished thought before it and a code fence around it are removed: many models write them unasked.
+    """
     bare = text.strip()
-    if not bare.startswith("{") and "</think>" in bare:
+    if not bare.startswith(("{", "```")) and "</think>" in bare:
         bare = bare.partition("</think>")[2].strip()
     fenced = re.fullmatch(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", bare, re.DOTALL)
     try:
         value = parse_json(fenced[1] if fenced else bare)
-        json.dumps(value, ensure_ascii=False).encode()  # finds halves of emoji
+        json.dumps(value, ensure_ascii=False).encode()  # half an emoji cannot be encoded
     except ValueError as error:
         raise ValueError(f"not the JSON that was asked for ({error}): {text[:200]!r}") from None
     if type(value) is not dict:
@@ -204,34 +212,32 @@ def json_object(text: str) -> dict:
 
 
 def text_part(text: str) -> dict:
-    """Words as part of a question."""
+    """A text as part of a question."""
     return {"type": "text", "text": text}
 
 
 def image_part(path: Path) -> dict:
-    """A picture as part of a question: upright, over white, as PNG, or as JPEG if the PNG would be too large."""
+    """A picture as part of a question: upright, on white, no side above LONGEST_SIDE, as PNG or JPEG."""
     picture = open_picture(path)
-    flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    white = Image.new("RGBA", picture.size, "white")
+    flat = Image.alpha_composite(white, picture).convert("RGB")
     flat.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
-    kind, data = "png", file_content(flat, "PNG")
-    if len(data) > LARGEST_PNG:
-        kind, data = "jpeg", file_content(flat, "JPEG", quality=95, subsampling="4:4:4")
-    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(data).decode()}"}}
-
-
-def file_content(picture: Image.Image, kind: str, **settings) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **settings)
-    return file.getvalue()
+    kind, file = "png", io.BytesIO()
+    flat.save(file, "PNG")
+    if file.tell() > LARGEST_PNG:
+        kind, file = "jpeg", io.BytesIO()
+        flat.save(file, "JPEG", quality=95, subsampling="4:4:4")
+    data = base64.b64encode(file.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{data}"}}
 
 
 def in_parallel(chat: Chat, ask: Callable, jobs: list, parallel: int, title: str) -> Iterator[tuple]:
-    """(job, answer or Unanswered), in the order in which they end.
+    """Call `ask` on each job, `parallel` at a time. Yields (job, answer or Unanswered) in the order in which they end.
 
-    ValueError after GIVE_UP questions in a row without an answer. Refused ones neither count nor end the row.
+    ValueError after GIVE_UP unanswered questions in a row; a refused question neither counts nor ends the row.
     """
     pool = ThreadPoolExecutor(parallel)
-    unanswered = 0  # questions in a row
+    unanswered = 0  # in a row
     try:
         futures = {pool.submit(ask, job): job for job in jobs}
         for future in tqdm(as_completed(futures), desc=title, total=len(jobs), leave=False):
@@ -249,7 +255,7 @@ def in_parallel(chat: Chat, ask: Callable, jobs: list, parallel: int, title: str
                     f"all answers so far are kept, and the same command asks for the rest"
                 )
             yield futures[future], result
-    except BaseException:  # also Ctrl-C: questions under way may end, but are not asked again
+    except BaseException:  # also Ctrl-C: questions under way may end, but none is asked again
         chat.stop.set()
         raise
     finally:

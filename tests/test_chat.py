@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import random
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import datetime
 from urllib.request import ProxyHandler
 
@@ -97,6 +99,73 @@ def test_the_text_parts_of_an_answer_in_parts_are_the_answer(serve, before):
     assert ask(quick(server)) == GOOD and len(server.asked) == 1
 
 
+def random_text(rng: random.Random) -> str:
+    """What models write into an answer, and what could be mistaken for its end."""
+    pieces = [
+        "a cat",
+        " ",
+        "</think>",
+        "<think>",
+        "```",
+        "```json\n",
+        "{",
+        "}",
+        '"',
+        "\\",
+        "\n",
+        "é",
+        "猫",
+        "🐈",
+        "\x00",
+    ]
+    return "".join(rng.choices(pieces, k=rng.randint(1, 8)))
+
+
+def wrapped(rng: random.Random, answer: str) -> str:
+    """The answer with or without a thought before it and a fence around it."""
+    fence = rng.choice(["{}", "```json\n{}\n```", "```\n{}\n```\n"])
+    thought = rng.choice(["", "", "hm\n</think>", "<think>{5}</think>\n\n"])
+    return thought + fence.replace("{}", answer)
+
+
+def test_every_good_answer_is_found_whatever_its_words_are():
+    rng = random.Random(0)
+    for _ in range(2000):
+        answer = {"score": rng.randint(100, 500) / 100, "reason": "so: " + random_text(rng)}
+        written = json.dumps(answer, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, 2]))
+        assert chat.json_object(wrapped(rng, written)) == answer
+        rubrics.check_answer(answer, GOOD)
+
+
+def damaged(rng: random.Random, content: str) -> str:
+    """A few letters are taken out, put in, or replaced by what JSON readers stumble over."""
+    traps = ["[" * 5000, '{"a":' * 3000, "9" * 5000, "9" * 400, "1e999", "-0", "NaN", "\\ud83d", "\ud83d", "\x00",
+             "null", "true", "[]", "{}", '"', "\\", ",", ":", "{", "}", "]", "```", "</think>", "\n", "é", ""]  # fmt: skip
+    for _ in range(rng.randint(1, 3)):
+        start = rng.randrange(len(content) + 1)
+        content = content[:start] + rng.choice(traps) + content[start + rng.choice([0, 0, 1, 12]) :]
+    return content
+
+
+def test_a_damaged_answer_is_refused_or_still_a_good_one(monkeypatch):
+    """Damage inside the answer and around it. What is accepted can be written and read again."""
+    rng, client, accepted = random.Random(0), Chat("http://localhost/v1", pause=0.0), 0
+    monkeypatch.setattr(chat, "ATTEMPTS", 1)
+    for _ in range(3000):
+        answer = wrapped(rng, text(reason="well drawn, " * 9))
+        if rng.random() < 0.5:
+            raw = reply(damaged(rng, answer))
+        else:
+            raw = damaged(rng, reply(answer).decode()).encode(errors="surrogatepass")
+        monkeypatch.setattr(client, "send", lambda question, raw=raw: raw)
+        with suppress(Unanswered):
+            found = ask(client)
+            assert found.keys() == GOOD.keys() and 1 <= found["score"] <= 5 and found["reason"].strip()
+            assert json.loads(json.dumps(found, ensure_ascii=False).encode()) == found
+            accepted += 1
+    assert 300 < accepted < 2500
+
+
 def test_a_server_without_json_mode_is_asked_without_it(serve):
     """Found out once, by the first question. One that refuses the question itself gets no third request."""
     server = serve(lambda question, n: 400 if "response_format" in question else text())
@@ -143,7 +212,7 @@ def test_pauses_double_and_follow_the_server(serve, monkeypatch):
     monkeypatch.setattr(chat, "LONGEST_PAUSE", 1000.0)
     with pytest.raises(Unanswered, match="HTTP 429"):
         ask(client)
-    assert waits == [2.0, 4.0, 9.5, 1000.0, 1000.0, 64.0, 128.0]
+    assert waits == [0.0, 2.0, 4.0, 9.5, 1000.0, 1000.0, 64.0, 128.0]
 
 
 @pytest.mark.parametrize("header, seconds", [
@@ -161,20 +230,35 @@ def test_retry_after_is_seconds_or_a_date(monkeypatch, header, seconds):
     assert chat.seconds_until(header) == seconds
 
 
-def test_what_cannot_be_answered_says_why(serve):
-    server = serve(lambda question, n: {"never": 500, "not this": 400, "chatty": "Well..."}[question["model"]])
-    for model, why, attempts in (
-        ("never", "HTTP 500", chat.ATTEMPTS),
-        ("not this", "HTTP 400", 2),  # the second without JSON mode
-        ("chatty", "Well", 6),
-    ):
-        before = len(server.asked)
-        with pytest.raises(Unanswered, match=why):
-            ask(Chat(server.url, model, pause=0.001))
-        assert len(server.asked) - before == attempts
+# What a server always does, and how a question to it ends: the error, words in it, the number of requests.
+ENDINGS = [
+    (500, Unanswered, "HTTP 500: .*you sent Bearer \\*\\*\\*", chat.ATTEMPTS),
+    ("Well...", Unanswered, "not the JSON that was asked for .*Well", chat.ATTEMPTS),
+    ("[1]", Unanswered, "not a JSON object: '.1.'", chat.ATTEMPTS),
+    (b"<html>", Unanswered, "no chat completion: b'<html>'", chat.ATTEMPTS),
+    (reply(text(), finish_reason="length"), Unanswered, "no whole answer .finish_reason length", chat.ATTEMPTS),
+    (400, Refused, "HTTP 400", 2),  # with JSON mode and without
+    (413, Refused, "HTTP 413", 2),
+    (reply(None, refusal="I cannot."), Refused, "refused .finish_reason None.: I cannot", 1),
+    (reply("", finish_reason="content_filter"), Refused, "refused .finish_reason content_filter", 1),
+    *((code, ValueError, f"/v1: HTTP {code}", 1) for code in (401, 402, 403, 404, 405, 407)),
+]
+
+
+@pytest.mark.parametrize("action, error, words, requests", ENDINGS)
+def test_a_question_without_an_answer_says_why(serve, action, error, words, requests):
+    server = serve(lambda question, n: action)
+    with pytest.raises(error, match=words) as raised:
+        ask(quick(server, key="secret-key"))
+    assert raised.type is error and len(server.asked) == requests
+    assert "secret-key" not in str(raised.value)
+
+
+def test_without_a_server_the_connection_is_refused(serve):
+    server = serve(lambda question, n: text())
     server.shutdown()
     server.server_close()
-    with pytest.raises(Unanswered, match="refused"):
+    with pytest.raises(Unanswered, match="Connection refused"):
         ask(quick(server))
 
 
@@ -195,28 +279,38 @@ def test_a_proxy_is_for_other_machines_only(serve, monkeypatch):
     assert not any(isinstance(handler, ProxyHandler) for handler in opener.handlers)
 
 
-def test_hopeless_endpoints_and_the_key(serve):
-    """The first 401 ends the run; nobody but the endpoint sees the key, neither another server nor a reader."""
+def test_the_key_goes_to_the_endpoint_alone(serve):
+    """Not to the server that a redirect names, and not into what a client prints."""
     other = serve(lambda question, n: text())
-    server = serve(
-        lambda question, n: int(question["model"]) if question["model"] != "302" else (302, {"Location": other.url})
-    )
-    for code in ("401", "403", "404", "302"):
-        with pytest.raises(ValueError, match=f"HTTP {code}") as error:
-            ask(Chat(server.url, code, "secret-key"))
-        assert "secret-key" not in str(error.value)
-    assert len(server.asked) == 4 and other.asked == []
-    assert all(h["Authorization"] == "Bearer secret-key" for h in server.headers)
-    assert "secret" not in repr(Chat(server.url, "x", "secret-key"))
+    server = serve(lambda question, n: (302, {"Location": other.url}))
+    client = quick(server, key="secret-key")
+    with pytest.raises(ValueError, match="HTTP 302"):
+        ask(client)
+    assert other.asked == [] and "secret" not in repr(client)
+    assert [headers["Authorization"] for headers in server.headers] == ["Bearer secret-key"]
 
-    ask(Chat(other.url + "/chat/completions/", None))
-    assert "Authorization" not in other.headers[0] and other.headers[0]["path"] == "/v1/chat/completions"
-    assert "model" not in json.loads(other.asked[0])
-    for url in "localhost:8000", "http://", "http://a b/v1", "http://[::1", "http://a:99999", "http://ä", "file:///etc":
-        with pytest.raises(ValueError, match="no address"):
-            Chat(url)
-    with pytest.raises(ValueError, match="key for it") as error:
-        Chat(server.url, "x", "secret\nkey")
+
+def test_a_server_of_one_model_needs_neither_its_name_nor_a_key(serve):
+    server = serve(lambda question, n: text())
+    ask(Chat(server.url + "/chat/completions/"))
+    assert "Authorization" not in server.headers[0] and server.headers[0]["path"] == "/v1/chat/completions"
+    assert "model" not in json.loads(server.asked[0])
+
+
+@pytest.mark.parametrize("url, key, words", [
+    ("localhost:8000", None, "no address"),
+    ("http://", None, "no address"),
+    ("http://a b/v1", None, "no address"),
+    ("http://[::1", None, "no address"),
+    ("http://a:99999", None, "no address"),
+    ("http://a:0", None, "no address"),
+    ("http://ä", None, "no address"),
+    ("file:///etc", None, "no address"),
+    ("http://a/v1", "secret\nkey", "http://a/v1: the key for it has letters"),
+])  # fmt: skip
+def test_what_http_cannot_use_is_refused_at_once(url, key, words):
+    with pytest.raises(ValueError, match=words) as error:
+        Chat(url, key=key)
     assert "secret" not in str(error.value)
 
 
