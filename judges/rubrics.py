@@ -1,10 +1,10 @@
-"""A vision-language model as the judge: the questions, what counts as an answer, and the means of the answers.
+"""A vision-language model as the judge: its questions, the form of its answers, and the table of its scores.
 
-The rubrics are data, rubrics.toml: the paper's (appendix A of Qwen-Image-Flash, arXiv 2606.03746) in our words. Scores go
-from 1 to 5. An answer in another form than the rubric's does not count.
+The rubrics are the paper's (appendix A of Qwen-Image-Flash, arXiv 2606.03746) in our words: rubrics.toml. Scores go from
+1 to 5.
 
-Every answer is a file, named by a hash of ALL that led to it: model, words, and the bytes of every picture. So a picture
-that has changed is judged again, no question is paid for twice, and a run that ended early asks only the rest.
+Every answer is kept in a file. Its name has a hash of the whole question: model, texts, and the bytes of every picture.
+So a changed picture is judged again, no question is paid for twice, and a stopped run resumes.
 """
 
 import json
@@ -15,17 +15,18 @@ import numpy as np
 
 from checkpoint.files import digest, read_json, write_json
 from judges.chat import Chat, Unanswered, image_part, in_parallel, text_part
+from program.edges import short
 from recipe import TASKS, Prompt
 from scores.rows import averages, interval, markdown
 
 RUBRICS = tomllib.loads(Path(__file__).with_name("rubrics.toml").read_text(encoding="utf-8"))
 FAMILIES = RUBRICS["families"]  # of edits: category -> its rubric
 
-# ---- one picture -----------------------------------------------------------------------------------------------------
+# ---- One question ----------------------------------------------------------------------------------------------------
 
 
 def form_of(case: Prompt) -> dict:
-    """An example of the JSON that answers."""
+    """An example of the JSON object that the judge answers with."""
     form = {"score": 3.42, "reason": "one sentence"}
     if case.task == "edit":
         form |= {"sub_scores": dict.fromkeys(FAMILIES[case.category]["sub_scores"], 3.42), "failures": ["..."]}
@@ -33,7 +34,7 @@ def form_of(case: Prompt) -> dict:
 
 
 def system_text(case: Prompt) -> str:
-    """The rubric for this case's task and category."""
+    """The system message: the rubric for this case's task and category, and the form of the answer."""
     scale = RUBRICS["scale"].format(form=json.dumps(form_of(case)))
     if case.task == "t2i":
         return f"{RUBRICS['t2i']}\n{scale}"
@@ -43,101 +44,134 @@ def system_text(case: Prompt) -> str:
     return f"{RUBRICS['edit'].format(sources=sources, parts=parts, **family)}\n{scale}"
 
 
+def user_content(case: Prompt, picture: Path) -> list[dict]:
+    """The user message: sources, prompt and result."""
+    content = []
+    for number, image in enumerate(case.images, 1):
+        content += [text_part(f"Source picture {number}:"), image_part(Path(image))]
+    title = "Instruction" if case.task == "edit" else "Prompt"
+    return [*content, text_part(f"{title}: {case.prompt}"), text_part("Result:"), image_part(picture)]
+
+
 def check_answer(answer: object, form: object, name: str = "the answer") -> None:
-    """ValueError unless the answer has the form: its keys, a score for a number, words for words."""
+    """ValueError unless the answer has the form: the same keys, a score for a number, a text for a text."""
     if isinstance(form, dict):
         if type(answer) is not dict or answer.keys() != form.keys():
-            raise ValueError(f"{name}: the keys {', '.join(form)} are expected: {json.dumps(answer)[:200]}")
+            raise ValueError(f"{name} is {short(answer)}; the keys {', '.join(form)} are expected")
         for key in form:
             check_answer(answer[key], form[key], key)
     elif isinstance(form, float):
         if type(answer) not in (int, float) or not 1 <= answer <= 5 or round(answer, 2) != answer:
-            raise ValueError(f"{name} is {answer!r}, not a number from 1 to 5 with at most two decimals")
+            raise ValueError(f"{name} is {short(answer)}, not a number from 1 to 5 with at most two decimals")
     elif isinstance(form, list):
-        if type(answer) is not list or not all(isinstance(words, str) for words in answer):
-            raise ValueError(f"{name} is no list of texts")
+        if type(answer) is not list or not all(isinstance(text, str) for text in answer):
+            raise ValueError(f"{name} is {short(answer)}, not a list of texts")
     elif not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"{name} is no sentence")
+        raise ValueError(f"{name} is {short(answer)}, not a sentence")
 
 
-# ---- a folder of pictures --------------------------------------------------------------------------------------------
+# ---- All pictures of a folder ----------------------------------------------------------------------------------------
 
 
 def judge(chat: Chat, cases: dict[str, Prompt], folder: Path, kept: Path, parallel: int) -> tuple[dict, dict]:
-    """Ask about every picture that has no answer in the folder `kept`.
+    """Ask about every picture in `folder` that has no answer in the folder `kept` yet.
 
-    Returns {name: answer} and {name: why there is none}. ValueError when the endpoint is no use; KeyboardInterrupt after the
-    questions under way have ended. The answers until then are kept either way.
+    Returns {name: answer} and {name: why there is none}. ValueError if the endpoint is of no use. After Ctrl-C the
+    questions under way end first. All answers until then are kept either way.
     """
-    answers, waiting = {}, {}
+    answers, missing = {}, {}
     for name, case in cases.items():
-        seen = [digest(Path(path).read_bytes()) for path in (*case.images, folder / name)]
-        key = digest(json.dumps([chat.model, name, case.prompt, system_text(case), seen]))
-        file = kept / f"{Path(name).stem}-{key[:32]}.json"
-        if not file.exists():
-            waiting[name] = file
-            continue
-        try:
-            answers[name] = read_json(file)
-            check_answer(answers[name], form_of(case))
-        except ValueError as error:
-            raise ValueError(f"{file}: not a kept answer ({error}); take the file away") from None
+        file = kept / f"{Path(name).stem}-{question_hash(chat.model, case, folder / name)}.json"
+        if file.exists():
+            answers[name] = read_answer(file, case)
+        else:
+            missing[name] = file
 
     def ask(name: str) -> dict:
-        case, content = cases[name], []
-        for number, image in enumerate(case.images, 1):
-            content += [text_part(f"Source picture {number}:"), image_part(Path(image))]
-        words = "Instruction" if case.task == "edit" else "Prompt"
-        content += [text_part(f"{words}: {case.prompt}"), text_part("Result:"), image_part(folder / name)]
+        case = cases[name]
+        content = user_content(case, folder / name)
         answer = chat.ask(system_text(case), content, lambda answer: check_answer(answer, form_of(case)))
-        write_json(waiting[name], answer)  # in the thread itself, so that no interrupt comes in between
+        write_json(missing[name], answer)  # in this thread, which Ctrl-C does not interrupt
         return answer
 
     unscored = {}
-    for name, result in in_parallel(chat, ask, list(waiting), parallel, f"ask {chat.model or 'the judge'}"):
-        (unscored if isinstance(result, Unanswered) else answers)[name] = result
-    return answers, {name: str(reason) for name, reason in unscored.items()}
+    for name, result in in_parallel(chat, ask, list(missing), parallel, f"ask {chat.model or 'the judge'}"):
+        if isinstance(result, Unanswered):
+            unscored[name] = str(result)
+        else:
+            answers[name] = result
+    return answers, unscored
 
 
-# ---- what comes out --------------------------------------------------------------------------------------------------
+def question_hash(model: str | None, case: Prompt, picture: Path) -> str:
+    pictures = [digest(Path(path).read_bytes()) for path in (*case.images, picture)]
+    question = [model, picture.name, case.prompt, system_text(case), pictures]
+    return digest(json.dumps(question))[:32]
+
+
+def read_answer(file: Path, case: Prompt) -> dict:
+    try:
+        answer = read_json(file)
+        check_answer(answer, form_of(case))
+    except ValueError as error:
+        raise ValueError(f"{file}: not an answer of a judge ({error}); remove the file to ask again") from None
+    return answer
+
+
+# ---- Scores and tables -----------------------------------------------------------------------------------------------
 
 
 def summary(cases: dict[str, Prompt], answers: dict[str, dict], unscored: dict[str, str]) -> dict:
-    """One judge's part of a row: the means for each task, the half-width of the average's 95% interval, and which pictures
-    have no score. Where a category has none, its mean and the average are None."""
-    out = {}
+    """One judge's part of a row: for each task the categories' means, their average and the half-width of its 95%
+    interval; and which pictures have no score. In a category without scores the mean is None, and so is the average."""
+    result = {}
     for task in TASKS:
         scores = {case.category: [] for case in cases.values() if case.task == task}
         for name, case in cases.items():
             if case.task == task and name in answers:
                 scores[case.category].append(answers[name]["score"])
         if scores:
-            out[task] = averages(dict(sorted(scores.items())))
-            if all(len(some) > 1 for some in scores.values()):
-                out[f"{task}_interval"] = interval(scores)
-    return out | {"scored": len(answers), "unscored": unscored}
+            result[task] = averages(dict(sorted(scores.items())))
+            if all(len(numbers) > 1 for numbers in scores.values()):
+                result[f"{task}_interval"] = interval(scores)
+    return result | {"scored": len(answers), "unscored": unscored}
 
 
 def table(rows: list[dict]) -> str:
-    """The paper's form: a line for each judge of each model, and the model's rank in the mean of its judges' averages. The
-    paper does not say how it ranks; this rule gives its ranks. ValueError for rows that were scored on different cases."""
+    """The paper's tables, one for each task: a line for each judge of each model, and the model's rank.
+
+    ValueError for rows that were scored on different cases.
+    """
     if len({row["bench"] for row in rows}) > 1:
         raise ValueError("rows of different cases cannot share a table: " + ", ".join(row["name"] for row in rows))
-    tables, first = [], next(iter(rows[0]["judges"].values()))
-    for task in [task for task in TASKS if task in first]:
-        results = [[judge[task]["average"] for judge in row["judges"].values()] for row in rows]
-        merits = [None if None in some else round(float(np.mean(some)), 6) for some in results]
-        columns = list(first[task])  # the categories, then "average"
-        lines = [[task, "NFE", "judge", *columns, "rank", "scored"]]
-        for row, merit in zip(rows, merits, strict=True):
-            rank = "-" if merit is None else str(1 + sum(other is not None and other > merit for other in merits))
-            model = [row["name"], str(row["nfe"] or "-")]
-            for name, judge in row["judges"].items():
-                scores = ["-" if judge[task][c] is None else f"{judge[task][c]:.2f}" for c in columns]
-                if f"{task}_interval" in judge:
-                    scores[-1] += f" ± {judge[f'{task}_interval']:.2f}"
-                scored = f"{judge['scored']} of {judge['scored'] + len(judge['unscored'])}"
-                lines.append([*model, name, *scores, rank, scored])
-                model, rank = ["", ""], ""  # said once
-        tables.append(markdown(lines))
-    return "\n\n".join(tables)
+    first = next(iter(rows[0]["judges"].values()))
+    return "\n\n".join(table_of_task(rows, task) for task in TASKS if task in first)
+
+
+def table_of_task(rows: list[dict], task: str) -> str:
+    first = next(iter(rows[0]["judges"].values()))
+    columns = list(first[task])  # the categories, then "average"
+    lines = [[task, "NFE", "judge", *columns, "rank", "scored"]]
+    for row, rank in zip(rows, ranks(rows, task), strict=True):
+        of_model = [row["name"], str(row["nfe"] or "-")]
+        for name, judge in row["judges"].items():
+            scores = ["-" if judge[task][column] is None else f"{judge[task][column]:.2f}" for column in columns]
+            if f"{task}_interval" in judge:
+                scores[-1] += f" ± {judge[f'{task}_interval']:.2f}"
+            scored = f"{judge['scored']} of {judge['scored'] + len(judge['unscored'])}"
+            lines.append([*of_model, name, *scores, rank, scored])
+            of_model, rank = ["", ""], ""  # only in the model's first line
+    return markdown(lines)
+
+
+def ranks(rows: list[dict], task: str) -> list[str]:
+    """The rank of each model by the mean of its judges' averages; "-" where an average is missing, equals share a rank.
+
+    The paper does not say how it ranks. This rule gives the ranks that it prints.
+    """
+    means = []
+    for row in rows:
+        averages_of_judges = [judge[task]["average"] for judge in row["judges"].values()]
+        means.append(None if None in averages_of_judges else round(float(np.mean(averages_of_judges)), 6))
+    known = [mean for mean in means if mean is not None]
+    return ["-" if mean is None else str(1 + sum(other > mean for other in known)) for mean in means]

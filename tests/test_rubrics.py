@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_server import GOOD, Server, about, quick, reply, text, well, write_bench
+from chat_server import Server, about, quick, reply, text, well, write_bench
 from PIL import Image
 
 from judges import chat, rubrics
@@ -72,7 +72,7 @@ def test_nothing_is_scored_twice_and_nothing_lost(serve, bench):
     broken = kept(folder)[0]
     for content in ('{"score": 9, "reason": "x"}', '{"score": 1'):
         broken.write_text(content)
-        with pytest.raises(ValueError, match=f"{broken.name}: not a kept answer .*take the file away"):
+        with pytest.raises(ValueError, match=f"{broken.name}: not an answer of a judge .*remove the file to ask again"):
             score(server, bench)
     broken.unlink()
     assert len(asked_anew()) == 1 and asked_anew() == []
@@ -182,25 +182,38 @@ def test_a_question_shows_all_that_counts(serve, bench, tmp_path):
     assert len({rubrics.system_text(case) for case in cases.values()}) == 7  # T2I and six families
 
 
-def test_edits_are_graded_by_their_own_sub_scores(bench):
+def test_each_family_of_edits_has_sub_scores_of_its_own(bench):
+    """The form that the rubric shows is the form that is accepted."""
     cases, _ = bench
-    forms = {}
+    of_family = set()
     for case in cases.values():
-        if case.task == "edit":
-            form = forms[case.category] = json.loads(rubrics.system_text(case).rsplit("in this form: ", 1)[1])
-            rubrics.check_answer(form, rubrics.form_of(case))
-            for wrong in (
-                form | {"sub_scores": form["sub_scores"] | {"beauty": 5}},
-                form | {"sub_scores": dict(list(form["sub_scores"].items())[1:])},
-                form | {"sub_scores": dict.fromkeys(form["sub_scores"], 6)},
-                form | {"sub_scores": [5, 5, 5]},
-                form | {"failures": "none"},
-                form | {"failures": [1]},
-                GOOD,
-            ):
-                with pytest.raises(ValueError):
-                    rubrics.check_answer(wrong, rubrics.form_of(case))
-    assert len({frozenset(form["sub_scores"]) for form in forms.values()}) == 6
+        form = json.loads(well({"messages": [{"content": rubrics.system_text(case)}]}))
+        rubrics.check_answer(form, rubrics.form_of(case))
+        of_family.add(frozenset(form.get("sub_scores", ())))
+    assert len(of_family) == 6 + 1  # T2I has none
+
+
+SUB_SCORES = rubrics.FAMILIES["style"]["sub_scores"]
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"score": 5.01}, "score is 5.01, not a number from 1 to 5"),
+    ({"score": 10**400}, "score is 10+..., not a number from 1 to 5"),
+    ({"score": True}, "score is True, not a number"),
+    ({"reason": " "}, "reason is ' ', not a sentence"),
+    ({"failures": "none"}, "failures is 'none', not a list of texts"),
+    ({"failures": [1]}, "failures is .1., not a list of texts"),
+    ({"beauty": 5}, "the answer is .*; the keys score, reason, sub_scores, failures are expected"),
+    ({"sub_scores": [5, 5, 5]}, "sub_scores is .5, 5, 5.; the keys instruction_following, .* are expected"),
+    ({"sub_scores": dict.fromkeys(SUB_SCORES[1:], 5)}, "sub_scores is .*; the keys instruction_following"),
+    ({"sub_scores": dict.fromkeys([*SUB_SCORES, "beauty"], 5)}, "sub_scores is .*; the keys instruction_following"),
+    ({"sub_scores": dict.fromkeys(SUB_SCORES, 0)}, "instruction_following is 0, not a number from 1 to 5"),
+])  # fmt: skip
+def test_an_answer_in_another_form_is_refused(changes, words):
+    form = rubrics.form_of(Prompt("edit", "style", "do it", ["source.png"]))
+    with pytest.raises(ValueError, match=words) as error:
+        rubrics.check_answer(form | changes, form)
+    assert len(str(error.value)) < 250
 
 
 # ----------------------------------------------------------------------------------------------------------------------
