@@ -145,12 +145,11 @@ def table(rows: list[dict]) -> str:
     if len({row["bench"] for row in rows}) > 1:
         raise ValueError("rows of different cases cannot share a table: " + ", ".join(row["name"] for row in rows))
     first = next(iter(rows[0]["judges"].values()))
-    return "\n\n".join(table_of_task(rows, task) for task in TASKS if task in first)
+    return "\n\n".join(table_of_task(rows, task, list(first[task])) for task in TASKS if task in first)
 
 
-def table_of_task(rows: list[dict], task: str) -> str:
-    first = next(iter(rows[0]["judges"].values()))
-    columns = list(first[task])  # the categories, then "average"
+def table_of_task(rows: list[dict], task: str, columns: list[str]) -> str:
+    """One of these tables. columns: the categories and "average"."""
     lines = [[task, "NFE", "judge", *columns, "rank", "scored"]]
     for row, rank in zip(rows, ranks(rows, task), strict=True):
         of_model = [row["name"], str(row["nfe"] or "-")]

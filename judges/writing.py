@@ -1,4 +1,4 @@
-"""Prompts to train on, written by a language model, as the paper's 3 x 20,000 were (section 3)."""
+"""Prompts to train on, written by a language model like the paper's 3 x 20,000 (section 3)."""
 
 import json
 import math
@@ -9,11 +9,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from checkpoint.files import aside, may_write
-from judges.chat import Chat, in_parallel, text_part
+from judges.chat import Chat, Unanswered, in_parallel, text_part
+from program.edges import short
 from recipe import read_prompts
 
-AT_ONCE = 20  # prompts asked for in one question
-STALE = 20  # answers in a row without a new prompt
+AT_ONCE = 20  # prompts in one answer
+PATIENCE = 20  # answers in a row without a new prompt
 
 WRITER = """
 You write prompts for a text-to-image model. Each describes one picture, in one to three English sentences, so that a
@@ -28,8 +29,8 @@ BRIEFS = {
     "text": "pictures with words: posters, signs, covers, packages, screens; quote in double quotes exactly what is to be "
     "read in the picture, from one word to a few lines",
 }
-# Every question has one of each line. A model that is asked the same thing twice gives much the same answer.
-TURNS = (
+# A question asks for one entry of each line. Without such variety, models give much the same answer each time.
+VARIETY = (
     "at dawn, at noon, in the evening, at night, in fog, in rain, in snow, in a storm, in harsh sun",
     "photographs, oil paintings, drawings, illustrations, prints, film stills, any medium",
     "Africa, the Arctic, Central Asia, East Asia, Europe, India, an island, Latin America, an imagined place",
@@ -40,56 +41,72 @@ TURNS = (
 
 
 def write_prompts(chat: Chat, category: str, count: int, out: Path, parallel: int) -> int:
-    """Add prompts to a file of JSON lines until it has `count` of this category, all different; returns how many it has.
+    """Write T2I prompts to a file of JSON lines until it has `count` different ones. Returns how many it has.
 
-    After each answer the file is written anew, whole, so a run that was killed goes on. ValueError if it holds other
-    prompts, or if the model has no more ideas.
+    The file is written after each answer, whole, so a killed run resumes. ValueError if it holds prompts of another
+    category, or if the model has no more ideas.
     """
-    may_write(out, overwrite=True)  # to be known before the first question, which costs money
-    content = out.read_bytes() if out.exists() else b""
-    found = read_prompts([out]) if content else []
-    for prompt in found:
-        if (prompt.task, prompt.category) != ("t2i", category):
-            what = f"a {prompt.task} prompt of category {prompt.category!r}"
-            raise ValueError(f"{out}: has {what}, {category!r} is expected")
-    if content and not content.endswith(b"\n"):
-        content += b"\n"
-    seen = {plain(prompt.prompt) for prompt in found}
-    stale, rng = 0, random.Random(len(seen))
+    may_write(out, overwrite=True)  # before the first question, which costs money
+    content, known = read_written(out, category)
+    rng = random.Random(len(known))
+    useless = 0  # answers in a row without a new prompt
 
-    def check(answer: dict) -> None:
-        texts = answer.get("prompts")
-        if answer.keys() != {"prompts"} or type(texts) is not list or not texts:
-            raise ValueError(f"a list 'prompts' and nothing else is expected: {json.dumps(answer)[:200]}")
-        if not all(isinstance(text, str) and plain(text) and len(text.encode()) <= 4000 for text in texts):
-            raise ValueError("every prompt must be a text of at most 4,000 bytes")
+    def ask(question: str) -> dict:
+        return chat.ask(WRITER, [text_part(question)], check_answer)
 
-    def ask(turn: str) -> dict:
-        return chat.ask(WRITER, [text_part(turn)], check)
-
-    about = f"{AT_ONCE} prompts for {BRIEFS.get(category, 'pictures of the kind: ' + category)}. This time: "
-    with tqdm(total=count, initial=len(seen), desc=category, unit="prompt") as bar:
-        while len(seen) < count:
-            some = range(min(parallel, math.ceil((count - len(seen)) / AT_ONCE)))
-            turns = [about + "; ".join(rng.choice(words.split(", ")) for words in TURNS) for _ in some]
-            for _, answer in in_parallel(chat, ask, turns, parallel, "ask"):
-                problem = "only prompts that are there already" if isinstance(answer, dict) else answer
-                before = len(seen)
-                for text in answer["prompts"] if isinstance(answer, dict) else ():
-                    if plain(text) not in seen and len(seen) < count:
-                        seen.add(plain(text))
+    with tqdm(total=count, initial=len(known), desc=category, unit="prompt") as bar:
+        while len(known) < count:
+            number = min(parallel, math.ceil((count - len(known)) / AT_ONCE))
+            questions = [question_for(category, rng) for _ in range(number)]
+            for _, answer in in_parallel(chat, ask, questions, parallel, "ask"):
+                if isinstance(answer, Unanswered):
+                    texts, problem = [], str(answer)
+                else:
+                    texts, problem = answer["prompts"], "only prompts that are there already"
+                before = len(known)
+                for text in texts:
+                    if plain(text) not in known and len(known) < count:
+                        known.add(plain(text))
                         line = {"task": "t2i", "category": category, "prompt": " ".join(text.split())}
                         content += json.dumps(line, ensure_ascii=False).encode() + b"\n"
                 with aside(out) as part:
                     part.write_bytes(content)
-                bar.update(len(seen) - before)
-                stale = 0 if len(seen) > before else stale + 1
-            if stale >= STALE and len(seen) < count:
-                found = f"{len(seen)} of {count} prompts"
-                raise ValueError(f"{out}: {found}; {stale} answers in a row were no use: {problem}")
-    return len(seen)
+                bar.update(len(known) - before)
+                useless = 0 if len(known) > before else useless + 1
+            if useless >= PATIENCE and len(known) < count:
+                reached = f"{len(known)} of {count} prompts"
+                raise ValueError(f"{out}: {reached}; the last {useless} answers were of no use: {problem}")
+    return len(known)
+
+
+def read_written(out: Path, category: str) -> tuple[bytes, set[str]]:
+    """The file's content and its prompts in plain form. ValueError unless all are T2I prompts of this category."""
+    content = out.read_bytes() if out.exists() else b""
+    prompts = read_prompts([out]) if content else []
+    for prompt in prompts:
+        if (prompt.task, prompt.category) != ("t2i", category):
+            other = f"a {prompt.task} prompt of category {prompt.category!r}"
+            raise ValueError(f"{out}: has {other}; T2I prompts of category {category!r} are expected")
+    if content and not content.endswith(b"\n"):
+        content += b"\n"
+    return content, {plain(prompt.prompt) for prompt in prompts}
+
+
+def question_for(category: str, rng: random.Random) -> str:
+    brief = BRIEFS.get(category, f"pictures of the kind: {category}")
+    choices = [rng.choice(line.split(", ")) for line in VARIETY]
+    return f"{AT_ONCE} prompts for {brief}. This time: {'; '.join(choices)}"
+
+
+def check_answer(answer: dict) -> None:
+    """ValueError unless the answer is {"prompts": [text, ...]}."""
+    texts = answer.get("prompts")
+    if answer.keys() != {"prompts"} or type(texts) is not list or not texts:
+        raise ValueError(f"a list 'prompts' and nothing else is expected: {short(answer)}")
+    if not all(isinstance(text, str) and plain(text) and len(text.encode()) <= 4000 for text in texts):
+        raise ValueError("every prompt must be a text of at most 4,000 bytes")
 
 
 def plain(text: str) -> str:
-    """The words alone. Prompts that differ in case, space or punctuation count as one."""
+    """The words alone: prompts that differ only in case, space or punctuation are the same."""
     return " ".join(re.findall(r"\w+", text.casefold()))

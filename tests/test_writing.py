@@ -10,7 +10,8 @@ from judges import writing
 from recipe import read_prompts
 
 
-def test_prompts_are_written_once_and_gone_on_with(serve, tmp_path, monkeypatch):
+def test_prompts_are_different_and_a_second_run_resumes(serve, tmp_path, monkeypatch):
+    """One answer in five fails for ever. In the others half of the prompts are known, some in another spelling."""
     monkeypatch.setattr(writing, "AT_ONCE", 4)
     ideas = iter(range(10**6))
     lock = threading.Lock()
@@ -20,40 +21,54 @@ def test_prompts_are_written_once_and_gone_on_with(serve, tmp_path, monkeypatch)
             i = next(ideas)
         if i % 5 == 4:
             return 500
-        words = [f"A face, number {i}.", f"a FACE;  number {i}", f"Old {i // 2}", "Zoë said “hi”\n twice"]
-        return json.dumps({"prompts": words})
+        texts = [f"A face, number {i}.", f"a FACE;  number {i}", f"Old {i // 2}", "Zoë said “hi”\n twice"]
+        return json.dumps({"prompts": texts})
 
     server, out = serve(answer), tmp_path / "portrait.jsonl"
-    assert writing.write_prompts(quick(server), "portrait", 10, out, 3) == 10
-    first = read_prompts([out])
-    assert len({writing.plain(p.prompt) for p in first}) == 10 and {(p.task, p.category) for p in first} == {
-        ("t2i", "portrait")
-    }
-    assert "Zoë said “hi” twice" in {p.prompt for p in first}
+
+    def write(count: int) -> list[str]:
+        assert writing.write_prompts(quick(server), "portrait", count, out, 3) == count
+        prompts = read_prompts([out])
+        assert {(prompt.task, prompt.category) for prompt in prompts} == {("t2i", "portrait")}
+        return [prompt.prompt for prompt in prompts]
+
+    first = write(10)
+    assert len({writing.plain(text) for text in first}) == 10 and "Zoë said “hi” twice" in first
     before = len(server.asked)
-    assert writing.write_prompts(quick(server), "portrait", 10, out, 3) == 10 and len(server.asked) == before
-    lines = out.read_bytes()
-    out.write_bytes(lines[:-9])
-    with pytest.raises(ValueError, match="portrait.jsonl, line 10"):
-        writing.write_prompts(quick(server), "portrait", 25, out, 3)
-    out.write_bytes(lines[:-1])  # only the line's end is missing
-    assert writing.write_prompts(quick(server), "portrait", 25, out, 3) == 25
-    assert [p.prompt for p in read_prompts([out])][:10] == [p.prompt for p in first]
+    assert write(10) == first and len(server.asked) == before
+    out.write_bytes(out.read_bytes()[:-1])  # an editor may have taken the last line's end away
+    assert write(25)[:10] == first
     asked = [json.loads(body)["messages"][1]["content"][0]["text"] for body in server.asked]
-    assert len(set(asked)) > len(asked) / 2 and all(writing.BRIEFS["portrait"] in words for words in asked)
-    with pytest.raises(ValueError, match="'portrait', 'text' is expected"):
+    assert len(set(asked)) > len(asked) / 2 and all(writing.BRIEFS["portrait"] in text for text in asked)
+
+
+PORTRAIT = '{"task": "t2i", "category": "portrait", "prompt": "a face"}\n'
+
+
+@pytest.mark.parametrize("content, words", [
+    ("mine\nno line end", "line 1"),
+    (PORTRAIT.replace("portrait", "text") + PORTRAIT[:-9], "line 2"),
+    (PORTRAIT, "has a t2i prompt of category 'portrait'; T2I prompts of category 'text' are expected"),
+])  # fmt: skip
+def test_a_file_of_something_else_is_refused_and_keeps_every_byte(serve, tmp_path, content, words):
+    server, out = serve(lambda question, n: "{}"), tmp_path / "text.jsonl"
+    out.write_text(content)
+    with pytest.raises(ValueError, match=f"text.jsonl.*{words}"):
         writing.write_prompts(quick(server), "text", 30, out, 3)
-
-    # A file that is something else keeps every byte.
-    (tmp_path / "notes.md").write_text("mine\nno line end")
-    with pytest.raises(ValueError, match="notes.md, line 1"):
-        writing.write_prompts(quick(server), "portrait", 30, tmp_path / "notes.md", 3)
-    assert (tmp_path / "notes.md").read_text() == "mine\nno line end"
+    assert out.read_text() == content and server.asked == []
 
 
-@pytest.mark.parametrize("answer", ['{"prompts": ["the same"]}', '{"prompts": ["\\ud83d"]}', '{"prompts": []}', "no"])
-def test_a_writer_without_ideas_ends(serve, tmp_path, monkeypatch, answer):
-    monkeypatch.setattr(writing, "STALE", 4)
+@pytest.mark.parametrize("answer, words", [
+    ('{"prompts": ["the same"]}', "1 of 30 prompts; the last . answers were of no use: only prompts that are there"),
+    ('{"prompts": ["\\ud83d"]}', "0 of 30 prompts; .* of no use: not the JSON"),
+    ('{"prompts": []}', "a list 'prompts' and nothing else is expected: {'prompts': ..}"),
+    ('{"prompts": ["...", "a"]}', "every prompt must be a text"),
+    ('{"prompts": ["a"], "n": 1}', "a list 'prompts' and nothing else"),
+    ("no", "not the JSON"),
+    (400, "HTTP 400"),
+])  # fmt: skip
+def test_a_writer_without_ideas_ends(serve, tmp_path, monkeypatch, answer, words):
+    monkeypatch.setattr(writing, "PATIENCE", 4)
     monkeypatch.setattr(writing, "AT_ONCE", 1)
-    with pytest.raises(ValueError, match=r"of 30 prompts; \d answers in a row were no use: "):
+    with pytest.raises(ValueError, match=words):
         writing.write_prompts(quick(serve(lambda question, n: answer)), "cats", 30, tmp_path / "out.jsonl", 2)
