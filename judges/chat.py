@@ -38,7 +38,7 @@ ATTEMPTS = 6  # at one question
 GIVE_UP = 10  # unanswered questions in a row
 LONGEST_PAUSE = 120.0  # seconds, whatever Retry-After says
 LONGEST_SIDE = 1536  # pixels, of a picture that is sent; judges reduce larger ones themselves
-LARGEST_PNG = 4_000_000  # bytes, since servers limit a question's size; a larger picture is sent as JPEG
+LARGEST_PNG = 4_000_000  # bytes, as servers limit a question; beyond it JPEG is sent
 JSON_MODE = {"response_format": {"type": "json_object"}}  # not every server knows it
 THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}  # asked directly, without a proxy
 
@@ -71,8 +71,8 @@ class Chat:
     key: str | None = field(default=None, repr=False)
     timeout: float = 180.0  # seconds without a byte from the server
     pause: float = 2.0  # seconds after the first failure; doubles with each further one
-    stop: threading.Event = field(default_factory=threading.Event)  # once set, nothing more is asked
-    json_mode: bool | None = field(default=None, init=False)  # whether the server knows it; None: not seen yet
+    stop: threading.Event = field(default_factory=threading.Event)  # once set, nothing is asked
+    json_mode: bool | None = field(default=None, init=False)  # does the server know it? None: not seen
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
@@ -104,9 +104,8 @@ class Chat:
         for attempt in range(ATTEMPTS):
             if self.stop.wait(min(pause, LONGEST_PAUSE)):
                 break
-            pause = (
-                self.pause * 2**attempt * random.uniform(0.75, 1.25)
-            )  # random, so that threads do not return at once
+            spread = random.uniform(0.75, 1.25)  # so that waiting threads do not return at once
+            pause = self.pause * 2**attempt * spread
             try:
                 answer = json_object(self.reply(question))
                 check(answer)
@@ -118,7 +117,7 @@ class Chat:
                 if refuses(error.code):
                     raise Refused(problem) from None
                 pause = max(pause, seconds_until(error.headers.get("Retry-After", "")))
-            except (OSError, http.client.HTTPException) as error:  # no connection, a time-out, a cut connection
+            except (OSError, http.client.HTTPException) as error:  # no connection, a time-out
                 problem = f"{type(error).__name__}: {error}"
             except ValueError as error:  # an answer in another form: no reason to wait
                 problem = str(error)
@@ -126,7 +125,7 @@ class Chat:
         raise Unanswered(problem)
 
     def reply(self, question: dict) -> str:
-        """The text of the model's answer. ValueError if there is none or only half of it; Refused if the model refuses."""
+        """The model's answer. ValueError if there is none or only half of it, Refused if the model refuses."""
         raw = self.post(question)
         try:
             choice = parse_json(raw)["choices"][0]
@@ -164,7 +163,8 @@ class Chat:
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.url + "/chat/completions", json.dumps(question).encode(), headers)
+        body = json.dumps(question).encode()
+        request = urllib.request.Request(self.url + "/chat/completions", body, headers)
         with self.opener.open(request, timeout=self.timeout) as response:
             return response.read()
 

@@ -90,7 +90,8 @@ def judge(chat: Chat, cases: dict[str, Prompt], folder: Path, kept: Path, parall
     def ask(name: str) -> dict:
         case = cases[name]
         content = user_content(case, folder / name)
-        answer = chat.ask(system_text(case), content, lambda answer: check_answer(answer, form_of(case)))
+        form = form_of(case)
+        answer = chat.ask(system_text(case), content, lambda answer: check_answer(answer, form))
         write_json(missing[name], answer)  # in this thread, which Ctrl-C does not interrupt
         return answer
 
@@ -154,7 +155,8 @@ def table_of_task(rows: list[dict], task: str, columns: list[str]) -> str:
     for row, rank in zip(rows, ranks(rows, task), strict=True):
         of_model = [row["name"], str(row["nfe"] or "-")]
         for name, judge in row["judges"].items():
-            scores = ["-" if judge[task][column] is None else f"{judge[task][column]:.2f}" for column in columns]
+            means = [judge[task][column] for column in columns]
+            scores = ["-" if mean is None else f"{mean:.2f}" for mean in means]
             if f"{task}_interval" in judge:
                 scores[-1] += f" ± {judge[f'{task}_interval']:.2f}"
             scored = f"{judge['scored']} of {judge['scored'] + len(judge['unscored'])}"
@@ -168,9 +170,10 @@ def ranks(rows: list[dict], task: str) -> list[str]:
 
     The paper does not say how it ranks. This rule gives the ranks that it prints.
     """
-    means = []
+    means = []  # of each model
     for row in rows:
-        averages_of_judges = [judge[task]["average"] for judge in row["judges"].values()]
-        means.append(None if None in averages_of_judges else round(float(np.mean(averages_of_judges)), 6))
+        of_judges = [judge[task]["average"] for judge in row["judges"].values()]
+        means.append(None if None in of_judges else round(float(np.mean(of_judges)), 6))
     known = [mean for mean in means if mean is not None]
-    return ["-" if mean is None else str(1 + sum(other > mean for other in known)) for mean in means]
+    better = {mean: sum(other > mean for other in known) for mean in known}
+    return ["-" if mean is None else str(1 + better[mean]) for mean in means]
