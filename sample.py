@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import flow
-from checkpoint.export import export
+from checkpoint.export import export, how_it_draws
 from checkpoint.files import config_from_json, may_write
 from checkpoint.layout import Scheduler, check_parts, check_sigmas, check_stage, open_device, read_index
 from checkpoint.lora import LoRA, factorise, merge, read_lora, write_lora
@@ -362,7 +362,7 @@ def export_student(pipeline, args: sample_options.Args) -> None:
     if not args.base:
         may_write(args.export, folder=True)  # before the weights are read
         export(args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link, stochastic=stochastic)
-        return print(f"{args.export}: {len(sigmas)} steps at {sigmas}")
+        return print(f"{args.export}: {how_it_draws(sigmas, stochastic)}")
     may_write(args.export, args.overwrite)
     base = MMDiT.from_pretrained(Path(args.base) / "transformer", pipeline.dtype, pipeline.device)
     if base.config != pipeline.mmdit.config:
@@ -372,6 +372,7 @@ def export_student(pipeline, args: sample_options.Args) -> None:
     write_lora(args.export, lora, sigmas, stochastic=stochastic)
     size = Path(args.export).stat().st_size / 1e6
     print(f"{args.export}: rank {args.rank}, {kept:.1%} of what the student changed, {size:.1f} MB")
+    print(how_it_draws(sigmas, stochastic))
 
 
 def run(args: sample_options.Args) -> None:

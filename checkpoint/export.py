@@ -22,6 +22,17 @@ def check_base(base: Path) -> None:
             raise FileNotFoundError(f"{base / name}: no such folder; a checkpoint in the published layout has it")
 
 
+def how_it_draws(sigmas: list[float], stochastic: bool) -> str:
+    """What the user of a student has to know, in words: for a folder's README.md, a LoRA's header and the terminal."""
+    steps = f"Draws in {len(sigmas)} step{'s' * (len(sigmas) > 1)} at the times {sigmas}, without guidance,"
+    if not stochastic:
+        return f"{steps} by Euler's method."
+    return (
+        f"{steps} with new noise after each step (stochastic_sampling). diffusers does so where its scheduler says it."
+        " ComfyUI, vLLM-Omni and SGLang know Euler's method alone, by which this student draws worse."
+    )
+
+
 def export(
     base_directory: str | Path,
     model: nn.Module,
@@ -32,9 +43,9 @@ def export(
     stochastic: bool = True,
 ) -> None:
     """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), and a scheduler
-    that does not shift them. `stochastic`: it draws by flow.renoise, else by flow.euler. Encoder, VAE and processor are
-    copied from the base checkpoint, or linked to it: 18 GB less for the published ones, and the folder is whole only as
-    long as the base stays where it is.
+    that does not shift them. `stochastic`: it draws by flow.renoise, else by flow.euler; a short README.md says so, too.
+    Encoder, VAE and processor are copied from the base checkpoint, or linked to it: 18 GB less for the published ones, and
+    the folder is whole only as long as the base stays where it is.
 
     ValueError, before anything is written: the folder has something in it, or the model is not finite.
     """
@@ -56,6 +67,7 @@ def export(
         scheduler["stochastic_sampling"] = stochastic
         write_json(part / "scheduler" / "scheduler_config.json", scheduler)
         write_json(part / "model_index.json", read_index(base) | {"sample_sigmas": sigmas, "guidance": 1.0})
+        (part / "README.md").write_text(f"A few-step student of {base.name}. {how_it_draws(sigmas, stochastic)}\n")
 
 
 def copy_folder(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from checkpoint.export import how_it_draws
 from checkpoint.files import aside
 from checkpoint.layout import check_sigmas
 from checkpoint.weights import FLOATS, finite, open_weights, write_tensors
@@ -172,8 +173,9 @@ def write_lora(
     dtype: torch.dtype = torch.bfloat16,
     stochastic: bool = True,
 ) -> None:
-    """Write one safetensors file: for every layer A (r, in), B (out, r) and alpha. A few-step student's
-    `sigmas` stand in its header as `sample_sigmas`, and `stochastic` (see Scheduler) as `stochastic_sampling`.
+    """Write one safetensors file: for every layer A (r, in), B (out, r) and alpha. A few-step student's `sigmas` stand
+    in its header as `sample_sigmas`, `stochastic` (see Scheduler) as `stochastic_sampling`, and both in words as
+    `description`.
 
     A layer has its own name, without a prefix: diffusers reads alpha there (behind `transformer.` it would refuse it),
     and ComfyUI, which fuses two of the MLP's layers, finds their halves there (behind `diffusion_model.` it would drop
@@ -188,6 +190,7 @@ def write_lora(
     if sigmas is not None:
         notes["sample_sigmas"] = json.dumps(check_sigmas(sigmas, "sigmas"))
         notes["stochastic_sampling"] = json.dumps(stochastic)
+        notes["description"] = how_it_draws(sigmas, stochastic)
     with aside(path) as part:
         write_tensors(part, tensors, notes)
 

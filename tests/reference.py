@@ -35,6 +35,8 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
+from sample import Pipeline
+
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
@@ -51,6 +53,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% for part in message.content %}{{ part.text }}{% endfor %}<|im_end|>\n{% endfor %}"
 )
+PROMPT = "A capybara wearing a wizard hat"
 CORPUS = [
     "Comprehend and analyze the provided prompt. system user assistant image",
     "A capybara wearing a wizard hat, reading a book by candlelight, oil painting; it's the user's own prompt",
@@ -269,3 +272,47 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
     """The tolerance of every comparison of networks in fp32: 1e-5 of the largest value."""
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+class Both:
+    """Ours and the reference, opened on one folder and asked for the same picture."""
+
+    def __init__(self, directory: Path):
+        self.ours, self.theirs = Pipeline.from_pretrained(directory, keep_encoder=True), open_pipeline(directory)
+        self.ours.progress = False
+
+    def draw(
+        self, prompt, images=None, steps=None, guidance=1.0, negative_prompt=None, resolution=None, seed=5, **size
+    ):
+        result = self.ours(
+            prompt, images, steps=steps, guidance=guidance, negative_prompt=negative_prompt, resolution=resolution,
+            seed=seed, **size,
+        )  # fmt: skip
+        if guidance > 1 and not isinstance(negative_prompt, list):
+            negative_prompt = negative_prompt or ""
+            negative_prompt = [negative_prompt] * len(prompt) if isinstance(prompt, list) else negative_prompt
+        expected = self.theirs(
+            prompt, image=images, num_inference_steps=steps or 40, true_cfg_scale=guidance,
+            negative_prompt=negative_prompt, output_resolution=resolution or self.ours.resolution,
+            generator=generator(self.theirs, seed), **size,
+        ).images  # fmt: skip
+        return result if isinstance(result, list) else [result], expected
+
+    def agree(self, prompt=PROMPT, **settings) -> list[Image.Image]:
+        result, expected = self.draw(prompt, **settings)
+        assert len(result) == len(expected)
+        for ours, theirs in zip(result, expected, strict=True):
+            assert (ours.mode, ours.size) == (theirs.mode, theirs.size) == ("RGBA", ours.size)
+            assert difference(ours, theirs) <= 1 and changed(ours, theirs) < 0.003
+            # A picture that is clipped nearly everywhere would agree with anything.
+            assert np.mean((np.asarray(ours) > 0) & (np.asarray(ours) < 255)) > 0.5
+        return result
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
+
+
+def changed(a: Image.Image, b: Image.Image) -> float:
+    """The share of values that are not the same. fp32 flips 1 in 10,000; dividing sources by 256 instead of 255, 50."""
+    return float(np.mean(np.asarray(a) != np.asarray(b)))

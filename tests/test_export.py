@@ -1,21 +1,180 @@
-"""What is copied from a base checkpoint belongs to whoever exports."""
+"""Students as checkpoints of their own: folders that diffusers opens, and that are written whole or not at all."""
 
 import os
 import shutil
 from pathlib import Path
 
 import pytest
-import reference
+import torch
+from diffusers import QwenImage21Pipeline
+from reference import PROMPT, Both, changed, difference, picture, write_checkpoint
 from test_files import OTHERS
 
-from checkpoint.export import export
+import sample
+from checkpoint.export import export, how_it_draws
+from checkpoint.files import may_write, read_json
+from checkpoint.lora import new_lora, write_lora
 from model import MMDiT
+from sample import Pipeline
+
+TALL = picture(40, 90, 2, "RGBA")
+TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A teacher's checkpoint: shifted schedule, any number of steps."""
+    return write_checkpoint(tmp_path_factory.mktemp("base"), resolution=96)
+
+
+@pytest.fixture(scope="module")
+def shifted(base):
+    return Both(base)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_exported_student(base, tmp_path, shifted, stochastic):
+    """Trained weights, own sigmas, frozen rest: opens on both sides and draws the same; bf16 weights by default."""
+    student = MMDiT.from_pretrained(base / "transformer")
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    sigmas = [1.0, 0.9, 0.75, 0.5]
+    export(base, student, sigmas, tmp_path / "student", stochastic=stochastic)
+    index = read_json(tmp_path / "student" / "model_index.json")
+    assert (index["sample_sigmas"], index["resolution"], index["guidance"]) == (sigmas, 96, 1.0)
+    both = Both(tmp_path / "student")
+    drawn = both.agree(images=[TALL])[0]
+    assert changed(drawn, shifted.ours(PROMPT, [TALL], steps=4)) > 0.2
+
+    # In fp32 the file's picture is that of the model in memory at those sigmas.
+    export(base, student, sigmas, tmp_path / "linked", dtype=torch.float32, link=True)
+    shutil.copytree(tmp_path / "linked", tmp_path / "copy")
+    reopened = Pipeline.from_pretrained(tmp_path / "copy")
+    condition = reopened.condition([PROMPT], [[TALL]])
+    z, t = torch.randn(1, 64, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9])
+    assert torch.equal(reopened.mmdit(z, t, condition), student(z, t, condition))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "linked", "student"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_exported_student_has_the_whole_processor(toy_checkpoint, tmp_path, link):
+    export(toy_checkpoint, MMDiT.from_pretrained(toy_checkpoint / "transformer"), [1.0], tmp_path / "s", link=link)
+    files, expected = (
+        {path.name: path.read_bytes() for path in (folder / "processor").iterdir()}
+        for folder in (tmp_path / "s", toy_checkpoint)
+    )
+    assert files == expected and "video_preprocessor_config.json" in files
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_the_library_opens_folders_by_itself(toy_checkpoint, tmp_path, link):
+    """The committed checkpoint, and a student of one like it, without the processor that tests/reference.py makes."""
+    pytest.importorskip("torchvision", reason="the library's own processor wants torchvision, which is not installed")
+    student = tmp_path / "student"
+    export(toy_checkpoint, MMDiT.from_pretrained(toy_checkpoint / "transformer"), [1.0, 0.5], student, link=link)
+    for folder in (student, TOY) if TOY.is_dir() else (student,):
+        both = Both(folder)
+        both.theirs = QwenImage21Pipeline.from_pretrained(folder, dtype=torch.float32)
+        steps = None if folder == student else 4
+        result, expected = both.draw("a red house on a hill", images=[picture(100, 70)], steps=steps)
+        assert difference(result[0], expected[0]) <= 2 and changed(result[0], expected[0]) < 0.02
+
+
+def test_exports_have_the_permissions_of_new_files(base, tmp_path):
+    """Those that the umask leaves, whatever the base's are; safetensors' own would be private."""
+    student = MMDiT.from_pretrained(base / "transformer")
+    (base / "vae" / "diffusion_pytorch_model.safetensors").chmod(0o600)
+    before = os.umask(0o027)
+    try:
+        export(base, student, [1.0, 0.5], tmp_path / "student")
+        write_lora(tmp_path / "lora.safetensors", new_lora(student, 2), [1.0, 0.5])
+    finally:
+        os.umask(before)
+    modes = {str(path): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(modes) > 10 and set(modes.values()) == {oct(0o640)}, modes
+
+
+def test_export_overwrites_nothing_else(base, tmp_path):
+    student = MMDiT.from_pretrained(base / "transformer")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("three years of work")
+    checkpoint = shutil.copytree(base, tmp_path / "checkpoint")  # published: it has a model_index.json, but no mark
+    there = tree(tmp_path)
+    for out in tmp_path / "notes", tmp_path / "notes" / "thesis.txt", base, checkpoint:
+        with pytest.raises(ValueError, match=str(out)):
+            export(base, student, [1.0, 0.5], out)
+    for sigmas in [], [0.5, 1.0], [1.0, 0.0], [1.5], [1.0, float("nan")]:
+        with pytest.raises(ValueError, match="sigmas"):
+            export(base, student, sigmas, tmp_path / "student")
+    assert tree(tmp_path) == there
+
+
+def test_a_failed_export_leaves_what_was_there(base, tmp_path, monkeypatch):
+    """A disk that is full in the middle, and Ctrl-C: the empty folder is as before, and nothing stands beside it."""
+    student, out = MMDiT.from_pretrained(base / "transformer"), tmp_path / "student"
+    out.mkdir()
+    for error in OSError(28, "No space left on device"), KeyboardInterrupt():
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "copyfile", lambda *_, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(type(error)) as raised:
+                export(base, student, [1.0, 0.5], out)
+        assert isinstance(error, KeyboardInterrupt) or f"{out}: cannot be written" in str(raised.value)
+        assert [p.name for p in tmp_path.rglob("*")] == ["student"]
+    export(base, student, [1.0, 0.5], out)
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+
+
+def test_weights_that_are_not_finite_are_not_exported(base, tmp_path):
+    student = MMDiT.from_pretrained(base / "transformer")
+    with torch.no_grad():
+        student.img_in.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="student: img_in.weight holds values that are not finite"):
+        export(base, student, [1.0], tmp_path / "student")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_there_are_not_replaced(tmp_path):
+    """But on demand."""
+    for end in "png", "safetensors":
+        (tmp_path / f"there.{end}").write_bytes(b"something")
+    there = tree(tmp_path)
+    for end in "png", "safetensors":
+        may_write(tmp_path / "new" / f"folder.{end}")
+        with pytest.raises(ValueError, match=f"there.{end}: exists.*--overwrite"):
+            may_write(tmp_path / f"there.{end}")
+        may_write(tmp_path / f"there.{end}", overwrite=True)
+    with pytest.raises(ValueError, match="new: is a folder"):
+        may_write(tmp_path / "new")
+    with pytest.raises(ValueError, match="there.png: exists; name another$"):
+        may_write(tmp_path / "there.png", folder=True)
+    with pytest.raises(OSError, match="cannot be written"):
+        may_write(tmp_path / "there.png" / "x.png")
+    assert tree(tmp_path) == there
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_a_student_says_how_it_draws(base, tmp_path, stochastic):
+    """In its README.md; and a warning where it re-noises, which other programs do not."""
+    student = MMDiT.from_pretrained(base / "transformer")
+    export(base, student, [1.0, 0.5], tmp_path / "student", stochastic=stochastic)
+    text = (tmp_path / "student" / "README.md").read_text()
+    assert how_it_draws([1.0, 0.5], stochastic) in text and "2 steps at the times [1.0, 0.5]" in text
+    assert ("new noise after each step" in text and "ComfyUI" in text) == stochastic
+    assert ("by Euler's method." in text) == (not stochastic)
+
+
+# What is copied from a base belongs to whoever exports
 
 
 @pytest.fixture
-def base(tmp_path) -> Path:
+def read_only_base(tmp_path) -> Path:
     """A checkpoint that is read-only, as downloads and shared disks are, and has other programs' files in it."""
-    folder = reference.write_checkpoint(tmp_path / "base")
+    folder = write_checkpoint(tmp_path / "base")
     for name in OTHERS:
         (folder / "vae" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "vae" / name).touch()
@@ -30,10 +189,10 @@ def modes(folder: Path) -> dict[str, set[int]]:
     return {kind: {path.stat().st_mode & 0o777 for path in some} for kind, some in kinds.items()}
 
 
-def test_a_read_only_base_makes_no_read_only_export(base, tmp_path):
+def test_a_read_only_base_makes_no_read_only_export(read_only_base, tmp_path):
     before = os.umask(0o027)
     try:
-        export(base, MMDiT.from_pretrained(base / "transformer"), [1.0, 0.5], tmp_path / "student")
+        export(read_only_base, MMDiT.from_pretrained(read_only_base / "transformer"), [1.0, 0.5], tmp_path / "student")
     finally:
         os.umask(before)
     assert modes(tmp_path / "student") == {"folders": {0o750}, "files": {0o640}}
@@ -41,12 +200,12 @@ def test_a_read_only_base_makes_no_read_only_export(base, tmp_path):
         "config.json",
         "diffusion_pytorch_model.safetensors",
     }
-    assert modes(base / "vae") == {"folders": {0o555}, "files": {0o444}}
+    assert modes(read_only_base / "vae") == {"folders": {0o555}, "files": {0o444}}
 
 
-def test_a_full_disk_leaves_nothing_that_is_read_only(base, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing_that_is_read_only(read_only_base, tmp_path, monkeypatch):
     """What is left of a failed export is removed, so the next one works; as root it would be removed in any case."""
-    student, seen, real = MMDiT.from_pretrained(base / "transformer"), [], shutil.copyfile
+    student, seen, real = MMDiT.from_pretrained(read_only_base / "transformer"), [], shutil.copyfile
 
     def full(source, target):
         if Path(source).parent.name == "text_encoder":
@@ -57,7 +216,8 @@ def test_a_full_disk_leaves_nothing_that_is_read_only(base, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copyfile", full)
         with pytest.raises(OSError, match="student: cannot be written"):
-            export(base, student, [1.0], tmp_path / "student")
+            export(read_only_base, student, [1.0], tmp_path / "student")
     assert all(mode & 0o200 for some in seen[0].values() for mode in some)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    export(read_only_base, student, [1.0], tmp_path / "student")
     export(base, student, [1.0], tmp_path / "student")

@@ -20,9 +20,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImage21Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from reference import (
+    PROMPT,
+    Both,
+    changed,
+    difference,
     generator,
     open_pipeline,
     picture,
@@ -35,15 +39,13 @@ from reference import (
 from safetensors.torch import load_file, save_file
 
 import sample
-from checkpoint.export import export
-from checkpoint.files import may_write, read_json
+from checkpoint.files import read_json
 from checkpoint.lora import new_lora, write_lora
 from data.pictures import open_picture
 from model import MMDiT
 from networks.qwen3vl import Qwen3VL
 from sample import Pipeline
 
-PROMPT = "A capybara wearing a wizard hat"
 TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
 IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
 
@@ -61,50 +63,6 @@ def base(tmp_path_factory):
 
 def variant(base: Path, directory: Path) -> Path:
     return Path(shutil.copytree(base, directory / "checkpoint"))
-
-
-class Both:
-    """Ours and the reference, opened on one folder and asked for the same picture."""
-
-    def __init__(self, directory: Path):
-        self.ours, self.theirs = Pipeline.from_pretrained(directory, keep_encoder=True), open_pipeline(directory)
-        self.ours.progress = False
-
-    def draw(
-        self, prompt, images=None, steps=None, guidance=1.0, negative_prompt=None, resolution=None, seed=5, **size
-    ):
-        result = self.ours(
-            prompt, images, steps=steps, guidance=guidance, negative_prompt=negative_prompt, resolution=resolution,
-            seed=seed, **size,
-        )  # fmt: skip
-        if guidance > 1 and not isinstance(negative_prompt, list):
-            negative_prompt = negative_prompt or ""
-            negative_prompt = [negative_prompt] * len(prompt) if isinstance(prompt, list) else negative_prompt
-        expected = self.theirs(
-            prompt, image=images, num_inference_steps=steps or 40, true_cfg_scale=guidance,
-            negative_prompt=negative_prompt, output_resolution=resolution or self.ours.resolution,
-            generator=generator(self.theirs, seed), **size,
-        ).images  # fmt: skip
-        return result if isinstance(result, list) else [result], expected
-
-    def agree(self, prompt=PROMPT, **settings) -> list[Image.Image]:
-        result, expected = self.draw(prompt, **settings)
-        assert len(result) == len(expected)
-        for ours, theirs in zip(result, expected, strict=True):
-            assert (ours.mode, ours.size) == (theirs.mode, theirs.size) == ("RGBA", ours.size)
-            assert difference(ours, theirs) <= 1 and changed(ours, theirs) < 0.003
-            # A picture that is clipped nearly everywhere would agree with anything.
-            assert np.mean((np.asarray(ours) > 0) & (np.asarray(ours) < 255)) > 0.5
-        return result
-
-
-def difference(a: Image.Image, b: Image.Image) -> int:
-    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
-
-
-def changed(a: Image.Image, b: Image.Image) -> float:
-    """The share of values that are not the same. fp32 flips 1 in 10,000; dividing sources by 256 instead of 255, 50."""
-    return float(np.mean(np.asarray(a) != np.asarray(b)))
 
 
 @pytest.fixture(scope="module")
@@ -240,132 +198,6 @@ def test_batch_with_sources_of_their_own(shifted):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Export
-
-
-@pytest.mark.parametrize("stochastic", [True, False])
-def test_exported_student(base, tmp_path, shifted, stochastic):
-    """Trained weights, own sigmas, frozen rest: opens on both sides and draws the same; bf16 weights by default."""
-    student = MMDiT.from_pretrained(base / "transformer")
-    with torch.no_grad():
-        for parameter in student.parameters():
-            parameter.mul_(1.1)
-    sigmas = [1.0, 0.9, 0.75, 0.5]
-    export(base, student, sigmas, tmp_path / "student", stochastic=stochastic)
-    index = read_json(tmp_path / "student" / "model_index.json")
-    assert (index["sample_sigmas"], index["resolution"], index["guidance"]) == (sigmas, 96, 1.0)
-    both = Both(tmp_path / "student")
-    drawn = both.agree(images=[TALL])[0]
-    assert changed(drawn, shifted.ours(PROMPT, [TALL], steps=4)) > 0.2
-
-    # In fp32 the file's picture is that of the model in memory at those sigmas.
-    export(base, student, sigmas, tmp_path / "linked", dtype=torch.float32, link=True)
-    shutil.copytree(tmp_path / "linked", tmp_path / "copy")
-    reopened = Pipeline.from_pretrained(tmp_path / "copy")
-    condition = reopened.condition([PROMPT], [[TALL]])
-    z, t = torch.randn(1, 64, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.9])
-    assert torch.equal(reopened.mmdit(z, t, condition), student(z, t, condition))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "linked", "student"]
-
-
-@pytest.mark.parametrize("link", [False, True])
-def test_exported_student_has_the_whole_processor(toy_checkpoint, tmp_path, link):
-    export(toy_checkpoint, MMDiT.from_pretrained(toy_checkpoint / "transformer"), [1.0], tmp_path / "s", link=link)
-    files, expected = (
-        {path.name: path.read_bytes() for path in (folder / "processor").iterdir()}
-        for folder in (tmp_path / "s", toy_checkpoint)
-    )
-    assert files == expected and "video_preprocessor_config.json" in files
-
-
-@pytest.mark.parametrize("link", [False, True])
-def test_the_library_opens_folders_by_itself(toy_checkpoint, tmp_path, link):
-    """The committed checkpoint, and a student of one like it, without the processor that tests/reference.py makes."""
-    pytest.importorskip("torchvision", reason="the library's own processor wants torchvision, which is not installed")
-    student = tmp_path / "student"
-    export(toy_checkpoint, MMDiT.from_pretrained(toy_checkpoint / "transformer"), [1.0, 0.5], student, link=link)
-    for folder in (student, TOY) if TOY.is_dir() else (student,):
-        both = Both(folder)
-        both.theirs = QwenImage21Pipeline.from_pretrained(folder, dtype=torch.float32)
-        steps = None if folder == student else 4
-        result, expected = both.draw("a red house on a hill", images=[picture(100, 70)], steps=steps)
-        assert difference(result[0], expected[0]) <= 2 and changed(result[0], expected[0]) < 0.02
-
-
-def test_exports_have_the_permissions_of_new_files(base, tmp_path):
-    """Those that the umask leaves, whatever the base's are; safetensors' own would be private."""
-    student = MMDiT.from_pretrained(base / "transformer")
-    (base / "vae" / "diffusion_pytorch_model.safetensors").chmod(0o600)
-    before = os.umask(0o027)
-    try:
-        export(base, student, [1.0, 0.5], tmp_path / "student")
-        write_lora(tmp_path / "lora.safetensors", new_lora(student, 2), [1.0, 0.5])
-    finally:
-        os.umask(before)
-    modes = {str(path): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(modes) > 10 and set(modes.values()) == {oct(0o640)}, modes
-
-
-def test_export_overwrites_nothing_else(base, tmp_path):
-    student = MMDiT.from_pretrained(base / "transformer")
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thesis.txt").write_text("three years of work")
-    checkpoint = shutil.copytree(base, tmp_path / "checkpoint")  # published: it has a model_index.json, but no mark
-    there = tree(tmp_path)
-    for out in tmp_path / "notes", tmp_path / "notes" / "thesis.txt", base, checkpoint:
-        with pytest.raises(ValueError, match=str(out)):
-            export(base, student, [1.0, 0.5], out)
-    for sigmas in [], [0.5, 1.0], [1.0, 0.0], [1.5], [1.0, float("nan")]:
-        with pytest.raises(ValueError, match="sigmas"):
-            export(base, student, sigmas, tmp_path / "student")
-    assert tree(tmp_path) == there
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_a_failed_export_leaves_what_was_there(base, tmp_path, monkeypatch):
-    """A disk that is full in the middle, and Ctrl-C: the empty folder is as before, and nothing stands beside it."""
-    student, out = MMDiT.from_pretrained(base / "transformer"), tmp_path / "student"
-    out.mkdir()
-    for error in OSError(28, "No space left on device"), KeyboardInterrupt():
-        with monkeypatch.context() as patch:
-            patch.setattr(shutil, "copyfile", lambda *_, error=error: (_ for _ in ()).throw(error))
-            with pytest.raises(type(error)) as raised:
-                export(base, student, [1.0, 0.5], out)
-        assert isinstance(error, KeyboardInterrupt) or f"{out}: cannot be written" in str(raised.value)
-        assert [p.name for p in tmp_path.rglob("*")] == ["student"]
-    export(base, student, [1.0, 0.5], out)
-    assert [p.name for p in tmp_path.iterdir()] == ["student"]
-
-
-def test_weights_that_are_not_finite_are_not_exported(base, tmp_path):
-    student = MMDiT.from_pretrained(base / "transformer")
-    with torch.no_grad():
-        student.img_in.weight[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="student: img_in.weight holds values that are not finite"):
-        export(base, student, [1.0], tmp_path / "student")
-    assert not list(tmp_path.iterdir())
-
-
-def test_files_that_are_there_are_not_replaced(tmp_path):
-    """But on demand."""
-    for end in "png", "safetensors":
-        (tmp_path / f"there.{end}").write_bytes(b"something")
-    there = tree(tmp_path)
-    for end in "png", "safetensors":
-        may_write(tmp_path / "new" / f"folder.{end}")
-        with pytest.raises(ValueError, match=f"there.{end}: exists.*--overwrite"):
-            may_write(tmp_path / f"there.{end}")
-        may_write(tmp_path / f"there.{end}", overwrite=True)
-    with pytest.raises(ValueError, match="new: is a folder"):
-        may_write(tmp_path / "new")
-    with pytest.raises(ValueError, match="there.png: exists; name another$"):
-        may_write(tmp_path / "there.png", folder=True)
-    with pytest.raises(OSError, match="cannot be written"):
-        may_write(tmp_path / "there.png" / "x.png")
-    assert tree(tmp_path) == there
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ FLOW |= dict(muon_lr=0.02, lr=2e-3, decay=0.5, ema=0.999, time_shift=1.0)
 # A student of the 7B's size. The papers give no values, and we have not run these. They come from others' DMD:
 # ModelOpt's of Qwen-Image (both rates, 1,000 steps), Self-Forcing-Plus's of a 14B network (5 fake updates, an EMA of 0.99)
 # and DP-DMD's of SD3.5-M (a batch of 32, no weight decay). Checkpoints are 199 GB: 4 in a run.
+# The sampler is Euler's: every public student of Qwen-Image-2.1 whose sampler is known is drawn by it (docs/checkpoints.md),
+# the paper's first author asks for "ODE formulation, not SDE" (Multimedia-Analytics-Laboratory/dpdmd, issue 2), and TDM
+# (arXiv 2503.06674) trains along the ODE. The toy keeps renoise: docs/node.md.
 LARGE = dict(steps=1000, batch=32, micro_batch=8, save_every=250, panel_every=20, dtype="bfloat16", recompute=True)
 LARGE |= dict(muon_lr=0.0, lr=2e-6, fake_muon_lr=0.0, fake_lr=2e-6, fake_updates=5, warmup=20, decay=0.0)
-LARGE |= dict(ema=0.99, time_shift=3.0, aspects=True)
+LARGE |= dict(ema=0.99, time_shift=3.0, aspects=True, sampler="euler")
 # The same with LoRAs: both rates, fake updates, batch and EMA are those of configs/qwen_image_dmd.yaml of the fork
 # Chevolier/Self-Forcing-Plus, which distils Qwen-Image-Edit at rank 32. LightX2V has the same rates.
 LARGE_LORA = LARGE | dict(micro_batch=2, save_every=50, lr=1e-4, fake_lr=2e-5)
