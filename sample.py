@@ -48,7 +48,7 @@ import flow
 from checkpoint.export import export, how_it_draws
 from checkpoint.files import config_from_json, may_write
 from checkpoint.layout import Scheduler, check_parts, check_sigmas, check_stage, open_device, read_index
-from checkpoint.lora import LoRA, factorise, merge, read_lora, write_lora
+from checkpoint.lora import LoRA, factorise, merge_all, read_lora, write_lora
 from checkpoint.weights import check_finite
 from data.pictures import MULTIPLE, Source, check_areas, fit, latent_grid, save, sides, to_pictures, to_tensor
 from data.prompts import LONGEST, MOST_IMAGES
@@ -152,8 +152,7 @@ class Pipeline:
     @cached_property
     def mmdit(self) -> MMDiT:
         mmdit = MMDiT.from_pretrained(self.directory / "transformer", self.dtype, self.home)
-        for path, lora, scale in self.loras:
-            merge(mmdit, lora, scale, str(path))
+        merge_all(mmdit, self.loras)
         for block in mmdit.transformer_blocks if self.compile else ():
             block.compile(dynamic=True)
         return mmdit

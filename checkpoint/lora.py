@@ -119,15 +119,31 @@ def with_role(model: nn.Module, role: str | None) -> Iterator[None]:
         stage.role = before
 
 
+def merge(model: nn.Module, lora: LoRA, scale: float = 1.0, file: str | Path = "the LoRA") -> None:
+    """Change the weights themselves by `scale` times `lora`; see merge_all."""
+    merge_all(model, [(file, lora, scale)])
+
+
 @torch.no_grad()
-def merge(model: nn.Module, lora: LoRA, scale: float = 1.0, file: str = "the LoRA") -> None:
-    """Change the weights themselves by `scale` times `lora`; computed in fp32, rounded once. ValueError: one overflows."""
-    for name, (a, b, alpha) in lora.items():
+def merge_all(model: nn.Module, loras: list[tuple[str | Path, LoRA, float]]) -> None:
+    """Change the weights themselves by several LoRAs: for each its file, itself, and its scale.
+
+    Their changes are added in fp32 and the sum is rounded once. A change is small beside its weight: of one that is 1% of
+    it, rounding to bf16 loses 16%. Merged one by one, four quarters of such a change would lose 55%. ValueError: a weight
+    overflows.
+    """
+    for name in dict.fromkeys(name for _, lora, _ in loras for name in lora):
         weight = model.get_submodule(name).weight
-        change = b.to(weight.device).float() @ a.to(weight.device).float()  # (out, in)
-        weight.copy_(weight.float() + scale * alpha / len(a) * change)
+        summed, files = weight.float(), []
+        for file, lora, scale in loras:
+            if name in lora:
+                a, b, alpha = lora[name]
+                change = b.to(weight.device).float() @ a.to(weight.device).float()  # (out, in)
+                summed = summed + scale * alpha / len(a) * change
+                files.append(f"{file} at scale {scale}")
+        weight.copy_(summed)
         if not finite(weight):
-            raise ValueError(f"{file}: its change of {name} at scale {scale} is not finite in {weight.dtype}")
+            raise ValueError(f"{' and '.join(files)}: the changed {name} is not finite in {weight.dtype}")
 
 
 @torch.no_grad()
