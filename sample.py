@@ -45,9 +45,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import flow
-from checkpoint.export import export, how_it_draws
+from checkpoint.export import export
 from checkpoint.files import config_from_json, may_write
-from checkpoint.layout import Scheduler, check_parts, check_sigmas, check_stage, open_device, read_index
+from checkpoint.layout import Scheduler, check_parts, check_sigmas, check_stage, how_it_draws, open_device, read_index
 from checkpoint.lora import LoRA, factorise, merge_all, read_lora, write_lora
 from checkpoint.weights import check_finite
 from data.pictures import MULTIPLE, Source, check_areas, fit, latent_grid, save, sides, to_pictures, to_tensor

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from checkpoint.files import aside, may_write, read_json, visible, write_json
-from checkpoint.layout import check_sigmas, read_index
+from checkpoint.layout import check_sigmas, how_it_draws, read_index
 from checkpoint.weights import check_finite
 
 FROZEN = ("vae", "text_encoder", "processor")  # what a student shares with its base
@@ -20,17 +20,6 @@ def check_base(base: Path) -> None:
     for name in (*FROZEN, "transformer"):
         if not (base / name).is_dir():
             raise FileNotFoundError(f"{base / name}: no such folder; a checkpoint in the published layout has it")
-
-
-def how_it_draws(sigmas: list[float], stochastic: bool) -> str:
-    """What the user of a student has to know, in words: for a folder's README.md, a LoRA's header and the terminal."""
-    steps = f"Draws in {len(sigmas)} step{'s' * (len(sigmas) > 1)} at the times {sigmas}, without guidance,"
-    if not stochastic:
-        return f"{steps} by Euler's method."
-    return (
-        f"{steps} with new noise after each step (stochastic_sampling). diffusers does so where its scheduler says it."
-        " ComfyUI, vLLM-Omni and SGLang know Euler's method alone, by which this student draws worse."
-    )
 
 
 def export(

@@ -81,6 +81,17 @@ class Drawing(Ranged):
     guidance: float = within(1.0, "[1, 1e6]")  # the teacher's; 1 is off
 
 
+def how_it_draws(sigmas: list[float], stochastic: bool) -> str:
+    """What the user of a student has to know, in words: for a folder's README.md, a LoRA's header and the terminal."""
+    steps = f"Draws in {len(sigmas)} step{'s' * (len(sigmas) > 1)} at the times {sigmas}, without guidance,"
+    if not stochastic:
+        return f"{steps} by Euler's method."
+    return (
+        f"{steps} with new noise after each step (stochastic_sampling). diffusers does so where its scheduler says it."
+        " ComfyUI, vLLM-Omni and SGLang know Euler's method alone, by which this student draws worse."
+    )
+
+
 def read_index(directory: str | Path) -> dict:
     """model_index.json, checked; the three optional keys are filled in with what their absence means."""
     path = Path(directory) / "model_index.json"

@@ -8,6 +8,7 @@ Every parameter is random, norms and biases too: with the libraries' own initial
 be blind to them. Run-time code never imports this file.
 """
 
+import copy
 import json
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
+from checkpoint.lora import LoRA, merge, new_lora
+from model import MMDiT
 from sample import Pipeline
 
 diffusers.utils.logging.disable_progress_bar()
@@ -252,6 +255,27 @@ def picture(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.
     pixels = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int64)
     pixels = pixels + rng.integers(-16, 17, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGBA").convert(mode)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# LoRAs
+
+EVERYTHING = r".*"  # all linear layers
+
+
+def random_lora(
+    model: MMDiT, rank: int = 4, alpha: float | None = 3.0, layers: str = EVERYTHING, seed: int = 0
+) -> LoRA:
+    """Strong enough to change any picture."""
+    rng = torch.Generator().manual_seed(seed)
+    lora = new_lora(model, rank, alpha, layers, rng)
+    return {n: (a, 0.5 * torch.randn(b.shape, generator=rng), alpha) for n, (a, b, alpha) in lora.items()}
+
+
+def merged(model: MMDiT, lora: LoRA, scale: float = 1.0) -> MMDiT:
+    model = copy.deepcopy(model)
+    merge(model, lora, scale)
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------

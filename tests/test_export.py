@@ -11,8 +11,9 @@ from reference import PROMPT, Both, changed, difference, picture, write_checkpoi
 from test_files import OTHERS
 
 import sample
-from checkpoint.export import export, how_it_draws
+from checkpoint.export import export
 from checkpoint.files import may_write, read_json
+from checkpoint.layout import how_it_draws
 from checkpoint.lora import new_lora, write_lora
 from model import MMDiT
 from sample import Pipeline

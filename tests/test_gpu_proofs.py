@@ -28,7 +28,7 @@ import flow
 import model as network
 import recipe
 import train
-from checkpoint.lora import add_role, new_lora
+from checkpoint.lora import new_lora
 from data.batches import Batch
 from data.encode import Entry, Pool
 from model import Condition, MMDiT, MMDiTConfig
@@ -39,6 +39,7 @@ from tools import benchmark
 from training import plan, presets, sharding
 from training import trainee as trainee_file
 from training.options import TrainOptions
+from training.roles import add_role
 from training.trainee import recompute
 
 TINY = MMDiTConfig(

@@ -1,4 +1,4 @@
-"""Roles on one copy of the weights, and LoRA files: against merged weights, against diffusers and peft, against an SVD."""
+"""LoRA files: against diffusers and peft, against an SVD, in the spellings of public files."""
 
 import copy
 import json
@@ -8,30 +8,26 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from reference import assert_close, open_pipeline, picture, write_checkpoint, write_scheduler
+from reference import (
+    EVERYTHING,
+    assert_close,
+    merged,
+    open_pipeline,
+    picture,
+    random_lora,
+    write_checkpoint,
+    write_scheduler,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoint.lora import (
-    LoRA,
-    add_role,
-    factorise,
-    merge,
-    merge_all,
-    new_lora,
-    read_lora,
-    role_lora,
-    with_role,
-    write_lora,
-)
-from model import Condition, MMDiT
+from checkpoint.lora import factorise, merge, merge_all, read_lora, write_lora
+from model import MMDiT
 from sample import Pipeline
-from training.trainee import recompute
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
 IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
-EVERYTHING = r".*"
 
 
 @pytest.fixture(scope="module")
@@ -44,121 +40,6 @@ def base(tmp_path_factory):
 @pytest.fixture
 def model(base):
     return MMDiT.from_pretrained(base / "transformer")
-
-
-def random_lora(
-    model: MMDiT, rank: int = 4, alpha: float | None = 3.0, layers: str = EVERYTHING, seed: int = 0
-) -> LoRA:
-    """Strong enough to change any picture."""
-    rng = torch.Generator().manual_seed(seed)
-    lora = new_lora(model, rank, alpha, layers, rng)
-    return {n: (a, 0.5 * torch.randn(b.shape, generator=rng), alpha) for n, (a, b, alpha) in lora.items()}
-
-
-def inputs(batch: int = 2) -> tuple:
-    rng = torch.Generator().manual_seed(1)
-    condition = Condition(
-        torch.randn(batch, 7, 64, generator=rng),
-        torch.ones(batch, 7, dtype=torch.bool),
-        [torch.randn(batch, 64, 2, 2, generator=rng)],
-        [(1, 2)],
-    )
-    return torch.randn(batch, 64, 3, 4, generator=rng), torch.rand(batch, generator=rng), condition
-
-
-def merged(model: MMDiT, lora: LoRA, scale: float = 1.0) -> MMDiT:
-    model = copy.deepcopy(model)
-    merge(model, lora, scale)
-    return model
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Roles
-
-
-@torch.no_grad()
-def test_a_role_is_its_merged_network(model):
-    loras = {"student": random_lora(model), "fake": random_lora(model, 2, None, r".*(to_q|proj|modulation\.1)", 1)}
-    plain, expected = model(*inputs()), {name: merged(model, lora)(*inputs()) for name, lora in loras.items()}
-    before = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
-    for name, lora in loras.items():
-        add_role(model, name, lora)
-    for name in loras:
-        with with_role(model, name):
-            assert_close(model(*inputs()), expected[name])
-            with with_role(model, None):
-                assert torch.equal(model(*inputs()), plain)
-            assert_close(model(*inputs(), model.with_prefix(*inputs())[1]), expected[name])
-        assert (expected[name] - plain).abs().max() > 0.1 * plain.abs().max()
-    assert torch.equal(model(*inputs()), plain)
-    # One copy of the weights: each where it was, under its name, and unchanged.
-    after = {name: (p.data_ptr(), p) for name, p in model.named_parameters() if ".adapters." not in name}
-    assert after.keys() == before.keys()
-    assert all(after[n][0] == before[n][0] and torch.equal(after[n][1], before[n][1]) for n in before)
-
-
-def test_a_new_role_is_the_base_and_learns_alone(model):
-    model.requires_grad_(False)
-    with torch.no_grad():
-        plain = model(*inputs())
-    for name in "student", "fake":
-        add_role(model, name, new_lora(model, 2))
-    with with_role(model, "student"):
-        v = model(*inputs())
-    assert torch.equal(v, plain)  # B is zero
-    v.square().mean().backward()
-    assert set(re.sub(r"\d+", "N", name) for name in role_lora(model, "student")) == {
-        f"transformer_blocks.N.attn.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.N")
-    }
-    for a, b, alpha in role_lora(model, "student").values():
-        assert alpha == 2 and a.shape[0] == 2 and b.grad.abs().max() > 0
-    students = {id(p) for a, b, _ in role_lora(model, "student").values() for p in (a, b)}
-    assert all(p.grad is None for p in model.parameters() if id(p) not in students)
-
-
-def test_the_backward_pass_remembers_the_role(model):
-    """With gradient checkpointing a block is computed again in the backward pass, when another role may be on."""
-    model.requires_grad_(False)
-    for seed, name in enumerate(("student", "fake")):
-        add_role(model, name, random_lora(model, layers=r".*attn.*", seed=seed))
-    gradients = []
-    for again in False, True:
-        if again:
-            recompute(model)
-        with with_role(model, "student"):
-            v = model(*inputs())
-        with with_role(model, "fake"):
-            v.square().mean().backward()
-        assert all(b.grad is None for _, b, _ in role_lora(model, "fake").values())
-        gradients.append([p.grad for a, b, _ in role_lora(model, "student").values() for p in (a, b)])
-        model.zero_grad()
-    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
-
-
-def test_factors_in_fp32_learn_on_weights_in_bf16(model):
-    lora = random_lora(model)
-    expected = merged(model, lora).bfloat16()(*inputs())
-    model.bfloat16().requires_grad_(False)
-    add_role(model, "student", lora)
-    with with_role(model, "student"):
-        v = model(*inputs())
-    v.float().square().mean().backward()
-    assert v.dtype == torch.bfloat16
-    assert (v - expected).abs().max() < 0.1 * expected.abs().max()
-    assert all(p.grad.dtype == torch.float32 for a, b, _ in role_lora(model, "student").values() for p in (a, b))
-
-
-def test_wrong_roles(model):
-    add_role(model, "student", new_lora(model, 2))
-    for name in "student", "train", "a.b":
-        with pytest.raises(ValueError, match=f"role '{name}'"):
-            add_role(model, name, new_lora(model, 2))
-    with pytest.raises(ValueError, match=r"'studnet' is not among \['student'\]"), with_role(model, "studnet"):
-        pass
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
 
 
 @pytest.mark.parametrize("layers", [r".*attn\.to_.*", EVERYTHING])
@@ -247,6 +128,106 @@ def test_spellings_in_the_wild(model, tmp_path, spelling, alpha):
 
 
 @torch.no_grad()
+def test_alphas_in_the_header(model, tmp_path):
+    """Rank 64 with lora_alpha 128 in lora_adapter_metadata, as Pruna's files have it (zhongkaifu/TensorSharp reads them at
+    scale 2): with the part's name before the key as a pipeline of diffusers writes it, and bare as a network of it does."""
+    lora = random_lora(model, 4, 4.0)
+    for prefix in "transformer.", "":
+        tensors = {f"{prefix}{n}.lora_A.weight": a for n, (a, _, _) in lora.items()}
+        tensors |= {f"{prefix}{n}.lora_B.weight": b for n, (_, b, _) in lora.items()}
+        header = {"lora_adapter_metadata": json.dumps({f"{prefix}lora_alpha": 8, f"{prefix}r": 4})}
+        save_file(tensors, tmp_path / "pruna.safetensors", header)
+        read, *_ = read_lora(tmp_path / "pruna.safetensors", model)
+        assert read.keys() == lora.keys() and {alpha for _, _, alpha in read.values()} == {8.0}
+
+
+@torch.no_grad()
+def test_the_extracted_turbo_lora(model, tmp_path):
+    """Comfy-Org's qwen_image_2.1_turbo_lora_avg_rank_178_bf16: gate and value of the MLP as one layer, the gate's rows
+    first, and changed gains of norms as .diff. (A reader that checks all its keys: apply_qwen21_extracted_weights of
+    photo_edit_studio.)"""
+    rng, prefix, tensors = torch.Generator().manual_seed(0), "diffusion_model.", {}
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for layer, halves in (
+        ("transformer_blocks.0.attn.to_q", ["transformer_blocks.0.attn.to_q"]),
+        ("transformer_blocks.1.img_mlp.gate_up", [f"transformer_blocks.1.img_mlp.{n}" for n in ("gate_layer", "proj")]),
+    ):
+        out, width = expected[f"{halves[0]}.weight"].shape
+        a, b = torch.randn(3, width, generator=rng), torch.randn(len(halves) * out, 3, generator=rng)
+        tensors |= {f"{prefix}{layer}.lora_down.weight": a, f"{prefix}{layer}.lora_up.weight": b}
+        tensors[f"{prefix}{layer}.alpha"] = torch.tensor(6.0)
+        for half, rows in zip(halves, b.split(out)):
+            expected[f"{half}.weight"] += 2 * rows @ a
+    for layer in "transformer_blocks.0.attn.norm_q", "txt_in.text_norm":
+        tensors[f"{prefix}{layer}.diff"] = torch.randn(expected[f"{layer}.weight"].shape, generator=rng)
+        expected[f"{layer}.weight"] += tensors[f"{prefix}{layer}.diff"]
+    save_file(tensors, tmp_path / "turbo.safetensors")
+    lora, *_ = read_lora(tmp_path / "turbo.safetensors", model)
+    for name, weight in merged(model, lora).state_dict().items():
+        assert_close(weight, expected[name])
+
+
+def fun_acc(layer: str) -> dict[str, torch.Tensor]:
+    """As slmonker/ComfyUI-QwenImage21-Fun-PDD lists the keys of PAI's Qwen-Image-2.1-Fun-Acc-4Step."""
+    return {
+        f"{layer}.lora_down": torch.ones(4, 64),
+        f"{layer}.lora_up": torch.ones(64, 4),
+        "transformer_blocks.0.attn.norm_q.weight": torch.ones(32),
+        "proj_out.weight": torch.ones(4, 64, 64),
+    }
+
+
+LAYER = "transformer_blocks.0.attn.to_q"
+PAIR = {f"{LAYER}.lora_A.weight": torch.ones(4, 64), f"{LAYER}.lora_B.weight": torch.ones(64, 4)}
+OTHERS = {  # what it is: (its tensors, its header, the complaint); the keys as a public source shows them
+    "Fun-Acc": (
+        fun_acc(LAYER),
+        {"format": "qwenimage21_extracted_prefused_v1"},
+        "a PDD student .Fun-Acc., which has an output layer for each of its steps; 2 of its 4 keys are unknown: proj_out.weight",
+    ),
+    "Fun-Acc under another header": (fun_acc(LAYER), {}, "it replaces whole layers; 2 of its 4 keys are unknown: proj_out.weight"),
+    # ComfyUI's loader (comfy/lora.py), and peft's own name for it (peft/tuners/lora)
+    "DoRA, ComfyUI": (PAIR | {f"{LAYER}.dora_scale": torch.ones(64, 1)}, {}, f"a DoRA, .*: {LAYER}.dora_scale"),
+    "DoRA, peft": (PAIR | {f"{LAYER}.lora_magnitude_vector.weight": torch.ones(64)}, {}, "a DoRA"),
+    # comfyanonymous/ComfyUI, QUANTIZATION.md, and its earlier scaled fp8
+    "fp8, ComfyUI": (
+        {f"{LAYER}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn), f"{LAYER}.weight_scale": torch.tensor(1.0)},
+        {},
+        f"a network in scaled fp8 .*; 2 of its 2 keys are unknown: {LAYER}.weight, {LAYER}.weight_scale",
+    ),
+    "fp8, ComfyUI's earlier": (
+        {f"{LAYER}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn), f"{LAYER}.scale_weight": torch.tensor(1.0),
+         "scaled_fp8": torch.ones(2).to(torch.float8_e4m3fn)},
+        {},
+        "a network in scaled fp8",
+    ),
+    # imnotednamode/mochi-1-preview-mix-nf4, whose index lists them
+    "nf4, bitsandbytes": (
+        {f"{LAYER}.weight": torch.ones(64, 32, dtype=torch.uint8), f"{LAYER}.weight.absmax": torch.ones(4),
+         f"{LAYER}.weight.quant_state.bitsandbytes__nf4": torch.ones(4, dtype=torch.uint8)},
+        {},
+        "a network quantised by bitsandbytes",
+    ),
+    # Qwen-Image of 20B, which has a second stream for the text (diffusers, QwenImageTransformer2DModel)
+    "a LoRA for Qwen-Image": (
+        {f"{LAYER[:-4]}add_q_proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"},
+        {},
+        "made for another network: transformer_blocks.0.attn.add_q_proj is no linear layer",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_files_that_cannot_be_placed_are_named(model, tmp_path, kind):
+    """What the file is and which of its keys are unknown, in one line."""
+    tensors, header, message = OTHERS[kind]
+    save_file(tensors, tmp_path / "other.safetensors", header or None)
+    with pytest.raises(ValueError, match=message) as error:
+        read_lora(tmp_path / "other.safetensors", model)
+    assert "other.safetensors" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@torch.no_grad()
 def test_several_with_scales_add_up(model):
     loras = random_lora(model, 3, 5.0), random_lora(model, 2, 2.0, r".*attn.*", 1)
     both = merged(merged(model, loras[0], 0.5), loras[1], -2.0)
@@ -308,7 +289,10 @@ def test_faulty_files_are_one_error(model, tmp_path):
     whole, layer = load_file(file), "transformer_blocks.0.attn.to_q"
     for change, message in (
         ({f"{layer}.lora_B.weight": None}, f"{layer} has only a, alpha"),
-        ({f"{layer}.lora_B.weight": torch.ones(64, 5)}, rf"{layer} has A \[4, 64\] and B \[64, 5\]"),
+        (
+            {f"{layer}.lora_B.weight": torch.ones(64, 5)},
+            rf"{layer} has A \[4, 64\] and B \[64, 5\], which make no product",
+        ),
         ({f"{layer}.lora_A.weight": torch.ones(4, 63)}, rf"{layer} has A \[4, 63\]"),
         (
             {f"{layer}.lora_A.weight": torch.ones(0, 64), f"{layer}.lora_B.weight": torch.ones(64, 0)},
@@ -316,10 +300,10 @@ def test_faulty_files_are_one_error(model, tmp_path):
         ),
         ({f"{layer}.lora_B.weight": torch.full((64, 4), torch.nan)}, f"{layer}.lora_B.* not finite"),
         ({f"{layer}.alpha": torch.ones(2)}, rf"{layer}.alpha has shape \[2\]; one number"),
-        ({f"{layer}.dora_scale": torch.ones(64)}, f"{layer}.dora_scale is no tensor of a LoRA"),
-        ({f"{layer}.lora_magnitude_vector.weight": torch.ones(64)}, "is no tensor of a LoRA"),
-        ({f"{layer}.lokr_w1": torch.ones(64)}, f"{layer}.lokr_w1 is no tensor of a LoRA"),
-        ({f"{layer}.hada_w1_a": torch.ones(64)}, "is no tensor of a LoRA"),
+        ({f"{layer}.dora_scale": torch.ones(64)}, f"a DoRA, .*; 1 of its 4 keys are unknown: {layer}.dora_scale"),
+        ({f"{layer}.lora_magnitude_vector.weight": torch.ones(64)}, "a DoRA"),
+        ({f"{layer}.lokr_w1": torch.ones(64)}, f"a LoKr or LoHa.*: {layer}.lokr_w1"),
+        ({f"{layer}.hada_w1_a": torch.ones(64)}, "a LoKr or LoHa"),
         ({f"{layer}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)}, f"{layer}.lora_A.weight has the type I32"),
         ({f"transformer.{layer}.lora_A.weight": torch.ones(4, 64)}, f"gives the a of {layer} a second time"),
         ({f"lora_unet_{underscored(layer)}.alpha": torch.tensor(1.0)}, f"gives the alpha of {layer} a second time"),
@@ -334,10 +318,10 @@ def test_faulty_files_are_one_error(model, tmp_path):
         ({"sample_sigmas": "[0.5, 1.0]"}, "sample_sigmas"),
         ({"sample_sigmas": "[0.5,"}, "header"),
         ({"lora_adapter_metadata": '{"transformer.use_dora": true}'}, "DoRA"),
-        ({"lora_adapter_metadata": '{"transformer.lora_alpha": "rank"}'}, "no number as transformer.lora_alpha"),
-        ({"lora_adapter_metadata": "[]"}, "no number as transformer.lora_alpha"),
-        ({"lora_adapter_metadata": '{"transformer.lora_alpha": 1' + "0" * 400 + "}"}, "no number as transformer.lora"),
-        ({"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'}, "no number as transformer.lora"),
+        ({"lora_adapter_metadata": '{"transformer.lora_alpha": "rank"}'}, "no number as lora_alpha"),
+        ({"lora_adapter_metadata": "[]"}, "no JSON object"),
+        ({"lora_adapter_metadata": '{"transformer.lora_alpha": 1' + "0" * 400 + "}"}, "no number as lora_alpha"),
+        ({"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'}, "no number as lora_alpha"),
         ({"lora_adapter_metadata": "[" * 10_000}, "header"),
         ({"sample_sigmas": "[1e400]"}, "sample_sigmas"),
     ):

@@ -36,12 +36,13 @@ import dmd  # noqa: E402
 import flow  # noqa: E402
 import recipe  # noqa: E402
 import train  # noqa: E402
-from checkpoint.lora import add_role, new_lora  # noqa: E402
+from checkpoint.lora import new_lora  # noqa: E402
 from data.encode import Entry  # noqa: E402
 from model import Condition, MMDiT, MMDiTConfig  # noqa: E402
 from networks import attention  # noqa: E402
 from training import plan, presets, watch  # noqa: E402
 from training.options import TrainOptions  # noqa: E402
+from training.roles import add_role  # noqa: E402
 from training.trainee import Network, recompute  # noqa: E402
 
 TOY = MMDiTConfig(

@@ -18,12 +18,13 @@ import torch
 from checkpoint import layout as checkpoint
 from checkpoint.export import check_base, export
 from checkpoint.files import KEPT, PART, aside, read_json, remove, visible, write_json
-from checkpoint.lora import role_lora, write_lora
+from checkpoint.lora import write_lora
 from checkpoint.weights import finite, write_tensors
 from data.prompts import prompts_fingerprint
 from program.options import TOY, flag
 from program.ranks import on_rank0, raise_on_all_ranks, rank, ranks, say
 from training.options import TrainOptions
+from training.roles import role_lora
 from training.trainee import Trainee
 
 # What may differ in a resumed run: it changes no number, or only how far the run goes. Of checkpoint, prompts and teachers

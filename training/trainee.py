@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint.lora import add_role, merge, new_lora, read_lora, role_lora, stage_of, with_role
+from checkpoint.lora import merge, new_lora, read_lora
 from checkpoint.weights import finite, open_weights
 from data.batches import Batch, generator
 from flow import Velocity, network_time
@@ -25,6 +25,7 @@ from model import Condition, MMDiT
 from program.ranks import all_gather, average_over_ranks, raise_on_all_ranks, rank, ranks
 from training.muon import Muon
 from training.options import TrainOptions
+from training.roles import add_role, role_lora, stage_of, with_role
 from training.sharding import gathered, local_rows, shard
 
 # ---- networks --------------------------------------------------------------------------------------------------------
