@@ -215,3 +215,8 @@ def walk(velocity: Velocity, noises: Tensor, sigmas: Sequence[float]) -> Tensor:
     small steps the two draw alike, in four they do not. Which is better depends on the network: results/README.md.
     """
     return renoise(velocity, noises, sigmas) if len(noises) > 1 else euler(velocity, noises[0], sigmas)
+
+
+def draw(velocities: Sequence[Velocity], noises: Tensor, sigmas: Sequence[float], guidance: float = 1.0) -> Tensor:
+    """Walks under what to draw, or, guided, under that and what to stay away from; the rest as in walk."""
+    return walk(guided(*velocities, guidance) if len(velocities) > 1 else velocities[0], noises, sigmas)

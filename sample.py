@@ -29,7 +29,7 @@ walks from noise to latents; the VAE makes pixels of them.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -45,11 +45,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import flow
-from checkpoint.export import export
+from checkpoint.export import export, export_lora
 from checkpoint.files import config_from_json, may_write
-from checkpoint.layout import Scheduler, check_parts, check_sigmas, check_stage, how_it_draws, open_device, read_index
-from checkpoint.lora import LoRA, factorise, merge_all, read_lora, write_lora
-from checkpoint.weights import check_finite
+from checkpoint.layout import (
+    Scheduler,
+    check_parts,
+    check_stage,
+    choose_schedule,
+    how_it_draws,
+    open_device,
+    read_index,
+)
+from checkpoint.lora import LoRA, merge_all, read_lora
 from data.pictures import MULTIPLE, Source, check_areas, fit, latent_grid, save, sides, to_pictures, to_tensor
 from data.prompts import LONGEST, MOST_IMAGES
 from model import Condition, MMDiT
@@ -68,7 +75,7 @@ class Pipeline:
     Its three networks are read from the disk at their first use, and any may be replaced by assignment. The first call
     frees the encoder, the largest of them, before it reads the MMDiT, so these two do not share the memory. The MMDiT
     stays, and a second call reads the encoder again beside it. For many pictures in little memory make all `conditions`
-    first and then `draw`, as `run` below does, or use `offload`. `keep_encoder` is for those with the memory.
+    first and then the `pictures`, as `run` below does, or use `offload`. `keep_encoder` is for those with the memory.
     """
 
     directory: Path
@@ -83,7 +90,7 @@ class Pipeline:
     loras: list[tuple[str | Path, LoRA, float]]  # merged into the MMDiT: its file, itself, its scale
     compile: bool = False  # compile the MMDiT's blocks: minutes at first, for many pictures of a size
     progress: bool = True  # a bar over the steps
-    fit: str = "stretch"  # how sources are brought to their size: stretch, crop or pad (pictures.fit)
+    source_fit: str = "stretch"  # how sources are brought to their size: stretch, crop or pad (pictures.fit)
 
     @classmethod
     def from_pretrained(
@@ -95,12 +102,12 @@ class Pipeline:
         keep_encoder: bool = False,
         loras: list[tuple[str | Path, float]] | None = None,
         sigmas: list[float] | None = None,
+        shift: str | float = "none",
     ) -> "Pipeline":
         """Open a folder in the published layout. ValueError or FileNotFoundError name the file that is wrong.
 
         loras               files, each with the scale at which it changes the MMDiT's weights
-        sigmas              times to stop at (without the final 0), exactly these, instead of the checkpoint's schedule.
-                            None: those of a few-step student's LoRA file, if one is given. Guidance is off with either
+        sigmas, shift       instead of the checkpoint's schedule, as `choose_schedule` takes them
         """
         directory, device = Path(directory), open_device(device)
         index = read_index(directory)
@@ -110,48 +117,48 @@ class Pipeline:
         vae = VAE.from_pretrained(directory / "vae", dtype, "meta")
         mmdit = MMDiT.from_pretrained(directory / "transformer", dtype, "meta")
         check_parts(directory, mmdit.config, vae.config, encoder.config)
-        opened = [(path, *read_lora(path, mmdit), scale) for path, scale in loras or []]
-        students = [own for _, _, *own, _ in opened if own[0] is not None]
-        if sigmas is None:
-            if any(own != students[0] for own in students):
-                schedules = [own for own, _ in students]
-                raise ValueError(f"the LoRA files have schedules of their own, {schedules}; choose one by sigmas")
-            sigmas = students[0][0] if students else None
-        if sigmas is not None:
-            scheduler = replace(scheduler, use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
-            if students:
-                scheduler.stochastic_sampling = students[0][1]
-            index |= {"sample_sigmas": check_sigmas(sigmas, "sigmas"), "guidance": 1.0}
+        opened, students = [], {}
+        for path, scale in loras or []:
+            lora, own_sigmas, stochastic = read_lora(path, mmdit)
+            opened.append((path, lora, scale))
+            if own_sigmas is not None:
+                students[path] = own_sigmas, stochastic
+        few_steps = sigmas is not None or students
+        scheduler, sample_sigmas = choose_schedule(
+            directory, scheduler, index["sample_sigmas"], students, sigmas, shift
+        )
         return cls(
             directory=directory,
             scheduler=scheduler,
-            sample_sigmas=index["sample_sigmas"],
+            sample_sigmas=sample_sigmas,
             resolution=index["resolution"],
-            guidance=index["guidance"],
+            guidance=1.0 if few_steps else index["guidance"],
             dtype=dtype,
             device=device,
             offload=offload,
             keep_encoder=keep_encoder,
-            loras=[(path, lora, scale) for path, lora, *_, scale in opened],
+            loras=opened,
         )
 
+    # The three networks.
+
     @property
-    def home(self) -> torch.device:
+    def rest_device(self) -> torch.device:
         """Where networks are while they do not work."""
         return torch.device("cpu") if self.offload else self.device
 
     @cached_property
     def encoder(self) -> Qwen3VL:
-        return Qwen3VL.from_pretrained(self.directory, self.dtype, self.home)
+        return Qwen3VL.from_pretrained(self.directory, self.dtype, self.rest_device)
 
     @cached_property
     def vae(self) -> VAE:
         dtype = torch.float32 if self.dtype == torch.float16 else self.dtype  # fp16 overflows in it
-        return VAE.from_pretrained(self.directory / "vae", dtype, self.home)
+        return VAE.from_pretrained(self.directory / "vae", dtype, self.rest_device)
 
     @cached_property
     def mmdit(self) -> MMDiT:
-        mmdit = MMDiT.from_pretrained(self.directory / "transformer", self.dtype, self.home)
+        mmdit = MMDiT.from_pretrained(self.directory / "transformer", self.dtype, self.rest_device)
         merge_all(mmdit, self.loras)
         for block in mmdit.transformer_blocks if self.compile else ():
             block.compile(dynamic=True)
@@ -171,6 +178,8 @@ class Pipeline:
         yield network
         if self.offload:
             network.to("cpu")
+
+    # Before the steps: what they are told.
 
     @torch.no_grad()
     def condition(
@@ -196,7 +205,7 @@ class Pipeline:
         if resolution < MULTIPLE:
             raise ValueError(f"resolution {resolution}: at least {MULTIPLE} pixels are needed")
         # A shared picture is read once.
-        fitted = {id(image): fit(image, resolution, self.fit) for row in images for image in row}
+        fitted = {id(image): fit(image, resolution, self.source_fit) for row in images for image in row}
         sources = [[fitted[id(image)] for image in row] for row in images]
         if fitted:
             limits = PixelSettings.from_pretrained(self.directory / "processor")
@@ -218,9 +227,29 @@ class Pipeline:
         check_stage("the latents of a source picture", z, vae.quant_conv.weight.dtype)
         return z.expand(len(pictures), -1, -1, -1)  # (B, 64, h, w)
 
-    def velocity(self, condition: Condition) -> flow.Velocity:
-        """The MMDiT under one condition, v(z, t), as flow.py takes it. z (B, 64, h, w); t (B,)."""
-        return Network(self.mmdit).velocity(condition.to(self.device, self.dtype), calls=math.inf)
+    def conditions(
+        self,
+        prompts: list[str],
+        images: list[list[Source]],
+        resolution: int | None = None,
+        guidance: float = 1.0,
+        negative_prompt: str | list[str] | None = None,
+    ) -> list[Condition]:
+        """The first half of a call: what to draw and, for guidance, what to stay away from. Kept on the CPU."""
+        if not prompts:
+            raise ValueError("no prompt is given")
+        if not 1 <= guidance < math.inf:  # below 1 the reference draws without it, and does not say so
+            raise ValueError(f"guidance {guidance}: a number from 1 (off) on is expected")
+        if guidance == 1 and negative_prompt:
+            raise ValueError(
+                f"negative prompt {negative_prompt!r}: guidance is 1, which is off; ask for more, or leave it out"
+            )
+        conditions = [self.condition(prompts, images, resolution)]
+        if guidance > 1:  # the same sources with other words: guidance is about the words alone
+            words = negative_prompt or ""
+            words = [words] * len(prompts) if isinstance(words, str) else list(words)
+            conditions.append(self.condition(words, images, resolution, conditions[0].sources))
+        return [condition.to("cpu", self.dtype) for condition in conditions]
 
     def sigmas(self, steps: int | None, tokens: int) -> list[float]:
         """The schedule of a picture of `tokens` tokens, its final 0 included. steps None: the checkpoint's, else 40."""
@@ -231,6 +260,60 @@ class Pipeline:
             fixed = f"the checkpoint, a LoRA file or given sigmas fix them to {len(own)}, at {own}"
             raise ValueError(f"{steps} steps: {fixed}; leave the number out")
         return self.scheduler.sigmas(own or steps or 40, tokens)
+
+    def noises(self, batch: int, h: int, w: int, steps: int, seed: int, noise: Tensor | None = None) -> Tensor:
+        """The noises of B pictures, (K, B, 64, h, w): one to start from; where the checkpoint re-noises, one a step.
+
+        They are drawn in the reference's order. noise (B, h w, 64): to start from instead, tokens in row-major order.
+        """
+        rng, shape = torch.Generator().manual_seed(seed), (batch, self.mmdit.config.in_channels, h, w)
+        start = torch.randn(shape, generator=rng, dtype=self.dtype)  # (B, 64, h, w), also where another is given
+        if noise is not None:
+            if noise.shape != (batch, h * w, shape[1]):
+                raise ValueError(f"noise of shape {tuple(noise.shape)}: {(batch, h * w, shape[1])} is expected")
+            start = rearrange(noise, "b (h w) c -> b c h w", h=h).to(self.dtype)  # (B, 64, h, w)
+        if not self.scheduler.stochastic_sampling:
+            return start[None]  # (1, B, 64, h, w)
+        later = torch.randn(steps - 1, batch, h * w, shape[1], generator=rng)
+        return torch.cat([start[None], rearrange(later, "k b (h w) c -> k b c h w", h=h)])  # (K, B, 64, h, w)
+
+    # The steps.
+
+    def velocity(self, condition: Condition) -> flow.Velocity:
+        """The MMDiT under one condition, v(z, t), as flow.py takes it. z (B, 64, h, w); t (B,)."""
+        return Network(self.mmdit).velocity(condition.to(self.device, self.dtype), calls=math.inf)
+
+    @torch.no_grad()
+    def draw(self, conditions: list[Condition], noises: Tensor, sigmas: list[float], guidance: float = 1.0) -> Tensor:
+        """From noise to latents (B, 64, h, w) in fp32, checked to be finite.
+
+        conditions          one, or with guidance two: what to draw, and what to stay away from
+        noises              (1, B, 64, h, w) for Euler's method, (K, B, 64, h, w) to re-noise; see flow.walk
+        sigmas              K + 1 times, the final 0 included
+        """
+        with self.at_work(self.mmdit), tqdm(total=len(sigmas) - 1, unit="step", disable=not self.progress) as bar:
+            positive, *negative = [self.velocity(condition) for condition in conditions]
+
+            def step(z: Tensor, t: Tensor) -> Tensor:
+                bar.update()
+                return positive(z, t)  # (B, 64, h, w)
+
+            z = flow.draw([step, *negative], noises.to(self.device), sigmas, guidance)  # (B, 64, h, w) in fp32
+        check_stage("the MMDiT's latents", z, self.dtype)
+        return z
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """The pictures of latents (B, 64, h, w), checked to be finite."""
+        pictures = []
+        with self.at_work(self.vae) as vae:
+            for z in latents.split(1):  # one at a time: it is now that pixels take memory
+                image = vae.decode(z.to(self.dtype))  # (1, 4, 16h, 16w)
+                check_stage("the decoded pixels", image, image.dtype)
+                pictures += to_pictures(image)
+        return pictures
+
+    # All of it.
 
     @torch.no_grad()
     def __call__(
@@ -264,35 +347,10 @@ class Pipeline:
         rows = images if images and isinstance(images[0], (list, tuple)) else [images] * len(prompts)
         conditions = self.conditions(prompts, rows, resolution, guidance, negative_prompt)
         self.free_encoder()
-        pictures = self.draw(conditions, height, width, resolution, steps, guidance, seed, noise)
+        pictures = self.pictures(conditions, height, width, resolution, steps, guidance, seed, noise)
         return pictures[0] if isinstance(prompt, str) else pictures
 
-    def conditions(
-        self,
-        prompts: list[str],
-        images: list[list[Source]],
-        resolution: int | None = None,
-        guidance: float = 1.0,
-        negative_prompt: str | list[str] | None = None,
-    ) -> list[Condition]:
-        """The first half of a call: what to draw and, for guidance, what to stay away from. Kept on the CPU."""
-        if not prompts:
-            raise ValueError("no prompt is given")
-        if not 1 <= guidance < math.inf:  # below 1 the reference draws without it, and does not say so
-            raise ValueError(f"guidance {guidance}: a number from 1 (off) on is expected")
-        if guidance == 1 and negative_prompt:
-            raise ValueError(
-                f"negative prompt {negative_prompt!r}: guidance is 1, which is off; ask for more, or leave it out"
-            )
-        conditions = [self.condition(prompts, images, resolution)]
-        if guidance > 1:  # the same sources with other words: guidance is about the words alone
-            words = negative_prompt or ""
-            words = [words] * len(prompts) if isinstance(words, str) else list(words)
-            conditions.append(self.condition(words, images, resolution, conditions[0].sources))
-        return [condition.to("cpu", self.dtype) for condition in conditions]
-
-    @torch.no_grad()
-    def draw(
+    def pictures(
         self,
         conditions: list[Condition],
         height: int | None = None,
@@ -303,11 +361,10 @@ class Pipeline:
         seed: int = 0,
         noise: Tensor | None = None,
     ) -> list[Image.Image]:
-        """The second half: B pictures. conditions: one, or with guidance two, each of B prompts. The other arguments are
-        those of a call."""
+        """The second half of a call: B pictures. conditions: one, or with guidance two, each of B prompts. The other
+        arguments are those of a call."""
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed}: a number from 0 to 2^63 - 1 is expected")
-        conditions = [condition.to(self.device, self.dtype) for condition in conditions]
         if conditions[0].sources:
             default = [16 * side for side in conditions[0].sources[-1].shape[-2:]]
         else:
@@ -315,70 +372,44 @@ class Pipeline:
         height, width = default[0] if height is None else height, default[1] if width is None else width
         h, w = latent_grid(height, width, self.resolution)
         sigmas = self.sigmas(steps, h * w)
-        shape = (len(conditions[0].mask), self.mmdit.config.in_channels, h, w)
-        rng = torch.Generator().manual_seed(seed)
-        z = torch.randn(shape, generator=rng, dtype=self.dtype)  # (B, 64, h, w); later noises follow it, used or not
-        if noise is not None and noise.shape == (shape[0], h * w, shape[1]):
-            z = rearrange(noise, "b (h w) c -> b c h w", h=h).to(self.dtype)  # (B, 64, h, w)
-        elif noise is not None:
-            raise ValueError(f"noise of shape {tuple(noise.shape)}: {(shape[0], h * w, shape[1])} is expected")
-
-        noises = z[None]  # (1, B, 64, h, w)
-        if self.scheduler.stochastic_sampling:
-            later = torch.randn(len(sigmas) - 2, shape[0], h * w, shape[1], generator=rng)  # in the reference's order
-            noises = torch.cat([noises, rearrange(later, "k b (h w) c -> k b c h w", h=h)])  # (K, B, 64, h, w)
-
+        noises = self.noises(len(conditions[0].mask), h, w, len(sigmas) - 1, seed, noise)
         _ = self.vae  # read before the steps: if its file is damaged, no step is lost
-        with self.at_work(self.mmdit), tqdm(total=len(sigmas) - 1, unit="step", disable=not self.progress) as bar:
-            velocity = self.velocity(conditions[0])
-            if guidance > 1:
-                velocity = flow.guided(velocity, self.velocity(conditions[1]), guidance)
-
-            def step(z: Tensor, t: Tensor) -> Tensor:
-                v = velocity(z, t)  # (B, 64, h, w)
-                bar.update()
-                return v
-
-            z = flow.walk(step, noises.to(self.device), sigmas)  # (B, 64, h, w) in fp32
-        check_stage("the MMDiT's latents", z, self.dtype)
-        pictures = []
-        with self.at_work(self.vae) as vae:
-            for one in z.split(1):  # one at a time: it is now that pixels take memory
-                pictures += to_pictures(vae.decode(one.to(self.dtype)))  # (1, 4, 16h, 16w)
-        return pictures
+        return self.decode(self.draw(conditions, noises, sigmas, guidance))
 
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
-def export_student(pipeline, args: sample_options.Args) -> None:
+def export_student(pipeline: Pipeline, args: sample_options.Args) -> None:
     """--export: the checkpoint's student, with what --lora makes of it, as a folder; or what it changed in --base."""
-    sigmas, stochastic = pipeline.sample_sigmas, pipeline.scheduler.stochastic_sampling
+    sigmas, scheduler = pipeline.sample_sigmas, pipeline.scheduler
     if sigmas is None:
         raise ValueError(
             f"{args.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
         )
     if not args.base:
         may_write(args.export, folder=True)  # before the weights are read
-        export(args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link, stochastic=stochastic)
-        return print(f"{args.export}: {how_it_draws(sigmas, stochastic)}")
+        stochastic = scheduler.stochastic_sampling
+        export(
+            args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link, stochastic=stochastic, bend=scheduler
+        )
+        print(f"{args.export}: {how_it_draws(sigmas, stochastic, scheduler)}")
+        return
     may_write(args.export, args.overwrite)
-    base = MMDiT.from_pretrained(Path(args.base) / "transformer", pipeline.dtype, pipeline.device)
-    if base.config != pipeline.mmdit.config:
-        raise ValueError(f"--base {args.base}: its transformer has another size than that of {args.checkpoint}")
-    lora, kept = factorise(base, pipeline.mmdit, args.rank)
-    check_finite({f"{name}.{part}": t for name, pair in lora.items() for part, t in zip("AB", pair)}, args.export)
-    write_lora(args.export, lora, sigmas, stochastic=stochastic)
-    size = Path(args.export).stat().st_size / 1e6
-    print(f"{args.export}: rank {args.rank}, {kept:.1%} of what the student changed, {size:.1f} MB")
-    print(how_it_draws(sigmas, stochastic))
+    print(export_lora(args.base, pipeline.mmdit, args.export, sigmas, scheduler, args.rank, args.exact))
 
 
 def run(args: sample_options.Args) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     pipeline = Pipeline.from_pretrained(
-        args.checkpoint, getattr(torch, dtype), device, args.offload, loras=args.loras, sigmas=list(args.sigmas) or None
+        args.checkpoint,
+        getattr(torch, dtype),
+        device,
+        args.offload,
+        loras=args.loras,
+        sigmas=list(args.sigmas) or None,
+        shift=args.bend,
     )
     pipeline.compile = args.compile
     if args.export is not None:
@@ -409,14 +440,14 @@ def run(args: sample_options.Args) -> None:
         may_write(path, args.overwrite)
 
     # The encoder reads all prompts first, and leaves before the MMDiT comes.
-    pipeline.fit = args.fit
+    pipeline.source_fit = args.fit
     read = args.resolution, settings["guidance"], args.negative_prompt
     conditions = [pipeline.conditions([prompt], [images], *read) for prompt, images in jobs]
     pipeline.free_encoder()
     for number, path in enumerate(paths):
         job, nth = divmod(number, args.num_images)
         (prompt, images), seed = jobs[job], args.seed + nth
-        picture = pipeline.draw(conditions[job], seed=seed, **settings)[0]
+        picture = pipeline.pictures(conditions[job], seed=seed, **settings)[0]
         save(picture, path, {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings, **notes})
         print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
 

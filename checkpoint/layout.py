@@ -2,7 +2,7 @@
 and their fingerprint; and devices."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor
 import flow
 from checkpoint.files import build_config, digest, file_digests, read_json, visible
 from checkpoint.weights import finite
-from program.edges import short
+from program.edges import notice, short
 from program.ranges import Ranged, within
 
 # Sides of pictures are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels.
@@ -65,6 +65,48 @@ class Scheduler(Ranged):
         return sigmas
 
 
+UNBENT = Scheduler(use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
+
+
+def choose_schedule(
+    directory: Path,
+    scheduler: Scheduler,
+    own: list[float] | None,
+    students: dict[str | Path, tuple[list[float], bool]],
+    sigmas: list[float] | None,
+    shift: str | float,
+) -> tuple[Scheduler, list[float] | None]:
+    """By which times, and how, a checkpoint draws with LoRAs: (the scheduler that bends them, the times before it).
+
+    own                 the checkpoint's sample_sigmas. They pass through its scheduler, whatever that does to them
+    students            few-step students' LoRA files: their times, which nothing bends, and whether they re-noise
+    sigmas, shift       times that the user gave (without the final 0), and how they are bent: "dynamic" as the
+                        checkpoint's scheduler does, but without its terminal stretch; a number, statically; "none"
+    """
+    schedules = list(students.values())
+    if sigmas is None and any(schedule != schedules[0] for schedule in schedules):
+        times = [times for times, _ in schedules]
+        raise ValueError(f"the LoRA files have schedules of their own, {times}; choose one by sigmas")
+    if students:
+        scheduler = replace(scheduler, stochastic_sampling=schedules[0][1])
+    if sigmas is not None:
+        check_sigmas(sigmas, "sigmas")
+        bend = 1.0 if isinstance(shift, str) else shift
+        scheduler = replace(scheduler, use_dynamic_shifting=shift == "dynamic", shift=bend, shift_terminal=None)
+        return scheduler, sigmas
+    if students:
+        times = schedules[0][0]
+        notice(f"schedule {times}", f"{', '.join(map(str, students))}: draws in {len(times)} steps at {times}")
+        return replace(scheduler, use_dynamic_shifting=False, shift=1.0, shift_terminal=None), times
+    if own is not None and scheduler.shift_terminal:
+        notice(
+            f"terminal {directory}",
+            f"{directory}: its scheduler's shift_terminal moves the last of the sample_sigmas {own} to "
+            f"{scheduler.shift_terminal}; drawn so. If its student was trained without, give --sigmas and --shift",
+        )
+    return scheduler, own
+
+
 def check_sigmas(sigmas: list[float], name: str) -> list[float]:
     """The sigmas as they are, or a ValueError that names their origin."""
     numbers = isinstance(sigmas, (list, tuple)) and sigmas and all(type(s) in (int, float) for s in sigmas)
@@ -81,9 +123,11 @@ class Drawing(Ranged):
     guidance: float = within(1.0, "[1, 1e6]")  # the teacher's; 1 is off
 
 
-def how_it_draws(sigmas: list[float], stochastic: bool) -> str:
+def how_it_draws(sigmas: list[float], stochastic: bool, bend: Scheduler = UNBENT) -> str:
     """What the user of a student has to know, in words: for a folder's README.md, a LoRA's header and the terminal."""
-    steps = f"Draws in {len(sigmas)} step{'s' * (len(sigmas) > 1)} at the times {sigmas}, without guidance,"
+    bent = (bend.use_dynamic_shifting, bend.shift, bend.shift_terminal) != (False, 1.0, None)
+    times = f"{sigmas}{', which its scheduler shifts' if bent else ''}"
+    steps = f"Draws in {len(sigmas)} step{'s' * (len(sigmas) > 1)} at the times {times}, without guidance,"
     if not stochastic:
         return f"{steps} by Euler's method."
     return (

@@ -26,7 +26,10 @@ class Args(Options):
 
     checkpoint: str = option(str(TOY), "folder in the published layout")
     lora: tuple[str, ...] = option((), "FILE or FILE:SCALE, change the MMDiT by these; the scale is 1")
-    sigmas: tuple[float, ...] = option((), "stop at exactly these times from 1 down, without the last 0", "(0, 1]")
+    sigmas: tuple[float, ...] = option((), "stop at these times from 1 down, without the last 0", "(0, 1]")
+    shift: str = option(
+        "none", "how --sigmas are bent: none, dynamic (as the base's own, without its terminal) or a number"
+    )
     overwrite: bool = option(False, "replace files that stand at --out or --export; folders are never replaced")
     device: str | None = option(None, "default: cuda where there is one, else cpu")
     dtype: str | None = option(None, "default: bfloat16 on cuda, else float32", "bfloat16 | float16 | float32")
@@ -53,11 +56,16 @@ class Args(Options):
     link: bool = option(False, "of a folder: link what did not change instead of copying it", use=FOLDER)
     base: str | None = option(None, "of a LoRA: the checkpoint that it will be loaded onto", use=LORA)
     rank: int = option(64, "of a LoRA", "[1, 65536]", LORA)
+    exact: tuple[str, ...] = option((), "of a LoRA: store the changes of layers with these names whole", use=LORA)
 
     @property
     def loras(self) -> list[tuple[str, float]]:
         """File and scale of each --lora."""
         return [split_scale(given) for given in self.lora]
+
+    @property
+    def bend(self) -> str | float:
+        return split_shift(self.shift)
 
     @property
     def shape(self) -> tuple[float, float] | None:
@@ -70,9 +78,13 @@ def check(args: Args) -> None:
     for f in fields(args):  # what would be passed over without a word
         if f.metadata["use"] not in (None, use) and getattr(args, f.name) != f.default:
             raise ValueError(f"{flag(f.name)} is for {f.metadata['use']}")
+    if args.bend != "none" and not args.sigmas:
+        raise ValueError(f"--shift {args.shift}: it bends --sigmas, and none are given")
     if use == LORA and not args.base:
         raise ValueError(f"--export {args.export}: a LoRA changes a base; name its folder with --base")
     if use == DRAW:
+        if args.seed + args.num_images > 2**63:
+            raise ValueError(f"--seed {args.seed}: {args.num_images} pictures need as many seeds below 2^63")
         if Path(args.out).suffix.lower() != ".png":
             raise ValueError(f"--out {args.out}: pictures have an alpha channel and are written as .png")
         if (args.prompt is None) == (args.prompt_file is None) or (args.prompt_file is not None and args.image):
@@ -94,6 +106,18 @@ def split_aspect(given: str) -> tuple[float, float]:
     if not fits:
         raise ValueError(f"--aspect {given[:100]}: W:H from 1:100 to 100:1 is expected, such as 16:9")
     return width, height
+
+
+def split_shift(given: str) -> str | float:
+    """The word, or the number, of --shift."""
+    if given in ("none", "dynamic"):
+        return given
+    try:
+        number = float(given)
+    except ValueError:
+        raise ValueError(f"--shift {given[:100]}: expected is none, dynamic or a number") from None
+    check_range("--shift", number, "(0, 100]")
+    return number
 
 
 def split_scale(given: str) -> tuple[str, float]:

@@ -1,23 +1,28 @@
 """Students as checkpoints of their own: folders that diffusers opens, and that are written whole or not at all."""
 
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import QwenImage21Pipeline
-from reference import PROMPT, Both, changed, difference, picture, write_checkpoint
+from reference import PROMPT, Both, changed, difference, open_pipeline, picture, write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file
 from test_files import OTHERS
 
 import sample
 from checkpoint.export import export
 from checkpoint.files import may_write, read_json
 from checkpoint.layout import how_it_draws
-from checkpoint.lora import new_lora, write_lora
+from checkpoint.lora import merge, new_lora, read_lora, write_lora
 from model import MMDiT
 from sample import Pipeline
 
+IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
 TALL = picture(40, 90, 2, "RGBA")
 TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
 
@@ -167,6 +172,66 @@ def test_a_student_says_how_it_draws(base, tmp_path, stochastic):
     assert how_it_draws([1.0, 0.5], stochastic) in text and "2 steps at the times [1.0, 0.5]" in text
     assert ("new noise after each step" in text and "ComfyUI" in text) == stochastic
     assert ("by Euler's method." in text) == (not stochastic)
+
+
+def test_a_bent_schedule_is_exported_as_it_is_drawn(base, tmp_path):
+    """Lightning's, fused: raw sigmas, and a scheduler that shifts them by the picture's size, without a terminal."""
+    student = [
+        *("--checkpoint", str(base)),
+        "--sigmas",
+        "1",
+        "0.75",
+        "0.5",
+        "0.25",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
+    for shift, bent in ("dynamic", {"use_dynamic_shifting": True, "shift": 1.0}), ("3", IDENTITY | {"shift": 3.0}):
+        folder = tmp_path / shift
+        sample.main([*student, "--shift", shift, "--export", str(folder)])
+        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        assert scheduler.items() >= (bent | {"shift_terminal": None, "stochastic_sampling": False}).items()
+        assert "which its scheduler shifts" in (folder / "README.md").read_text()
+        assert read_json(folder / "model_index.json")["sample_sigmas"] == [1.0, 0.75, 0.5, 0.25]
+        Both(folder).agree()
+    sample.main([*student, "--shift", "3", "--export", str(tmp_path / "a.safetensors"), "--base", str(base)])
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["sample_sigmas"]) == pytest.approx([1.0, 0.9, 0.75, 0.5])
+
+
+@torch.no_grad()
+def test_exact_layers_of_a_lora(base, tmp_path, capsys):
+    """Whole changes, gains of norms too: bit for bit those of the student, whose weights are bf16 like the base's."""
+    student = MMDiT.from_pretrained(base / "transformer", torch.bfloat16)
+    rng = torch.Generator().manual_seed(0)
+    for parameter in student.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
+    export(base, student, [1.0, 0.5], tmp_path / "student", stochastic=False)
+    command = ["--checkpoint", str(tmp_path / "student"), "--base", str(base), "--rank", "2", "--device", "cpu"]
+    names = ["img_in", "proj_out", "time_text_embed", "norm_q"]
+    shares = []
+    for number, exact in enumerate(([], ["--exact", *names])):
+        file = tmp_path / f"{number}.safetensors"
+        sample.main([*command, "--dtype", "bfloat16", "--export", str(file), *exact])
+        shares.append(float(re.search(r"([\d.]+)% of what the student changed", capsys.readouterr().out)[1]))
+    assert shares[1] > shares[0] + 1
+    stored = load_file(file)
+    whole = {key.removesuffix(".diff") for key in stored if key.endswith(".diff")}
+    assert whole == {
+        "img_in", "proj_out", *(f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2)),
+        *(f"transformer_blocks.{i}.attn.norm_q" for i in (0, 1)),
+    }  # fmt: skip
+    network = MMDiT.from_pretrained(base / "transformer", torch.bfloat16)
+    lora, sigmas, stochastic = read_lora(file, network)
+    merge(network, lora)
+    assert (sigmas, stochastic) == ([1.0, 0.5], False)
+    for layer in whole:
+        weight = f"{layer}.weight"
+        assert torch.equal(network.state_dict()[weight], student.state_dict()[weight]), layer
+    with pytest.raises(ValueError, match="should be empty"):  # docs/checkpoints.md: diffusers does not read such a file
+        open_pipeline(base).load_lora_weights(file)
 
 
 # What is copied from a base belongs to whoever exports

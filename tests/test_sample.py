@@ -30,6 +30,7 @@ from reference import (
     generator,
     open_pipeline,
     picture,
+    random_lora,
     write_checkpoint,
     write_model_index,
     write_scheduler,
@@ -39,6 +40,7 @@ from reference import (
 from safetensors.torch import load_file, save_file
 
 import sample
+import train
 from checkpoint.files import read_json
 from checkpoint.lora import new_lora, write_lora
 from data.pictures import open_picture
@@ -520,6 +522,94 @@ def test_students_from_the_command_line(base, tmp_path, capsys):
     assert close < 3  # of 255: bf16 files, merged
 
 
+LIGHTNING = [1.0, 0.75, 0.5, 0.25]  # lightx2v/Qwen-Image-2.1-Lightning
+
+
+@pytest.mark.parametrize(
+    ("shift", "scheduler"),
+    [
+        ("none", {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}),
+        (
+            "dynamic",
+            {"shift_terminal": None},
+        ),  # the published scheduler without its terminal, as Lightning's card has it
+        (3.0, {"use_dynamic_shifting": False, "shift": 3.0, "shift_terminal": None}),
+    ],
+)
+def test_given_sigmas_are_bent_as_by_diffusers(base, shift, scheduler):
+    ours, theirs = Pipeline.from_pretrained(base, sigmas=LIGHTNING, shift=shift), open_pipeline(base)
+    theirs.scheduler = FlowMatchEulerDiscreteScheduler.from_config(theirs.scheduler.config, **scheduler)
+    ours.progress = False
+    for size in {"height": 96, "width": 96}, {"height": 64, "width": 160}:  # a dynamic shift depends on the size
+        expected = theirs(PROMPT, sigmas=LIGHTNING, generator=generator(theirs, 5), **size).images[0]
+        assert difference(ours(PROMPT, seed=5, **size), expected) <= 1
+    assert ours.sigmas(None, 36)[-2:] != [0.02, 0.0]  # the base's terminal would spoil a student's last step
+
+
+def test_a_terminal_is_drawn_as_the_config_says_and_told(base, tmp_path, capsys):
+    """A student's folder that kept its base's scheduler; with --sigmas the terminal is off."""
+    directory = variant(base, tmp_path)
+    write_model_index(directory, sample_sigmas=LIGHTNING, resolution=64)
+    both = Both(directory)
+    both.agree()
+    told = capsys.readouterr().err
+    assert both.ours.sigmas(None, 16)[-2:] == pytest.approx([0.02, 0.0])
+    assert str(directory) in told and "shift_terminal" in told and "0.02" in told
+    assert Pipeline.from_pretrained(directory, sigmas=LIGHTNING).sigmas(None, 16) == [*LIGHTNING, 0.0]
+    fused = {"sample_sigmas": LIGHTNING, "resolution": 64}  # as darioooooo0o/Lightning-4step-Qwen-Image-2.1-Diffusers
+    write_scheduler(directory, shift_terminal=None)
+    write_model_index(directory, **fused)
+    capsys.readouterr()
+    Both(directory).agree()
+    assert "terminal" not in capsys.readouterr().err
+
+
+def test_a_few_step_lora_and_a_style_lora_together(base, tmp_path, capsys):
+    """The few-step one's sigmas win, and it is said; diffusers with both adapters draws the same."""
+    few, style = tmp_path / "few.safetensors", tmp_path / "style.safetensors"
+    network = MMDiT.from_pretrained(base / "transformer")
+    write_lora(few, random_lora(network, 2, 2.0, r".*attn.*"), [1.0, 0.5], torch.float32, stochastic=False)
+    write_lora(style, random_lora(network, 3, 3.0, r".*attn.*", seed=1), dtype=torch.float32)
+    command = ["--checkpoint", str(base), "--prompt", PROMPT, "--device", "cpu", "--dtype", "float32", "--seed", "5"]
+    sample.main([*command, "--lora", f"{style}:0.7", f"{few}:1", "--out", str(tmp_path / "both.png")])
+    assert f"{few}: draws in 2 steps at [1.0, 0.5]" in capsys.readouterr().err
+    theirs = open_pipeline(base)
+    theirs.scheduler = FlowMatchEulerDiscreteScheduler()
+    for name, file in ("few", few), ("style", style):
+        theirs.load_lora_weights(file, adapter_name=name)
+    theirs.set_adapters(["few", "style"], [1.0, 0.7])
+    size = {"height": 96, "width": 96}
+    expected = theirs(PROMPT, sigmas=[1.0, 0.5], generator=generator(theirs, 5), **size).images[0]
+    assert difference(Image.open(tmp_path / "both.png"), expected) <= 1
+    other = tmp_path / "other.safetensors"
+    write_lora(other, random_lora(network, 2), [1.0, 0.25])
+    with pytest.raises(
+        ValueError, match=r"schedules of their own, .*\[1.0, 0.5\], \[1.0, 0.25\].*; choose one by sigmas"
+    ):
+        Pipeline.from_pretrained(base, loras=[(few, 1.0), (other, 1.0)])
+    assert Pipeline.from_pretrained(base, loras=[(few, 1.0), (other, 1.0)], sigmas=[1.0]).sample_sigmas == [1.0]
+
+
+def test_a_student_trained_for_euler_is_drawn_by_a_fresh_scheduler(base, tmp_path):
+    """A LoRA that train.py wrote, in diffusers with nothing but its sigmas."""
+    lines = [{"task": "t2i", "category": "any", "prompt": text} for text in ("a house", "a hill")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = f"--checkpoint {base} --prompts {tmp_path}/mine.jsonl --out {tmp_path}/run --recipe step-wise --lora-rank 2"
+    words += (
+        " --sampler euler --steps 2 --batch 2 --micro-batch 2 --lr 0.05 --resolution 64 --device cpu --dtype float32"
+    )
+    train.main(words.split())
+    ours = Pipeline.from_pretrained(base, loras=[(tmp_path / "run" / "lora.safetensors", 1.0)])
+    ours.progress = False
+    theirs, size = open_pipeline(base), {"height": 96, "width": 64}
+    plain = theirs(PROMPT, sigmas=ours.sample_sigmas, generator=generator(theirs, 5), **size).images[0]
+    theirs.load_lora_weights(tmp_path / "run" / "lora.safetensors")
+    theirs.scheduler = FlowMatchEulerDiscreteScheduler()
+    expected = theirs(PROMPT, sigmas=ours.sample_sigmas, generator=generator(theirs, 5), **size).images[0]
+    drawn = ours(PROMPT, seed=5, **size)
+    assert difference(drawn, expected) <= 1 and changed(drawn, plain) > 0.2
+
+
 def test_documented_commands(base, tmp_path, monkeypatch):
     """The page on published checkpoints, its commands as they stand there: a picture, an edit, students."""
     text = (Path(sample.__file__).parent / "docs" / "checkpoints.md").read_text()
@@ -567,6 +657,10 @@ def test_command_line_errors(base, tmp_path):
         (["--aspect", "1:0"], "--aspect 1:0"),
         (["--aspect", "1:1", "--width", "64"], "no --height or --width"),
         (["--sigmas", "0.5", "1"], "sigmas"),
+        (["--sigmas", "1", "0.5", "--shift", "static"], "--shift static: expected is none, dynamic or a number"),
+        (["--sigmas", "1", "0.5", "--shift", "0"], r"--shift 0.0: a number in \(0, 100\]"),
+        (["--shift", "dynamic"], "--shift dynamic: it bends --sigmas, and none are given"),
+        (["--seed", str(2**63 - 1), "--num-images", "2"], "--seed 9223372036854775807: 2 pictures need as many seeds"),
         (["--guidance", "nan"], "--guidance nan"),
         (["--negative-prompt", "a dog"], "negative prompt 'a dog'"),
         (["--resolution", "0", "--aspect", "1:1"], "--resolution 0"),
@@ -603,6 +697,15 @@ def test_command_line_errors(base, tmp_path):
         (["--export", str(tmp_path / "s.safetensors"), "--base", str(base), "--link"], "--link is for"),
         (["--export", str(tmp_path / "student"), "--image", "a.png"], "--image is for drawing, and --export draws"),
         (["--export", str(tmp_path / "student"), "--num-images", "2"], "--num-images is for drawing"),
+        (["--export", str(tmp_path / "student"), "--exact", "img_in"], "--exact is for --export OUT.safetensors"),
+        (
+            ["--export", str(tmp_path / "s.safetensors"), "--base", str(base), "--sigmas", "1", "--exact", "img_ni"],
+            "--exact img_ni: no layer has this in its name",
+        ),
+        (
+            ["--export", str(tmp_path / "s.safetensors"), "--base", str(base), "--sigmas", "1", "--shift", "dynamic"],
+            "no place for a dynamic shift",
+        ),
         (["--prompt-file", str(tmp_path / "none.jsonl")], "none.jsonl: no such file; prompts are expected"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
