@@ -636,6 +636,27 @@ def test_documented_commands(base, tmp_path, monkeypatch):
     assert difference(four, expected) <= 1
 
 
+def test_documented_flags_of_public_students(base, tmp_path, monkeypatch):
+    """Every row of the table that has flags draws: with a LoRA of any kind, at as many steps as the row says."""
+    text = (Path(sample.__file__).parent / "docs" / "checkpoints.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "`--lora FILE --sig" in line
+    ]
+    assert len(rows) == 7
+    monkeypatch.chdir(tmp_path)
+    write_lora("FILE", new_lora(MMDiT.from_pretrained(base / "transformer"), 2))
+    for _, steps, _, shift, flags in rows:
+        args = sample.sample_options.parse(["--checkpoint", str(base), "--prompt", PROMPT, *flags.strip("`").split()])
+        pipeline = Pipeline.from_pretrained(base, loras=args.loras, sigmas=list(args.sigmas), shift=args.bend)
+        assert len(pipeline.sigmas(None, 4096)) - 1 == int(steps) and args.shift == shift
+    pruna = [1, 14 / 15, 6 / 7, 10 / 13, 2 / 3, 6 / 11, 0.4, 2 / 9, 0]  # as programs that draw with it list them
+    (flags,) = [flags.strip("`").split() for _, _, _, shift, flags in rows if shift == "2"]
+    args = sample.sample_options.parse(["--prompt", PROMPT, *flags])
+    assert Pipeline.from_pretrained(base, sigmas=list(args.sigmas), shift=args.bend).sigmas(None, 1) == pytest.approx(
+        pruna
+    )
+
+
 def test_command_line_errors(base, tmp_path):
     """One line, status 2, and nothing written."""
     command = [sys.executable, sample.__file__, "--prompt", PROMPT, "--out", str(tmp_path / "out.png")]

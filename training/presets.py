@@ -17,8 +17,12 @@ FLOW |= dict(muon_lr=0.02, lr=2e-3, decay=0.5, ema=0.999, time_shift=1.0)
 LARGE = dict(steps=1000, batch=32, micro_batch=8, save_every=250, panel_every=20, dtype="bfloat16", recompute=True)
 LARGE |= dict(muon_lr=0.0, lr=2e-6, fake_muon_lr=0.0, fake_lr=2e-6, fake_updates=5, warmup=20, decay=0.0)
 LARGE |= dict(ema=0.99, time_shift=3.0, aspects=True, sampler="euler")
+# A time_shift of 3 is that of Decoupled DMD (Tongyi-MAI/Z-Image, issue 74).
 # The same with LoRAs: both rates, fake updates, batch and EMA are those of configs/qwen_image_dmd.yaml of the fork
-# Chevolier/Self-Forcing-Plus, which distils Qwen-Image-Edit at rank 32. LightX2V has the same rates.
+# Chevolier/Self-Forcing-Plus, which distils Qwen-Image-Edit at rank 32. LightX2V has the same rates and rank, 1,000
+# updates and a clip of 1, but 2 fake updates and a guidance of 4 (ModelTC/LightX2V, lightx2v_train/configs/train/dmd/
+# qwen_image_edit_2511_dmd_lora.yaml). Lightning's authors have 5e-5 for a LoRA and 4e-7 for a fake score of all weights,
+# both with beta1 0 (ModelTC/LightX2V-Qwen-Image-Lightning, issue 64). Side by side: docs/node.md.
 LARGE_LORA = LARGE | dict(micro_batch=2, save_every=50, lr=1e-4, fake_lr=2e-5)
 # A specialised teacher of the 7B's size. No source has numbers for its fine-tuning. Not run by us.
 LARGE_FLOW = dict(objective="flow", muon_lr=0.0)  # AdamW, as in the paper's section 3
