@@ -387,16 +387,51 @@ def export_student(pipeline: Pipeline, args: sample_options.Args) -> None:
         raise ValueError(
             f"{args.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
         )
-    if not args.base:
-        may_write(args.export, folder=True)  # before the weights are read
-        stochastic = scheduler.stochastic_sampling
-        export(
-            args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link, stochastic=stochastic, bend=scheduler
-        )
-        print(f"{args.export}: {how_it_draws(sigmas, stochastic, scheduler)}")
+    may_write(args.export, args.overwrite, folder=not args.base)  # before the weights are read
+    if args.base:
+        print(export_lora(args.base, pipeline.mmdit, args.export, sigmas, scheduler, args.rank, args.exact))
         return
-    may_write(args.export, args.overwrite)
-    print(export_lora(args.base, pipeline.mmdit, args.export, sigmas, scheduler, args.rank, args.exact))
+    renoises = scheduler.stochastic_sampling
+    export(args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link, stochastic=renoises, bend=scheduler)
+    print(f"{args.export}: {how_it_draws(sigmas, renoises, scheduler)}")
+
+
+def draw_jobs(pipeline: Pipeline, args: sample_options.Args) -> None:
+    """Draw, edit, and write what --prompt or --prompt-file ask for. What is wrong is said before the work."""
+    jobs = [(args.prompt, args.image)]
+    if args.prompt_file is not None:
+        jobs = [(line.prompt, line.images) for line in read_prompts([args.prompt_file])]
+    width, height = args.width, args.height
+    if args.shape:
+        width, height = sides(*args.shape, args.resolution or pipeline.resolution, "--aspect")
+    if width and height:
+        latent_grid(height, width, pipeline.resolution)  # checks them
+    guidance = pipeline.guidance if args.guidance is None else args.guidance
+    steps = len(pipeline.sigmas(args.steps, tokens=1)) - 1  # their number is the same for all sizes
+    size = {"height": height, "width": width, "resolution": args.resolution}
+    out, count = Path(args.out), len(jobs) * args.num_images
+    paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, count + 1)]
+    for path in paths:
+        may_write(path, args.overwrite)
+
+    # The encoder reads all prompts first, and leaves before the MMDiT comes.
+    asked = args.resolution, guidance, args.negative_prompt
+    conditions = [pipeline.conditions([prompt], [images], *asked) for prompt, images in jobs]
+    pipeline.free_encoder()
+    settings = {"steps": steps, "guidance": guidance, **size}
+    notes = {"negative_prompt": args.negative_prompt, "sigmas": pipeline.sample_sigmas, "shift": args.shift}
+    notes |= {
+        "lora": args.lora,
+        "checkpoint": args.checkpoint,
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "fit": args.fit,
+    }
+    for number, path in enumerate(paths):
+        job, nth = divmod(number, args.num_images)
+        (prompt, images), seed = jobs[job], args.seed + nth
+        picture = pipeline.pictures(conditions[job], seed=seed, **settings)[0]
+        save(picture, path, {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings, **notes})
+        print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
 
 
 def run(args: sample_options.Args) -> None:
@@ -411,45 +446,9 @@ def run(args: sample_options.Args) -> None:
         sigmas=list(args.sigmas) or None,
         shift=args.bend,
     )
-    pipeline.compile = args.compile
-    if args.export is not None:
-        export_student(pipeline, args)
-        return
-    jobs = [(args.prompt, args.image)]
-    if args.prompt_file is not None:
-        jobs = [(line.prompt, line.images) for line in read_prompts([args.prompt_file])]
-    width, height = args.width, args.height
-    if args.shape:
-        width, height = sides(*args.shape, args.resolution or pipeline.resolution, "--aspect")
-    if width and height:
-        latent_grid(height, width, pipeline.resolution)  # what is wrong with the size is said before the work
-    settings = {
-        "steps": len(pipeline.sigmas(args.steps, tokens=1)) - 1,  # their number is the same for all sizes
-        "guidance": pipeline.guidance if args.guidance is None else args.guidance,
-        "height": height,
-        "width": width,
-        "resolution": args.resolution,
-    }
-    notes = {"negative_prompt": args.negative_prompt, "sigmas": pipeline.sample_sigmas, "lora": args.lora}
-    notes |= {"checkpoint": args.checkpoint, "dtype": dtype, "fit": args.fit}
-
-    # Where each picture goes is tried before any is drawn.
-    out, count = Path(args.out), len(jobs) * args.num_images
-    paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, count + 1)]
-    for path in paths:
-        may_write(path, args.overwrite)
-
-    # The encoder reads all prompts first, and leaves before the MMDiT comes.
-    pipeline.source_fit = args.fit
-    read = args.resolution, settings["guidance"], args.negative_prompt
-    conditions = [pipeline.conditions([prompt], [images], *read) for prompt, images in jobs]
-    pipeline.free_encoder()
-    for number, path in enumerate(paths):
-        job, nth = divmod(number, args.num_images)
-        (prompt, images), seed = jobs[job], args.seed + nth
-        picture = pipeline.pictures(conditions[job], seed=seed, **settings)[0]
-        save(picture, path, {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings, **notes})
-        print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
+    pipeline.compile, pipeline.source_fit = args.compile, args.fit
+    work = draw_jobs if args.export is None else export_student
+    work(pipeline, args)
 
 
 def main(arguments: list[str] | None = None) -> None:
