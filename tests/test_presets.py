@@ -8,22 +8,23 @@ import train
 from model import MMDiTConfig
 from program.options import TOY
 from training import presets
+from training.options import TrainOptions
 
 SIZES = {"toy": 0, "100M": 100_000_000, "7B": 7_100_000_000}
 
 
 @pytest.mark.parametrize("lora_rank", [0, 32])
 def test_networks_of_billions_are_drawn_by_eulers_method(lora_rank):
-    args = train.Args(**presets.defaults("dmd", SIZES["7B"], lora_rank))
+    args = TrainOptions(**presets.defaults("dmd", SIZES["7B"], lora_rank))
     assert args.sampler == "euler"
-    given = train.Args(**presets.defaults("dmd", SIZES["7B"], lora_rank) | {"sampler": "renoise"})
+    given = TrainOptions(**presets.defaults("dmd", SIZES["7B"], lora_rank) | {"sampler": "renoise"})
     assert given.sampler == "renoise"
 
 
 @pytest.mark.parametrize("lora_rank", [0, 32])
 @pytest.mark.parametrize("size", ["toy", "100M"])
 def test_small_networks_re_noise(size, lora_rank):
-    assert train.Args(**presets.defaults("dmd", SIZES[size], lora_rank)).sampler == "renoise"
+    assert TrainOptions(**presets.defaults("dmd", SIZES[size], lora_rank)).sampler == "renoise"
 
 
 def test_the_command_line_asks_the_checkpoint_for_its_size(tmp_path):
