@@ -1,4 +1,51 @@
-from plane.tables import main
+"""The plane's commands: one picture of the whole method in two dimensions, and the paper's claims there.
+
+    python -m plane                            trains students, prints a table, draws a picture and an animation
+    python -m plane --experiment claims        the paper's claims along one training, under three fake scores
+    python -m plane --experiment NAME          choices, guidance, lambdas: students in a table; or a sweep along a knob
+
+plane/method.py is the method, show.py the first command, claims.py the second, tables.py the third.
+"""
+
+import argparse
+from pathlib import Path
+
+from checkpoint.files import may_write
+from plane.claims import claims
+from plane.method import Setting
+from plane.show import show
+from plane.tables import SWEEPS, TABLES, sweep, table
+from program.ranges import check_range
+
+UPDATES = {"claims": 10_000, "choices": 2000, "guidance": 2000} | dict.fromkeys([*SWEEPS, "lambdas"], 1000)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="plane", description="DMD in two dimensions.")
+    parser.add_argument("--experiment", choices=list(UPDATES), metavar="NAME", help=f"one of {', '.join(UPDATES)}")
+    parser.add_argument("--seeds", type=int, default=32, help="students of a row (default: %(default)s)")
+    parser.add_argument(
+        "--updates", type=int, help="of each student (default: 6000; claims: 10000; others: 1000 or 2000)"
+    )
+    parser.add_argument("--out", type=Path, default="runs/plane", help="folder to write to (default: %(default)s)")
+    args = parser.parse_args(argv)
+    name = args.experiment or "dmd"
+    setting = Setting(seeds=args.seeds, updates=UPDATES.get(name, 6000) if args.updates is None else args.updates)
+    try:
+        check_range("--seeds", setting.seeds, "[1, 1000]")
+        check_range("--updates", setting.updates, "[1, 1000000]")
+        may_write(args.out / f"{name}.json", overwrite=True)
+        if name == "claims":
+            claims(setting, args.out)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if name in TABLES:
+        table(name, setting, args.out)
+    elif name in SWEEPS:
+        sweep(name, setting, args.out)
+    elif name == "dmd":
+        show(setting, args.out)
+
 
 if __name__ == "__main__":
     main()

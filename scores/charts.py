@@ -1,5 +1,7 @@
 """Charts: scores during training, or along a knob."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -7,47 +9,69 @@ from PIL import Image, ImageDraw, ImageFont
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 
 
-def chart(panels: dict[str, dict], path: Path, along: str = "updates of the student") -> None:
+def chart(panels: dict[str, dict], path: Path, along: str = "updates of the student", log: bool = False) -> None:
     """Writes the picture of `curves`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    curves(panels, along).save(path)
+    curves(panels, along, log=log).save(path)
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers, evenly spaced, at most so many: the first is at most `low`, the last at least `high`.
+
+    Their distance is 1, 2 or 5 times a power of ten. So the axis of a share, whose values end at 1, ends at 1.
+    """
+    high = high if high > low else low + 0.01
+    rough = (high - low) / (most - 1)
+    for mantissa in (1, 2, 5, 10, 20, 50):
+        distance = mantissa * 10 ** math.floor(math.log10(rough))
+        first, last = math.floor(low / distance + 1e-9), math.ceil(high / distance - 1e-9)
+        if last - first < most:
+            break
+    return [i * distance for i in range(first, last + 1)]
 
 
 def curves(
-    panels: dict[str, dict[str, list[tuple[float, list[float]]]]], along: str, width: int = 520, height: int = 340
+    panels: dict[str, dict[str, list[tuple[float, list[float]]]]],
+    along: str,
+    width: int = 520,
+    height: int = 340,
+    log: bool = False,
+    reach: Sequence[float] = (),
 ) -> Image.Image:
     """Panels side by side: {title: {name of the line: [(x, values at x)]}}. A line runs through the means; its shadow reaches
-    from the lowest to the highest value: of all seeds, or the ends of an interval. along: what x is."""
+    from the lowest to the highest value: of all seeds, or the ends of an interval. along: what x is; log: on a logarithmic
+    scale, where all x are above 0; reach: values that every panel has room for."""
     left, top, foot = 52, 34, 40
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colours = dict(zip(names, COLOURS * (1 + len(names) // len(COLOURS))))
     canvas = Image.new("RGB", (len(panels) * width, height + 20 * len(names) + 10), "white")
     pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(13)
     for panel, (title, lines) in enumerate(panels.items()):
-        points = [(x, y) for line in lines.values() for x, some in line for y in some]
-        steps, values = zip(*points)
-        low, high, last = min(values), max(values), max(steps) or 1
-        margin = max(0.01, 0.08 * (high - low))
-        low, high = low - margin, high + margin
+        steps = sorted({x for line in lines.values() for x, _ in line})
+        values = [y for line in lines.values() for _, at_x in line for y in at_x] + [*reach]
+        levels = ticks(min(values), max(values))
         x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 18, top, height - foot
 
         def place(x: float, y: float) -> tuple[float, float]:
-            return x0 + (x1 - x0) * x / last, y1 - (y1 - y0) * (y - low) / (high - low)  # noqa: B023
+            if log:
+                along_x = math.log(x / steps[0]) / math.log(steps[-1] / steps[0]) if len(steps) > 1 else 0.5  # noqa: B023
+            else:
+                along_x = x / (steps[-1] or 1)  # noqa: B023
+            along_y = (y - levels[0]) / (levels[-1] - levels[0])  # noqa: B023
+            return x0 + (x1 - x0) * along_x, y1 - (y1 - y0) * along_y  # noqa: B023
 
         pen.text((x0, 8), title, fill="black", font=font)
-        for i in range(5):
-            y = low + (high - low) * i / 4
-            pen.line([(x0, place(0, y)[1]), (x1, place(0, y)[1])], fill="#dddddd")
-            pen.text((x0 - 6, place(0, y)[1]), f"{y:.3f}", fill="black", font=font, anchor="rm")
-        if low < 0 < high:
-            pen.line([place(0, 0), place(last, 0)], fill="black")
-        for x in sorted(set(steps)):
-            pen.text((place(x, low)[0], y1 + 6), f"{x:g}", fill="black", font=font, anchor="ma")
+        for level in levels:
+            y = place(steps[0], level)[1]
+            pen.line([(x0, y), (x1, y)], fill="black" if abs(level) < 1e-9 else "#dddddd")
+            pen.text((x0 - 6, y), f"{level:.4g}", fill="black", font=font, anchor="rm")
+        for x in steps:
+            pen.text((place(x, levels[0])[0], y1 + 6), f"{x:g}", fill="black", font=font, anchor="ma")
         pen.text(((x0 + x1) / 2, height - 18), along, fill="black", font=font, anchor="ma")
         for name, line in lines.items():
-            upper, lower = ([place(x, bound(some)) for x, some in line] for bound in (max, min))
+            upper, lower = ([place(x, bound(at_x)) for x, at_x in line] for bound in (max, min))
             pen.polygon(upper + lower[::-1], fill=colours[name] + "22")
-            means = [place(x, sum(some) / len(some)) for x, some in line]
+            means = [place(x, sum(at_x) / len(at_x)) for x, at_x in line]
             pen.line(means, fill=colours[name], width=2)
             for x, y in means:
                 pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colours[name])

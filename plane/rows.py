@@ -1,0 +1,97 @@
+"""Rows of the plane's tables: students and teachers by name, their scores, and the difference of two rows.
+
+Names, recipes and claims are those of the picture world (experiments/tables.py), word for word.
+"""
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoint.files import write_json
+from experiments.tables import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above
+from plane.method import CATEGORIES, SIGMAS, TEACHER_SIGMAS, Setting, evaluate, train
+from recipe import RECIPES, SPECIALISED_ONLY, Recipe, routing
+from scores.rows import markdown, paired
+
+Scores = dict[str, dict[str, Tensor]]  # category -> measure -> (S,)
+MEASURES = {"score": "precision", "attributes": "precision", "fidelity": "fine", "coverage": "coverage"}  # of a part
+BASE, SPECIAL, AVERAGE, STEPS, REVERSED = "base only", "specialised only", "average", "step-wise", "reversed"
+LAST, EDITS_BASE, EDITS_SPECIAL = "last step alone", "5:5, base only", "5:5, specialised only"
+LAMBDAS = {LAST: (0, 0, 0, 1), "last three": (0, 0.5, 1, 1), "first step alone": (1, 0, 0, 0), REVERSED: (1, 0.5, 0, 0)}
+OURS = {row: Recipe(row, (10, 0), rules=routing(*LAMBDAS[row])) for row in LAMBDAS}
+OURS[EDITS_BASE] = Recipe("base-5-5", (5, 5))
+OURS[EDITS_SPECIAL] = Recipe("specialised-5-5", (5, 5), rules=SPECIALISED_ONLY)
+# Rows of the picture world's tables, by recipe: two of them may be one student.
+PAPERS = {row: RECIPES[name] for table in EXPERIMENTS.values() for row, name in table.rows.items()}
+ROWS = PAPERS | {"5:5": RECIPES["flash"]} | OURS
+UNTRAINED = (START, TEACHER, SPECIALISTS)
+
+
+def untrained(setting: Setting, row: str) -> Scores:
+    """Of the teachers, and of the base teacher in the students' four steps."""
+    return evaluate(setting, setting.teacher(row == SPECIALISTS), SIGMAS if row == START else TEACHER_SIGMAS)
+
+
+@cache
+def scores(setting: Setting, row: str) -> Scores:
+    """Of a row after all updates of its students, which are trained first."""
+    if row in UNTRAINED:
+        return untrained(setting, row)
+    if row.endswith(HALFWAY):
+        return scores(replace(setting, updates=setting.updates // 2), row.removesuffix(HALFWAY))
+    return of_recipe(setting, ROWS[row].name)
+
+
+@cache
+def of_recipe(setting: Setting, name: str) -> Scores:
+    (recipe, *_) = (recipe for recipe in ROWS.values() if recipe.name == name)
+    ((_, students, _),) = train(setting, recipe, {setting.updates})
+    return evaluate(setting, students, SIGMAS)
+
+
+def average(scored: Scores, categories: list[str], measure: str) -> Tensor:
+    """Over categories: (S,)."""
+    return torch.stack([scored[category][measure] for category in categories]).mean(0)
+
+
+def difference(row: Scores, other: Scores, part: Above, by: str = "precision") -> tuple[float, float]:
+    """By how much row is better than other, and the half-width of the interval; by "precision" (or what the part asks for
+    in its place) or by "distance"."""
+    measure = MEASURES[part.part] if by == "precision" else by
+    categories = CATEGORIES[part.bench] if part.category == "average" else [part.category]
+    gain = average(row, categories, measure) - average(other, categories, measure)  # (S,)
+    return paired((-gain if by == "distance" else gain).tolist())  # the smaller the distance, the better
+
+
+def label(part: Above) -> str:
+    return f"{part.row} - {part.other}, {part.bench} {part.category}".replace(LONGER, "")
+
+
+def cell(difference: tuple[float, float]) -> str:
+    return f"{difference[0]:+.3f} ± {difference[1]:.3f}"
+
+
+def ends(difference: tuple[float, float]) -> list[float]:
+    """Of an interval, with its middle; one seed has none."""
+    mean, half = difference
+    return [mean - half, mean, mean + half] if half < float("inf") else [mean]
+
+
+def heading(setting: Setting) -> str:
+    return f"{setting.seeds} seeds, {setting.updates} updates."
+
+
+def means(scored: Scores) -> dict[str, dict[str, float]]:
+    """category -> measures, averaged over seeds."""
+    return {category: {m: some.mean().item() for m, some in scored[category].items()} for category in scored}
+
+
+def write(place: Path, title: str, tables: list[list[list[str]]], result: dict) -> None:
+    """PLACE.md, a title and tables whose first row is the head; and PLACE.json, the same with all digits."""
+    text = "\n\n".join([title, *map(markdown, tables)])
+    place.with_suffix(".md").write_text(text + "\n")
+    write_json(place.with_suffix(".json"), result)
+    print(f"{text}\n\nwritten to {place.with_suffix('.md')}")
