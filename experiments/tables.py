@@ -51,7 +51,7 @@ TIMES = 5  # so many times as long are the rows that ask what happens later
 POOL = {"t2i": 512, "edit": 256}
 STAGES = 4  # a student is scored after each quarter of its steps
 START, TEACHER, SPECIALISTS = "undistilled, same steps", "base teacher", "specialised teachers"  # rows without training
-PLANE = Path(__file__).parents[1] / "results" / "plane"  # the verdicts of plane/tables.py, by precision
+PLANE = Path(__file__).parents[1] / "results" / "plane" / "claims.json"  # the verdicts of plane/claims.py
 # Behind a row's name.
 LONGER = ", longer"  # the same student after TIMES as many updates
 HALFWAY = ", halfway"  # after half of its updates
@@ -470,11 +470,11 @@ def run(args: Args) -> dict:
         for label in shown:
             result["rows"][label] |= means[label]
         lines += ["", table(bench, means, plan.paper[bench])]
-    claims, plane = [["the paper", "here", "on the plane", "here: differences"]], read_json(PLANE / f"{name}.json")
+    claims, plane = [["the paper", "here", "on the plane, late", "here: differences"]], read_json(PLANE)["claims"]
     for claim, parts in plan.claims.items():
         word, evidence = verdict(parts, scores.rows, seeds)
         result["claims"].append({"claim": claim, "verdict": word, "evidence": evidence})
-        claims.append([claim, f"**{word}**", plane["claims"][claim]["precision"], "; ".join(evidence)])
+        claims.append([claim, f"**{word}**", plane[claim].get("late", "not run"), "; ".join(evidence)])
     lines += ["", markdown(claims)]
     if log := benches.build_log(args.checkpoint):
         premises = [["what the paper takes for granted", "these teachers", "holds"]]

@@ -153,19 +153,15 @@ def report(setting: Setting, teachers: dict[str, Scores], kept: Kept, out: Path)
         result["claims"][claim] = verdicts.pop("pooled", {}) | verdicts
     write_json(out / "claims.json", result)
 
-    title = f"# claims\n\n{heading(setting)} Verdicts by precision; of a claim with several parts the weakest is shown."
-    note = "Precision at T2I / edits, in brackets the distance."
-    tables = [
-        markdown(claim_table(found, when)),
-        note,
-        markdown(drift_table(setting, kept)),
-        markdown(premises(teachers)),
-    ]
-    (out / "claims.md").write_text("\n\n".join([title, *tables]) + "\n")
     papers = {claim: by_fake for claim, by_fake in found.items() if not claim.startswith("(Ours)")}
     panels.small_panels(papers, word).save(out / "claims.png", optimize=True)
+    title = f"# claims\n\n{heading(setting)} Verdicts by precision; of a claim with several parts the weakest is shown."
+    page = [title, "![claims over updates](claims.png)", markdown(claim_table(found, when))]
     if any(ROWS[row].name == name for row in FIRST for _, name in kept):
         panels.stacked(drift_curves(setting, kept), "updates of the student").save(out / "drift.png", optimize=True)
+        page += ["Students at 5:5. Distance and precision are means of all categories:", "![drift](drift.png)"]
+        page += ["Precision at T2I / edits, in brackets the distance:", markdown(drift_table(setting, kept))]
+    (out / "claims.md").write_text("\n\n".join([*page, markdown(premises(teachers))]) + "\n")
 
 
 def claim_table(found: dict[str, dict[str, dict[int, Pairs]]], when: dict[str, int]) -> list[list[str]]:
