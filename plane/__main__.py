@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     name = args.experiment or "dmd"
     setting = Setting(seeds=args.seeds, updates=UPDATES.get(name, 6000) if args.updates is None else args.updates)
     try:
-        check_range("--seeds", setting.seeds, "[1, 1000]")
+        check_range("--seeds", setting.seeds, "[2, 1000]" if name == "claims" else "[1, 1000]")
         check_range("--updates", setting.updates, "[1, 1000000]")
         may_write(args.out / f"{name}.json", overwrite=True)
         if name == "claims":

@@ -1,7 +1,7 @@
 """The paper's claims along one training, under three fake scores: `python -m plane --experiment claims`.
 
 A claim says that one row of a table is better than another. Here it is asked at several times of ONE training, so that the
-answer is "early", "late", "always" or "never". Premises and claims were written down before any run, and so were the rules
+answer says when: early, late, always or never. Premises and claims were written down before any run, and so were the rules
 below. A row is one recipe under one fake score, for all seeds: a file in OUT/rows, which a killed run does not make again.
 """
 
@@ -34,6 +34,7 @@ from plane.rows import (
     heading,
     untrained,
 )
+from plane.small_panels import small_panels
 from scores.rows import markdown, paired
 
 PREMISES = {
@@ -153,8 +154,15 @@ def report(setting: Setting, teachers: dict[str, Scores], kept: Kept, out: Path)
         result["claims"][claim] = verdicts.pop("pooled", {}) | verdicts
     write_json(out / "claims.json", result)
 
-    papers = {claim: by_fake for claim, by_fake in found.items() if not claim.startswith("(Ours)")}
-    panels.small_panels(papers, word).save(out / "claims.png", optimize=True)
+    points = {  # claim -> fake score -> the weakest part at each look
+        claim: {
+            fake: [(look, *min(pairs), word(pairs)) for look, pairs in by_look.items()]
+            for fake, by_look in by_fake.items()
+        }
+        for claim, by_fake in found.items()
+        if not claim.startswith("(Ours)")
+    }
+    small_panels(points).save(out / "claims.png", optimize=True)
     title = f"# claims\n\n{heading(setting)} Verdicts by precision; of a claim with several parts the weakest is shown."
     page = [title, "![claims over updates](claims.png)", markdown(claim_table(found, when))]
     if any(ROWS[row].name == name for row in FIRST for _, name in kept):

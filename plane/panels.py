@@ -1,15 +1,11 @@
 """Pictures of the plane: samples, arrows, and the shade of what is right."""
 
-import math
-import textwrap
-from collections.abc import Callable
-
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from plane.method import CATEGORIES, Mixture
-from scores.charts import curves, ticks
+from scores.charts import curves
 
 FINE = 3  # a panel is drawn so many times too large, and then reduced: this makes edges smooth
 SIDE, HEAD = 400, 56  # pixels of a panel, and of the title above it
@@ -127,67 +123,6 @@ def six_panels(
     title = "6. As training goes on (landscape, portrait and text)"
     last = curves({title: lines}, "updates of the student", SIDE, 326)
     return tiled([*(panel.image.reduce(FINE) for panel in panels), last]).quantize(256, Image.Quantize.MAXCOVERAGE)
-
-
-DOUBLE = 2  # the same as FINE, for small panels
-WORDS = {"agree": GREEN, "disagree": RED, "no effect": BLUE, "cannot tell": GREY}  # verdicts, by colour
-
-
-def small_panels(claims: dict[str, dict[str, dict[int, list]]], word: Callable) -> Image.Image:
-    """Three in a row: {claim: {fake score: {updates: (difference, half-width) of each part}}}; the weakest part is drawn.
-    Above 0 the claim holds; word says the verdict."""
-    width, height, left, top, foot = 400, 230, 52, 48, 24
-    rows, marks = math.ceil(len(claims) / 3), (("pooled", 0), ("below", 4), ("told", 3))  # corners of a mark; 0: round
-    image = Image.new("RGB", (3 * width * DOUBLE, (rows * height + 60) * DOUBLE), "white")
-    pen = ImageDraw.Draw(image)
-    font, small = (ImageFont.load_default(size * DOUBLE) for size in (13, 11))
-
-    def mark(x: float, y: float, corners: int, colour: str, r: float = 4.5) -> None:
-        if corners:
-            pen.regular_polygon((x * DOUBLE, y * DOUBLE, (r + 1.5) * DOUBLE), corners, fill=colour)
-        else:
-            pen.ellipse([(x - r) * DOUBLE, (y - r) * DOUBLE, (x + r) * DOUBLE, (y + r) * DOUBLE], fill=colour)
-
-    def line(points: list[tuple[float, float]], colour: str, thick: float) -> None:
-        pen.line([(x * DOUBLE, y * DOUBLE) for x, y in points], fill=colour, width=round(thick * DOUBLE))
-
-    for i, (claim, by_fake) in enumerate(claims.items()):
-        by_fake = {
-            fake: [(look, *min(pairs), word(pairs)) for look, pairs in by_look.items()]
-            for fake, by_look in by_fake.items()
-        }
-        x0, y0 = i % 3 * width, i // 3 * height
-        for at, words in enumerate(textwrap.wrap(claim, 58)[:2]):
-            pen.text(((x0 + 8) * DOUBLE, (y0 + 8 + 16 * at) * DOUBLE), words, BLACK, font)
-        ends = [mean + sign * half for points in by_fake.values() for _, mean, half, _ in points for sign in (-1, 1)]
-        levels = ticks(min(0.0, *ends), max(0.0, *ends), 5) if ends else [0.0, 1.0]
-        bottom = y0 + height - foot
-        places = {level: bottom - (bottom - y0 - top) * j / (len(levels) - 1) for j, level in enumerate(levels)}
-        for level, y in places.items():
-            line([(x0 + left, y), (x0 + width - 12, y)], BLACK if abs(level) < 1e-9 else "#e0e0e0", 1)
-            pen.text(((x0 + left - 6) * DOUBLE, y * DOUBLE), f"{level:+.2g}" if level else "0", BLACK, small, "rm")
-        for j, (fake, corners) in enumerate(marks):
-            points, scale = by_fake.get(fake, []), (bottom - y0 - top) / (levels[-1] - levels[0])
-            steps = (width - left - 60) / max(1, len(points) - 1)
-            xs = [x0 + left + 24 + n * steps + 9 * (j - 1) for n in range(len(points))]
-            ys = [bottom - (mean - levels[0]) * scale for _, mean, _, _ in points]
-            if len(points) > 1:
-                line(list(zip(xs, ys)), "#c8c8c8", 1)
-            for x, y, (updates, _, half, verdict) in zip(xs, ys, points):
-                line([(x, y - half * scale), (x, y + half * scale)], WORDS[verdict], 1.5)
-                mark(x, y, corners, WORDS[verdict])
-                if j == 0:
-                    pen.text(((x + 9) * DOUBLE, (bottom + 5) * DOUBLE), f"{updates:,}", BLACK, small, "ma")
-    y = rows * height + 16
-    for j, (verdict, colour) in enumerate(WORDS.items()):
-        mark(20 + 130 * j, y, 0, colour)
-        pen.text(((32 + 130 * j) * DOUBLE, y * DOUBLE), verdict, BLACK, font, "lm")
-    for j, (fake, corners) in enumerate(marks):
-        mark(620 + 130 * j, y, corners, BLACK)
-        pen.text(((632 + 130 * j) * DOUBLE, y * DOUBLE), f"{fake} fake score", BLACK, font, "lm")
-    note = "Difference over updates of the student, 95% interval; above 0 the claim holds."
-    pen.text((12 * DOUBLE, (y + 24) * DOUBLE), note, BLACK, font, "lm")
-    return image.reduce(DOUBLE)
 
 
 def stacked(charts: list[dict], along: str) -> Image.Image:
