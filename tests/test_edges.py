@@ -54,7 +54,7 @@ def wait_for(process: subprocess.Popen, line: str) -> None:
     [
         ("pass", 0, ""),
         ("raise ValueError('a\\n  flag')", 2, "slow.py: a flag\n"),
-        ("open('/nowhere')", 2, "slow.py: [Errno 2] No such file or directory: '/nowhere'\n"),
+        ("open('/proc/nowhere')", 2, "slow.py: [Errno 2] No such file or directory: '/proc/nowhere'\n"),
         ("raise FloatingPointError('no number')", 1, "slow.py: no number\n"),
         ("raise SystemExit(143)", 143, ""),
         ("raise KeyboardInterrupt", 130, "slow.py: stopped by Ctrl-C\n"),
