@@ -4,8 +4,8 @@
     encode_prompts   prompts -> Pool, by way of a folder of safetensors shards. Prompts that are in the folder are not
                      encoded again, and tensors are mapped from the files, not copied into every process
 
-The PARTS of an entry are what the encoders make: all but task, category and size. In the folder their key is a hash of the
-CONTENT: the words, the pictures' bytes, the encoders' files and How. So a changed picture is encoded again.
+The PARTS of an entry are what the encoders make: all but task, category and size. In the folder their key is a hash of
+the CONTENT: the words, the pictures' bytes, the encoders' files and How. So a changed picture is encoded again.
 """
 
 import gc
@@ -54,9 +54,9 @@ class How:
 def encode_prompts(folder: Path, prompts: list[Prompt], checkpoint: Path, how: How, device: str = "cpu") -> Pool:
     """Encode the prompts that `folder` does not have yet, keep them there, and map the tensors of all from its files.
 
-    The pool keeps the prompts' order. The encoders are opened on the device only if something is missing, in bf16 on a GPU
-    and in fp32 on a CPU, and are freed at the end. All ranks divide the work. Which prompts are encoded in one batch depends
-    on what is missing, not on the number of ranks: that would change the last bits of the states.
+    The pool keeps the prompts' order. The encoders are opened on the device only if something is missing, in bf16 on a
+    GPU and in fp32 on a CPU, and are freed at the end. All ranks divide the work. Which prompts are encoded in one batch
+    depends on what is missing, not on the number of ranks: that would change the last bits of the states.
 
     ValueError or OSError name the picture that cannot be read, or the prompt whose target is missing.
     """
@@ -81,8 +81,8 @@ def encode_prompts(folder: Path, prompts: list[Prompt], checkpoint: Path, how: H
 
 
 def drawn_size(words: str, parts: dict, how: How) -> tuple[int, int]:
-    """(h, w) of the latents to draw: an edit has its last source's, T2I its target's if that was encoded. Else the words
-    decide: with how.aspects their hash picks one of ASPECTS, so a prompt keeps its own in every run."""
+    """(h, w) of the latents to draw: an edit has its last source's, T2I its target's if that was encoded. Else the
+    words decide: with how.aspects their hash picks one of ASPECTS, so a prompt keeps its own in every run."""
     if parts["sources"]:
         return tuple(parts["sources"][-1].shape[1:])
     if parts["target"] is not None:
@@ -96,8 +96,10 @@ def drawn_size(words: str, parts: dict, how: How) -> tuple[int, int]:
 
 
 def groups(prompts: dict[str, Prompt], how: How, checkpoint: Path) -> list[dict[str, Prompt]]:
-    """The prompts, by their keys, in groups of at most GROUP whose pictures get equal sizes. ValueError for a prompt without
-    its target, and for a source that is too small or too large for the checkpoint's encoder."""
+    """The prompts, by their keys, in groups of at most GROUP whose pictures get equal sizes.
+
+    ValueError: a prompt lacks its target, or a source is too small or too large for the checkpoint's encoder.
+    """
     alike = defaultdict(list)
     sources, source_sizes = [], []
     for key, prompt in prompts.items():
@@ -158,7 +160,7 @@ def encode_group(
     targets: list[Image.Image | None],
     empty: bool,
 ) -> list[dict]:
-    """The parts of one group's entries. images: the fitted sources of each, of equal sizes; targets: pictures, or None."""
+    """The parts of one group's entries. images: the fitted sources of each, of equal sizes; targets: fitted, or None."""
     seen = encoder.look(images)  # (1 + J, B, T, C), for both texts
 
     def read(words: list[str]) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -213,7 +215,7 @@ def content_key(prompt: Prompt, encoders: str, how: How) -> str:
 
 
 def write_shard(folder: Path, group: dict[str, dict]) -> None:
-    """Write a group's parts, by key, as one file, whole or not at all: it has no name before its bytes are on the disk."""
+    """Write a group's parts, by key, as one file, whole or not at all: it is named when its bytes are on the disk."""
     tensors = {}
     for key, parts in group.items():
         named = {name: parts[name] for name in ("states", "empty", "target")}

@@ -1,7 +1,7 @@
 """Pictures: opened upright in sRGB in any mode, fitted to the latent grid, as tensors, and written with their settings.
 
-What a file says beside its pixels (a camera's mark, a colour profile, texts) never decides whether it is read. Where it is
-broken, a notice says so, and the picture is read without it.
+Metadata (a camera's mark, a colour profile, texts) never decide whether a picture is read. Where they are broken, a
+notice says so, and the picture is read without them.
 """
 
 import json
@@ -44,8 +44,9 @@ ORIENTATION = 0x0112
 
 
 def open_picture(source: Source) -> Image.Image:
-    """Read a picture of any mode: upright, in sRGB, as RGBA; one of more than LARGE pixels at half its sides. OSError or
-    ValueError name the file.
+    """Read a picture of any mode: upright, in sRGB, as RGBA; one of more than LARGE pixels at half its sides.
+
+    OSError or ValueError name the file.
 
     The reference leaves three traps to the caller. It does not apply a camera's rotation mark, it ignores colour
     profiles, and it cuts 16-bit grey off at 255, which turns it white.
@@ -54,8 +55,7 @@ def open_picture(source: Source) -> Image.Image:
 
 
 def upright_size(source: Source) -> tuple[int, int]:
-    """(width, height) of what open_picture returns: from the file's header where that is sure to say it, else by opening
-    it."""
+    """(width, height) of what open_picture returns: from the file's header where that is sure, else by opening it."""
 
     def size(picture: Image.Image, name: str) -> tuple[int, int]:
         if picture.format not in (None, "JPEG", "PNG", "WEBP"):  # others may be turned or resized as they are decoded
@@ -142,7 +142,7 @@ def _upright(picture: Image.Image, name: str) -> Image.Image:
     if picture.width * picture.height > LARGE:
         picture.draft(None, (picture.width // 2, picture.height // 2))  # where the decoder can do it: JPEG
     deep = any("16" in str(tile[-1]) for tile in getattr(picture, "tile", ()))  # 16 bits in the file
-    picture.load()  # before the mark is read: some formats come out of their decoder upright, and their mark is gone then
+    picture.load()  # before the mark is read: some formats come upright out of their decoder, and their mark is gone
     profile, mark = picture.info.get("icc_profile"), _mark(picture, name)
     clear = picture.info.get("transparency")  # a PNG's one transparent colour, as it stands in the file
     if picture.mode.startswith("I"):  # I;16 and its byte orders; I is what older files of 16 bits open as
@@ -225,8 +225,8 @@ def sides(width: float, height: float, resolution: int, name: str = "the shape")
 
 
 def check_areas(sources: list[Source], fitted: list[tuple[int, int]], resolution: int, fewest: int, most: int) -> None:
-    """ValueError where a source has fewer or more pixels than the language model reads. It names the first such picture,
-    and the nearest resolution that suits all of them. fitted: the sizes that they get at this resolution."""
+    """ValueError where a source has fewer or more pixels than the language model reads. It names the first such
+    picture, and the nearest resolution that suits all of them. fitted: the sizes that they get at this resolution."""
 
     def wrong(sizes: list[tuple[int, int]]) -> list[int]:
         return [number for number, (width, height) in enumerate(sizes) if not fewest <= width * height <= most]

@@ -38,11 +38,11 @@ class Prompt:
 
 
 def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
-    """Read JSON lines {"task", "category", "prompt", "images", "target"}. Paths are relative to the file's folder. Files are
-    in UTF-8, or begin with the byte-order mark of UTF-16 or UTF-32.
+    """Read JSON lines {"task", "category", "prompt", "images", "target"}. Paths are relative to the file's folder.
 
-    An edit needs images, T2I must have none. target is optional. Blank lines are skipped. Any other fault (a key, a type,
-    a missing picture) is a ValueError that names file and line.
+    Files are in UTF-8, or begin with the byte-order mark of UTF-16 or UTF-32. An edit needs images, T2I must have none.
+    target is optional. Blank lines are skipped. Any other fault (a key, a type, a missing picture) is a ValueError that
+    names file and line.
     """
     prompts = []
     for file in map(Path, files):

@@ -172,7 +172,7 @@ def system_font(letters: frozenset[str]) -> tuple[str, int] | None:
 
 
 def fontconfig(letters: frozenset[str]) -> list[tuple[str, int]]:
-    """The font that fontconfig would choose for the letters; none where it is not installed. It may lack some of them."""
+    """The font that fontconfig would choose for the letters; none where it is not installed. It may lack some."""
     codes = " ".join(f"{ord(letter):x}" for letter in sorted(letters))
     command = ["fc-match", "-f", "%{file}\n%{index}", f"sans-serif:charset={codes}"]
     try:
