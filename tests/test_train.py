@@ -22,7 +22,6 @@ import numpy as np
 import pytest
 import reference
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import dmd
@@ -589,33 +588,6 @@ def test_after_any_number_of_epochs_counts_differ_by_at_most_one(pools):
             n += 1
         assert {counts[id(e)] for e in entries} <= {epoch - 1, epoch}
         assert all(epoch - 3 <= counts[id(e)] <= epoch for e in rare)
-
-
-def test_pictures_have_their_words_above(tmp_path, monkeypatch):
-    """Two blocks, one below the other: each row is named, each column has its words, a long text is cut."""
-
-    class Decoder:
-        def decode(self, z: torch.Tensor) -> torch.Tensor:  # blue
-            return torch.tensor([-1.0, -1, 1, 1])[:, None, None].expand(len(z), 4, 64, 64)
-
-    monkeypatch.setattr(watch.VAE, "from_pretrained", lambda *_, **__: Decoder())
-    z = torch.zeros(64, 4, 4)
-    blocks = [
-        watch.Block({"t2i": [z, z]}, ["a hat", ""]),
-        watch.Block({"source": [z], "edit": [z]}, ["no hat, please, " * 40]),
-        watch.Block({"empty": []}, []),
-    ]
-    watch.paint(tmp_path, "cpu", blocks, tmp_path / "a" / "grid.png")
-    with Image.open(tmp_path / "a" / "grid.png") as picture:
-        pixels = np.asarray(picture).astype(int)
-    blue, ink = (pixels == [0, 0, 255]).all(2), (pixels < 100).all(2)
-    (left, right), rows = np.flatnonzero(blue.any(0))[[0, -1]], np.flatnonzero(blue.any(1))
-    assert right + 1 - left == 2 * 64 and len(rows) == 3 * 64
-    top = rows[0]  # of the first row of pictures: the height of the words above it
-    assert ink[:top, left : left + 64].any() and not ink[:top, left + 64 :].any()
-    second = slice(top + 64, 2 * top + 64)
-    assert ink[second, left : left + 64].any() and not blue[second].any()
-    assert len(pixels) == 2 * top + 3 * 64 and ink[top : top + 64, :left].any()  # the name of a row
 
 
 def test_metrics_tell_times_and_tasks_apart():

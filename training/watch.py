@@ -4,20 +4,18 @@ import json
 import os
 import resource
 import sys
-import textwrap
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 import flow
 from data.batches import condition_of, generator
-from data.encode import Pool
 from data.pictures import to_pictures
+from data.pool import Entry, Pool
+from data.sheets import Grid, write_sheet
 from networks.vae import VAE
 from program.ranks import all_gather, on_rank0, raise_on_all_ranks, rank
 from training.options import TrainOptions
@@ -97,51 +95,6 @@ def memory(device: str) -> float:
     return round((torch.cuda.max_memory_allocated() if device.startswith("cuda") else kept) / 1e9, 2)
 
 
-@dataclass
-class Block:
-    """Rows of latents to be decoded, (64, h, w) each. Each row has its name on the left, each column its words above."""
-
-    rows: dict[str, list[Tensor]]
-    heads: list[str]
-
-
-@torch.no_grad()
-def paint(vae: Path, device: str, blocks: list[Block], path: Path) -> None:
-    """Decode blocks into one picture, one below the other. Rows and blocks without latents are left out. The VAE is not
-    kept in memory between two pictures."""
-    decoder = VAE.from_pretrained(vae, device=device)
-
-    def decoded(latents: list[Tensor]) -> list[Image.Image]:
-        return [to_pictures(decoder.decode(z[None].float()))[0] for z in latents]
-
-    shown = [({name: decoded(row) for name, row in block.rows.items() if row}, block.heads) for block in blocks]
-    shown = [(rows, heads) for rows, heads in shown if rows]
-    sizes = [picture.size for rows, _ in shown for row in rows.values() for picture in row]
-    width, height = map(max, zip(*sizes, strict=True))
-    font, small = ImageFont.load_default(height // 8), ImageFont.load_default(max(10, height // 13))
-    columns = int(1.7 * width / small.size)  # letters of a line above a picture, about
-    heads = [
-        "\n".join(textwrap.wrap(head, columns, max_lines=6, placeholder=" ...")) for _, some in shown for head in some
-    ]
-    left = int(max(font.getlength(name) for rows, _ in shown for name in rows)) + 8
-    top = int(1.3 * small.size * (1 + max(head.count("\n") for head in heads))) + 4
-    size = left + width * max(len(some) for _, some in shown), sum(top + height * len(rows) for rows, _ in shown)
-    canvas = Image.new("RGBA", size, "white")
-    pen, y = ImageDraw.Draw(canvas), 0
-    for rows, some in shown:
-        for j in range(len(some)):
-            x = left + j * width + 2
-            pen.multiline_text((x, y + top - 2), heads.pop(0), fill="black", font=small, anchor="ld", spacing=1)
-        y += top
-        for name, row in rows.items():
-            pen.text((4, y + height // 2), name, fill="black", font=font, anchor="lm")
-            for j, picture in enumerate(row):
-                canvas.alpha_composite(picture, (left + j * width, y))
-            y += height
-    path.parent.mkdir(exist_ok=True)
-    canvas.convert("RGB").save(path)
-
-
 @torch.no_grad()
 def draw_pictures(
     options: TrainOptions, pool: Pool, network: Network, step: int, record: Record, panel: dict[str, Tensor]
@@ -149,29 +102,37 @@ def draw_pictures(
     """Write panels/STEP.png, from the last micro-batch, and grid.png: two prompts of every category, edits below their
     last source. panel: (B, 64, h, w) each, under its row's name; record: of the same micro-batch. The weights may be
     divided among the ranks, so all of them draw; rank 0 decodes."""
-    flows = options.objective == "flow"
-    sigmas = flow.student_sigmas(20 if flows else options.student_steps)
-    t2i, edit = Block({"t2i": []}, []), Block({"source": [], "edit": []}, [])
     shown = [entry for entries in pool.places.values() for entry in entries[:2]]
-    for number, entry in enumerate(shown):
-        rng, dtype = generator(options.seed, 0, number, "grid"), getattr(torch, options.dtype)
-        condition = condition_of([entry], options.device, dtype)
-        noises = torch.randn(options.noises, 64, *entry.size, generator=rng)[:, None]  # (K, 1, 64, h, w)
-        velocity = network.velocity(condition, calls=len(sigmas) - 1)
-        if flows and options.guidance != 1:
-            empty = condition_of([entry], options.device, dtype, empty=True)
-            velocity = flow.guided(velocity, network.velocity(empty, calls=len(sigmas) - 1), options.guidance)
-        block = edit if entry.task == "edit" else t2i
-        block.heads.append(entry.words)
-        block.rows[entry.task].append(flow.walk(velocity, noises.to(options.device), sigmas)[0])  # (64, h, w)
-        if entry.task == "edit":
-            block.rows["source"].append(condition.sources[-1][0])  # (64, h, w)
+    drawn = [draw_entry(options, network, entry, number) for number, entry in enumerate(shown)]
     k = "" if record.k is None else f"k {record.k}, "
-    panel_block = Block({name: list(z[:8]) for name, z in panel.items()}, [f"{k}t {t:.2f}" for t in record.times[:8]])
+    times = [f"{k}t {t:.2f}" for t in record.times[:8]]
+    t2i = [i for i, entry in enumerate(shown) if entry.task == "t2i"]
+    edits = [i for i, entry in enumerate(shown) if entry.task == "edit"]
 
-    def paint_both() -> None:
-        vae = options.checkpoint / "vae"
-        paint(vae, options.device, [panel_block], options.out / "panels" / f"{step:06d}.png")
-        paint(vae, options.device, [t2i, edit], options.out / "grid.png")
+    def write_both() -> None:
+        vae = VAE.from_pretrained(options.checkpoint / "vae", device=options.device)  # not kept between two pictures
 
-    on_rank0(paint_both)
+        def decoded(latents: Iterable[Tensor]) -> list[Image.Image]:
+            return [to_pictures(vae.decode(z[None].to(options.device).float()))[0] for z in latents]
+
+        panels = Grid({name: decoded(z[:8]) for name, z in panel.items()}, times)
+        write_sheet([panels], options.out / "panels" / f"{step:06d}.png")
+        above = Grid({"t2i": decoded(drawn[i] for i in t2i)}, [shown[i].words for i in t2i])
+        sources = decoded(shown[i].sources[-1] for i in edits)
+        below = Grid({"source": sources, "edit": decoded(drawn[i] for i in edits)}, [shown[i].words for i in edits])
+        write_sheet([above, below], options.out / "grid.png")
+
+    on_rank0(write_both)
+
+
+def draw_entry(options: TrainOptions, network: Network, entry: Entry, number: int) -> Tensor:
+    """The latent (64, h, w) of an entry, always from the same noise."""
+    sigmas = flow.student_sigmas(options.student_steps if options.objective == "dmd" else 20)
+    dtype, calls = getattr(torch, options.dtype), len(sigmas) - 1
+    rng = generator(options.seed, 0, number, "grid")
+    noises = torch.randn(options.noises, 64, *entry.size, generator=rng)[:, None]  # (K, 1, 64, h, w)
+    velocities = [network.velocity(condition_of([entry], options.device, dtype), calls)]
+    if options.objective == "flow" and options.guidance != 1:
+        empty = condition_of([entry], options.device, dtype, empty=True)
+        velocities.append(network.velocity(empty, calls))
+    return flow.draw(velocities, noises.to(options.device), sigmas, options.guidance)[0]  # (64, h, w)
