@@ -286,4 +286,3 @@ def test_a_full_disk_leaves_nothing_that_is_read_only(read_only_base, tmp_path, 
     assert all(mode & 0o200 for some in seen[0].values() for mode in some)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     export(read_only_base, student, [1.0], tmp_path / "student")
-    export(read_only_base, student, [1.0], tmp_path / "student")
