@@ -126,7 +126,7 @@ def draw_batches(job: Job, name: str, update: int) -> Iterator[Batch]:
         if flows:
             t = flow.logit_normal(u, math.log(options.time_shift))
         else:
-            t = flow.renoise_times(u, options.time_shift, job.sigmas, k)
+            t = flow.renoise_times(u, options.time_shift, job.sigmas, k, options.renoise_times == "below")
         t = flow.network_time(t, dtype)  # (B,): the path is built at the time that the network is told
 
         def fresh(name: str, shape: tuple[int, ...], samples=samples) -> Tensor:

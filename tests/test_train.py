@@ -486,6 +486,21 @@ def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp
         assert not set(other) & set(draws())
 
 
+def test_renoise_times_below_stay_under_the_steps_own_level(checkpoint, pools, tmp_path):
+    """For the student and the fake score; no other draw moves."""
+    recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["dmd"].entries), [])
+    pooled, below = (
+        job_of(fill_defaults(make_args(checkpoint, tmp_path, renoise_times=times)), pools["dmd"], recipe)
+        for times in ("pooled", "below")
+    )
+    for name in ("student", "fake"):
+        for update in range(6):
+            drawn = (train.draw_batches(job, name, update) for job in (pooled, below))
+            for one, other in zip(*drawn, strict=True):
+                assert other.t.max() <= below.sigmas[other.k] and one.k == other.k
+                assert torch.equal(one.noises, other.noises) and torch.equal(one.xi, other.xi)
+
+
 def test_an_uneven_ratio_is_said(checkpoint, tmp_path, capsys):
     fill_defaults(make_args(checkpoint, tmp_path, batch=4, micro_batch=2))
     assert "does not divide" not in capsys.readouterr().out

@@ -59,6 +59,9 @@ class TrainOptions(Options):
     clip: float = option(1.0, "largest norm of a gradient (2.0 report, section 4)", "(0, 1e9]")
     ema: float = option(0.97, "decay of the averaged weights, which are exported; 0: no average", "[0, 1)")
     time_shift: float = option(1.5, "moves p(t) towards noise; 1: not at all", "[0.01, 100]")
+    renoise_times: str = option(
+        "pooled", "noise levels of the student's picture: p(t), or p(t) below the step's own sigma", "pooled | below"
+    )
     text_dropout: float = option(0.1, "flow: part of the micro-batches without words (2.0 report, section 4)", "[0, 1]")
 
     @property
