@@ -347,7 +347,7 @@ def run(options: TrainOptions) -> None:
         folder = train(options, pool, state)
         say(f"finished: {folder}")
         if options.objective == "dmd" and not options.prompts:  # the toy world has a judge
-            from toy.score import compare
+            from eval import compare
 
             on_rank0(lambda: compare(folder, options.checkpoint, options.out) and None)
 

@@ -1,23 +1,24 @@
-"""The bench of files, without its judge: cases from JSON lines, pictures drawn once and kept, and what is said of them."""
+"""Your own cases: read from JSON lines, named, and found again in a folder of pictures; and the judges that are asked."""
 
 import json
 import os
 import re
-import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint.files import KEPT, digest, visible
-from checkpoint.layout import fingerprint, read_index
-from data.pictures import open_picture, save
+from checkpoint.files import digest, visible
+from data.pictures import open_picture
+from data.prompts import Prompt, read_prompts
 from judges.chat import Chat
 from judges.rubrics import FAMILIES
-from program.eval_options import Args
-from recipe import Prompt, read_prompts
-from sample import Pipeline
+from scores.measures import colour_measures, edit_measures, mean_distance, pixels
+from scores.statistics import averages, interval_over_cases
+
+SMALL = (64, 64)  # pixels, to which pictures of one prompt are reduced before they are compared
 
 
 def read_cases(paths: list[Path]) -> dict[str, Prompt]:
@@ -53,46 +54,25 @@ def name_cases(cases: list[Prompt]) -> dict[str, Prompt]:
     return named
 
 
-def check_folder(folder: Path, cases: dict[str, Prompt], whole: bool) -> None:
-    """ValueError for a file that is no case's picture and, if the folder has to be whole, for a picture that is missing."""
+def check_folder(folder: Path, cases: dict[str, Prompt], several: dict[str, list[str]], whole: bool) -> None:
+    """ValueError for a file that is no case's picture and, if the folder has to be whole, for a picture that is missing.
+
+    several: the pictures that are needed of each case. More of the same, NAME-1.png, NAME-2.png, may be there.
+    """
     there = {path.name for path in visible(folder)}  # a killed run's unfinished picture begins with a dot
-    if extra := sorted(there - cases.keys()):
+    if extra := sorted(
+        name for name in there if re.sub(r"-\d{1,4}\.png$", ".png", name) not in cases and name not in cases
+    ):
         raise ValueError(f"{folder / extra[0]}: belongs to no case ({len(extra)} such in all); take it away")
-    if whole and (missing := sorted(cases.keys() - there)):
-        case = cases[missing[0]]
+    owners = {name: picture for picture, names in several.items() for name in names}
+    if whole and (missing := sorted(owners.keys() - there)):
+        case = cases[owners[missing[0]]]
         what = f"it is {case.category!r}, {case.prompt!r}"
         raise ValueError(f"{folder / missing[0]}: missing ({len(missing)} in all); {what}")
 
 
-def draw_cases(cases: dict[str, Prompt], folder: Path, args: Args) -> None:
-    """Draw the cases that have no picture in the folder yet. A case's noise is the same for every model.
-
-    Every picture has in it what made it. ValueError for pictures of other weights or settings: a bench is of one model.
-    """
-    index = read_index(args.checkpoint)
-    guidance = index["guidance"] if args.guidance is None else args.guidance
-    made = {"steps": args.steps or len(index["sample_sigmas"] or [0] * 40), "guidance": guidance, "seed": args.seed}
-    made["weights"] = fingerprint(args.checkpoint, kept=args.out / KEPT)
-    missing = [name for name in cases if not (folder / name).exists()]
-    for name in cases.keys() - set(missing):
-        if {key: notes_in(folder / name).get(key) for key in made} != made:
-            raise ValueError(f"{folder / name}: drawn by other weights or settings; name another --out for these")
-    if not missing:
-        return
-    cuda = torch.cuda.is_available()
-    dtype, device = (torch.bfloat16, "cuda") if cuda else (torch.float32, "cpu")
-    pipeline = Pipeline.from_pretrained(args.checkpoint, dtype, device, args.offload, keep_encoder=True)
-    pipeline.progress = False
-    for name in tqdm(missing, desc="draw", unit="picture"):
-        began, case, own = time.perf_counter(), cases[name], int(name[-20:-4], 16) % 2**31
-        settings = {"steps": made["steps"], "guidance": guidance, "seed": args.seed + own}
-        picture = pipeline(case.prompt, list(case.images), **settings)
-        seconds = round(time.perf_counter() - began, 3)
-        save(picture, folder / name, made | {"prompt": case.prompt, "seconds": seconds})
-
-
 def notes_in(picture: Path) -> dict:
-    """What `draw_cases` noted in a picture; empty for a picture from elsewhere."""
+    """What eval.py noted in a picture that it drew; empty for a picture from elsewhere."""
     try:
         with Image.open(picture) as opened:
             notes = json.loads(opened.info["parameters"])
@@ -112,19 +92,57 @@ def describe(cases: dict[str, Prompt], folder: Path) -> dict:
         steps, guidance = notes[0]["steps"], notes[0]["guidance"]
         row |= {"nfe": steps * (2 if guidance > 1 else 1), "guidance": guidance}
         row["seconds_per_image"] = sum(note["seconds"] for note in notes) / len(notes)
+        row["machine"] = ", ".join(sorted({note["machine"] for note in notes if "machine" in note})) or "unknown"
     return row | {"bench": digest(" ".join(sorted(cases)))[:16]}
 
 
-def open_chats(urls: list[str], args: Args) -> list[Chat]:
-    """The judges, or the one that writes. The last of the addresses, and of the keys, serves all further models."""
-    models, variables = args.judge_model or [None], args.judge_key or []
+def several_name(picture: str, n: int) -> str:
+    """The n-th picture of a case: NAME.png, NAME-1.png, NAME-2.png."""
+    return picture if n == 0 else f"{Path(picture).stem}-{n}.png"
+
+
+def file_measures(
+    cases: dict[str, Prompt], several: dict[str, list[str]], folder: Path, reference: Path | None
+) -> dict:
+    """The measures that need no judge, of the pictures in a folder. reference: a folder of another model's pictures."""
+
+    def edits() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for name in tqdm(edited, desc="measure", unit="picture", leave=False):
+            picture = pixels(open_picture(folder / name))
+            yield pixels(open_picture(cases[name].images[-1]), (picture.shape[1], picture.shape[0])), picture
+
+    edited = [name for name, case in cases.items() if case.task == "edit"]
+    drawn = [name for name, case in cases.items() if case.task == "t2i"]
+    measured = edit_measures(edits()) if edited else {}
+    if drawn:
+        others = (pixels(open_picture(reference / name)) for name in drawn) if reference else ()
+        measured |= colour_measures((pixels(open_picture(folder / name)) for name in drawn), others)
+    for task, key in (("t2i", "distance"), ("edit", "edit_distance")):
+        distances = {}  # category -> the distance between the pictures of each case
+        for name, names in several.items():
+            if cases[name].task == task and len(names) > 1:
+                small = [pixels(open_picture(folder / other), SMALL) for other in names]
+                distances.setdefault(cases[name].category, []).append(mean_distance(small))
+        if distances:
+            measured.setdefault("variety", {})[key] = averages(distances)["average"]
+            if min(map(len, distances.values())) > 1:
+                measured["variety"][f"{key}_half"] = interval_over_cases(distances)
+    return measured
+
+
+def open_chats(urls: Sequence[str], models: Sequence[str], variables: Sequence[str], timeout: float) -> list[Chat]:
+    """The judges at these addresses, or the model that writes.
+
+    models: their names; without any, the server's only one. variables: environment variables with their keys; without any,
+    JUDGE_API_KEY. The last address, and the last key, serves all further models. timeout: in seconds.
+    """
     if unset := [variable for variable in variables if variable not in os.environ]:
-        raise ValueError(f"--judge-key {unset[0]}: there is no such environment variable")
+        raise ValueError(f"there is no environment variable {unset[0]}, which is to hold the key")
     keys = [os.environ[variable] for variable in variables] or [os.environ.get("JUDGE_API_KEY")]
     chats = []
     for i in range(max(len(urls), len(models))):
-        url, model, key = (some[min(i, len(some) - 1)] for some in (urls, models, keys))
-        chats.append(Chat(url, model, key, args.timeout))
+        model = models[min(i, len(models) - 1)] if models else None
+        chats.append(Chat(urls[min(i, len(urls) - 1)], model, keys[min(i, len(keys) - 1)], timeout))
     if len({chat.model for chat in chats}) < len(chats):
         raise ValueError("two judges need two names: --judge URL [URL] --judge-model NAME NAME")
     return chats

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint.files import digest, read_json, write_json
+from data.prompts import TASKS, Prompt
 from judges.chat import Chat, Unanswered, image_part, in_parallel, text_part
 from program.edges import short
-from recipe import TASKS, Prompt
-from scores.rows import averages, interval, markdown
+from scores.rows import markdown
+from scores.statistics import averages, interval_over_cases
 
 RUBRICS = tomllib.loads(Path(__file__).with_name("rubrics.toml").read_text(encoding="utf-8"))
 FAMILIES = RUBRICS["families"]  # of edits: category -> its rubric
@@ -134,7 +135,7 @@ def summary(cases: dict[str, Prompt], answers: dict[str, dict], unscored: dict[s
         if scores:
             result[task] = averages(dict(sorted(scores.items())))
             if all(len(numbers) > 1 for numbers in scores.values()):
-                result[f"{task}_interval"] = interval(scores)
+                result[f"{task}_interval"] = interval_over_cases(scores)
     return result | {"scored": len(answers), "unscored": unscored}
 
 

@@ -8,10 +8,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from program import edges
+from program.writing_options import WritingOptions, parse
+
+if __name__ == "__main__":  # here already: --help and a mistyped flag do not wait for torch
+    edges.run("judges.writing", parse)  # imports the rest, and calls run(options)
+
 from checkpoint.files import aside, may_write
+from data.prompts import read_prompts
+from judges.cases import open_chats
 from judges.chat import Chat, Unanswered, in_parallel, text_part
 from program.edges import short
-from recipe import read_prompts
 
 AT_ONCE = 20  # prompts in one answer
 PATIENCE = 20  # answers in a row without a new prompt
@@ -110,3 +117,15 @@ def check_answer(answer: dict) -> None:
 def plain(text: str) -> str:
     """The words alone: prompts that differ only in case, space or punctuation are the same."""
     return " ".join(re.findall(r"\w+", text.casefold()))
+
+
+def run(options: WritingOptions) -> None:
+    models, keys = [options.model] if options.model else [], [options.key] if options.key else []
+    (chat,) = open_chats([options.endpoint], models, keys, options.timeout)
+    count = write_prompts(chat, options.category, options.count, options.out, options.parallel)
+    print(f"{options.out}: {count} prompts")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line, for a caller in Python."""
+    run(parse(argv))

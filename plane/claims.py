@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint.files import read_json, write_json
-from experiments.tables import E1, E2, E3, E4, EXPERIMENTS, FIRST_STEP, HALFWAY, SPECIALISTS, START, TEACHER, Above
+from experiments.claims import E1, E2, E3, E4, EXPERIMENTS, FIRST_STEP, HALFWAY, SPECIALISTS, START, TEACHER, Above
 from plane import panels
 from plane.method import CATEGORIES, SIGMAS, TASKS, Setting, evaluate, train
 from plane.rows import (
@@ -35,7 +35,8 @@ from plane.rows import (
     untrained,
 )
 from plane.small_panels import small_panels
-from scores.rows import markdown, paired
+from scores.rows import markdown
+from scores.statistics import mean_over_seeds
 
 PREMISES = {
     "Four plain steps lose at T2I.": Above(TEACHER, START),
@@ -208,7 +209,7 @@ def drift_curves(setting: Setting, kept: Kept) -> list[dict]:
             for fake in [fake for fake in FAKES if (fake, ROWS[row].name) in kept]:
                 by_look = kept[fake, ROWS[row].name]
                 values = {look: average(by_look[look], [*TASKS], measure).tolist() for look in looks(setting)}
-                lines[fake] = [(look, ends(paired(some))) for look, some in values.items()]
+                lines[fake] = [(look, ends(mean_over_seeds(some))) for look, some in values.items()]
         charts.append({title: lines for title, lines in panel.items() if lines})
     return charts
 

@@ -1,6 +1,6 @@
 """Rows of the plane's tables: students and teachers by name, their scores, and the difference of two rows.
 
-Names, recipes and claims are those of the picture world (experiments/tables.py), word for word.
+Names, recipes and claims are those of the picture world (experiments/claims.py), word for word.
 """
 
 from dataclasses import replace
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from checkpoint.files import write_json
-from experiments.tables import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above
+from experiments.claims import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above
 from plane.method import CATEGORIES, SIGMAS, TEACHER_SIGMAS, Setting, evaluate, train
 from recipe import RECIPES, SPECIALISED_ONLY, Recipe, routing
-from scores.rows import markdown, paired
+from scores.rows import markdown
+from scores.statistics import mean_over_seeds
 
 Scores = dict[str, dict[str, Tensor]]  # category -> measure -> (S,)
 MEASURES = {"score": "precision", "attributes": "precision", "fidelity": "fine", "coverage": "coverage"}  # of a part
@@ -63,7 +64,7 @@ def difference(row: Scores, other: Scores, part: Above, by: str = "precision") -
     measure = MEASURES[part.part] if by == "precision" else by
     categories = CATEGORIES[part.bench] if part.category == "average" else [part.category]
     gain = average(row, categories, measure) - average(other, categories, measure)  # (S,)
-    return paired((-gain if by == "distance" else gain).tolist())  # the smaller the distance, the better
+    return mean_over_seeds((-gain if by == "distance" else gain).tolist())  # the smaller the distance, the better
 
 
 def label(part: Above) -> str:

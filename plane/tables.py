@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.tables import E1, E3, E4, E5, HALFWAY, START, TEACHER, Above
+from experiments.claims import E1, E3, E4, E5, HALFWAY, START, TEACHER, Above
 from plane.claims import FAKES
 from plane.method import CATEGORIES, Setting
 from plane.rows import (

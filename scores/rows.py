@@ -1,49 +1,40 @@
-"""What all benches share: the means of scores with their interval, rows in files, and Markdown tables."""
+"""Rows, the results of one model each: in files, and as Markdown tables."""
 
 import json
-import math
+import platform
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from checkpoint.files import digest, may_write, read_json, write_json
 
-# Student's t at 97.5%, by degrees of freedom from 1 on.
-T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
 
+def scores_of_cases(rows: list[dict], bench: str, part: str, category: str = "average") -> np.ndarray:
+    """(seeds, categories, cases): one part of a score, such as "fidelity", of every case, from the rows of a model's seeds.
 
-def averages(scores: dict[str, list[float]]) -> dict[str, float | None]:
-    """Scores by category -> {category: mean, ..., "average": the mean of these means}.
-
-    A category without any score has the mean None. Then the average is None too, for it would leave that category out.
+    The rows hold the numbers of single cases, under BENCH_each. category: one alone, or "average" for all.
     """
-    means = {category: float(np.mean(some)) if some else None for category, some in scores.items()}
-    whole = None not in means.values()
-    return means | {"average": float(np.mean(list(means.values()))) if whole else None}
+    of_rows = [row[f"{bench}_each"][part] for row in rows]
+    return np.array([[scores[c] for c in (scores if category == "average" else [category])] for scores in of_rows])
 
 
-def interval(scores: dict[str, list[float]]) -> float:
-    """Half the width of the average's 95% interval: 1.96 sqrt(sum_c var_c / n_c) / C, for C categories of n_c >= 2 cases.
-    The cases of the categories are drawn independently."""
-    variances = [np.var(some, ddof=1) / len(some) for some in scores.values()]
-    return 1.96 * math.sqrt(sum(variances)) / len(scores)
+def machine(device: torch.device) -> str:
+    """The model name of the GPU or the processor: seconds say nothing without it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):  # Linux alone has this file
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
-def paired(differences: list[float]) -> tuple[float, float]:
-    """The mean of paired differences, one for each seed, and half the width of its 95% interval by Student's t."""
-    n = len(differences)
-    half = T[min(n - 1, len(T)) - 1] * float(np.std(differences, ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return float(np.mean(differences)), half
-
-
-def verdict(differences: list[tuple[float, float]]) -> str:
-    """Of (mean, half-width of its interval) for each part of a claim. agree: all intervals are above 0; disagree: one is
-    below; else cannot tell."""
-    if any(mean < -half for mean, half in differences):
-        return "disagree"
-    return "agree" if all(mean > half for mean, half in differences) else "cannot tell"
+def without_cases(row: dict) -> dict:
+    """The row without the numbers of single cases."""
+    return {key: value for key, value in row.items() if not key.endswith("_each")}
 
 
 def write_row(path: Path, row: dict) -> None:
@@ -67,8 +58,8 @@ def check_place(path: Path, made: dict, overwrite: bool, beside: Iterable[str] =
     """Before the work begins: ValueError or OSError if results cannot be written to the JSON file `path`, and to the files
     `beside` it, or if others are there. Results with all the values in `made` are replaced; others only with `overwrite`."""
     with suppress(OSError, ValueError):  # no JSON: not ours
-        found = read_json(path)
-        overwrite = overwrite or all(found.get(key) == value for key, value in made.items())
+        before = read_json(path)
+        overwrite = overwrite or all(before.get(key) == value for key, value in made.items())
     for file in (path, *(path.parent / name for name in beside)):
         may_write(file, overwrite=overwrite)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from checkpoint.files import read_json
+from toy import draw
 from toy.build import autoencoder as train_vae
 from toy.build import stages as build
 
@@ -40,12 +41,12 @@ def test_the_whole_chain(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "TEACHER", build.TEACHER | {"num_layers": 1, "num_attention_heads": 1})
     monkeypatch.setattr(build.train.watch, "draw_pictures", lambda *_: None)
     monkeypatch.setattr(build.recipes, "RECIPES", dict(build.recipes.RECIPES))
-    monkeypatch.setattr(build.benches, "CASES", {"t2i": 2, "edit": 2})
-    monkeypatch.setattr(build.benches, "CATEGORIES", {"t2i": ("landscape", "text"), "edit": ("object",)})
-    monkeypatch.setattr(build.benches, "VARIETY", (1, 2))
+    monkeypatch.setattr(build.evaluation, "CASES", {"t2i": 2, "edit": 2})
+    monkeypatch.setattr(build.evaluation, "CATEGORIES", {"t2i": ("landscape", "text"), "edit": ("object",)})
+    monkeypatch.setattr(build.evaluation, "VARIETY", (1, 2))
     monkeypatch.setattr(build.judge, "judge", lambda pictures, *_: [build.judge.Verdict({}, {}, 0.5) for _ in pictures])
-    full = build.benches.default_sampler
-    monkeypatch.setattr(build.benches, "default_sampler", lambda name, pipeline, steps, w: full(name, pipeline, 1, w))
+    full = draw.default_sampler
+    monkeypatch.setattr(draw, "default_sampler", lambda name, pipeline, steps, w: full(name, pipeline, 1, w))
     real = build.train_teacher
 
     def killed(name, *arguments):
@@ -68,7 +69,7 @@ def test_the_whole_chain(tiny, tmp_path, monkeypatch):
     assert set(log) >= {"language", "vae", "base", "more", "text", "edit", "score base", "premises"}
     assert (
         len(log["premises"]["premises"]) == 9
-        and build.benches.build_log(folder) == log
+        and build.evaluation.build_log(folder) == log
         and log["score base"]["rows"][0]["nfe"] == 2
     )
     used = read_json(tmp_path / "toy" / "edit" / "args.json")["arguments"]

@@ -13,10 +13,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import eval as evaluation
-from judges import rubrics
+from data.pictures import open_picture
+from judges import rubrics, writing
 from judges.cases import name_cases
 from recipe import Prompt, read_prompts
 from sample import Pipeline
+from scores.measures import colours, mean_distance, pixels
 from toy import world
 
 ROOT = Path(evaluation.__file__).parent
@@ -82,7 +84,7 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     capsys.readouterr()
     evaluation.main(["--table", str(out / "row.json"), str(out / "row.json")])
     table = capsys.readouterr().out
-    assert table.count("turbo") == 4 and table.count("| strict/2 | 2.25") == 4
+    assert table.count("turbo") == 4 + 2 and table.count("| strict/2 | 2.25") == 4
 
     # The pictures are those of the pipeline, from a noise of their own.
     name, case = next((n, c) for n, c in name_cases(read_prompts([cases / "t2i.jsonl"])).items())
@@ -102,7 +104,7 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     fails("drawn by other weights or settings", "--steps", "3")
     fails("two names", "--judge-model", "kind", "kind")
     fails("nowhere", "--prompts", str(tmp_path / "nowhere"))
-    fails("--prompts and --experiment: give one of them", "--experiment", "teachers")
+    fails("--prompts and --table: give one of them", "--table", str(out / "row.json"))
     moved = tmp_path / "moved"
     shutil.copytree(out / "pictures", moved)
     (moved / name).unlink()
@@ -132,6 +134,40 @@ def test_files_are_drawn_once_and_judged_by_two(toy_checkpoint, cases, serve, tm
     assert row["nfe"] is None and row["guidance"] is None and "seconds_per_image" not in row
 
 
+def test_without_a_judge_the_row_has_the_measures_that_need_none(toy_checkpoint, cases, tmp_path, capsys):
+    """Several pictures of each case, and the colours of another model's; then the same of pictures from elsewhere."""
+    words = f"--checkpoint {toy_checkpoint} --prompts {cases} --steps 1 --variety 3".split()
+    evaluation.main([*words, "--out", str(tmp_path / "other"), "--seed", "5"])
+    evaluation.main([*words, "--out", str(tmp_path / "mine"), "--reference", str(tmp_path / "other" / "pictures")])
+    row = json.loads((tmp_path / "mine" / "row.json").read_text())
+    pictures = sorted(path.name for path in (tmp_path / "mine" / "pictures").iterdir())
+    names = sorted(name_cases(read_prompts(sorted(cases.glob("*.jsonl")))))
+    assert pictures == sorted(f"{name[:-4]}{tail}.png" for name in names for tail in ("", "-1", "-2"))
+    assert row["judges"] == {} and row["edit_shift"]["of"] == 1 and "t2i" not in row and len(row["variety"]) == 2
+    folders = [tmp_path / name / "pictures" for name in ("mine", "other")]
+    (drawn,) = [name for name in names if name.startswith("text")]
+    (own, own_contrast), (theirs, _) = (colours(pixels(open_picture(folder / drawn))) for folder in folders)
+    assert (row["t2i_colour"]["saturation"], row["t2i_colour"]["contrast"]) == (own, own_contrast)
+    assert row["t2i_colour"]["saturation_above_reference"] == own - theirs != 0
+    distances = {}
+    for name in names:
+        small = [pixels(open_picture(folders[0] / f"{name[:-4]}{tail}.png"), (64, 64)) for tail in ("", "-1", "-2")]
+        distances[name] = mean_distance(small)
+    (edited,) = distances.keys() - {drawn}
+    assert row["variety"] == {"distance": distances[drawn], "edit_distance": distances[edited]}
+    assert min(distances.values()) > 0
+
+    capsys.readouterr()
+    evaluation.main(["--table", str(tmp_path / "mine" / "row.json"), str(tmp_path / "other" / "row.json")])
+    assert f"| {own:.1f}" in capsys.readouterr().out
+    given = f"--prompts {cases} --out {tmp_path / 'given'} --pictures {folders[0]}".split()
+    evaluation.main(given)  # further pictures of a case may lie there
+    assert json.loads((tmp_path / "given" / "row.json").read_text())["t2i_colour"]["saturation"] == own
+    for more, what in ((["--variety", "4"], "-3.png: missing"), (["--reference", str(cases)], "belongs to no case")):
+        with pytest.raises(ValueError, match=what):
+            evaluation.main([*given, *more])
+
+
 def test_what_lies_beside_the_pictures_stays(toy_checkpoint, cases, tmp_path):
     """Only a killed run's own unfinished file may lie there. Nothing is removed that has another name."""
     words = f"--checkpoint {toy_checkpoint} --prompts {cases} --out {tmp_path / 'out'} --steps 1".split()
@@ -146,18 +182,6 @@ def test_what_lies_beside_the_pictures_stays(toy_checkpoint, cases, tmp_path):
     (folder / f".{min(names)}.qwen-image-flash.part").write_bytes(b"half a picture")
     evaluation.main(words)
     assert {path.name for path in folder.iterdir()} == names.keys()
-
-
-def test_prompts_from_the_command_line(serve, tmp_path, capsys):
-    out = tmp_path / "portrait.jsonl"
-    server = serve(lambda question, n: json.dumps({"prompts": [f"face {len(server.asked)} {i}" for i in range(3)]}))
-    words = ["--write-prompts", "5", "--category", "portrait", "--endpoint", server.url, "--out", str(out)]
-    evaluation.main(words)
-    assert len(read_prompts([out])) == 5 and "5 prompts" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--category"):
-        evaluation.main(words[:2])
-    with pytest.raises(ValueError, match="--judge is for --prompts, not for the toy"):
-        evaluation.main(["--judge", server.url])
 
 
 def test_the_layout_of_a_public_bench(tmp_path, monkeypatch):
@@ -186,18 +210,18 @@ def test_the_pages_commands(toy_checkpoint, cases, serve, monkeypatch, capsys):
     monkeypatch.chdir(cases.parent)
     server = serve(lambda question, n: well(question) if "grade" in str(question) else '{"prompts": ["a", "b", "c"]}')
     page = (ROOT / "docs" / "benches.md").read_text().replace("http://localhost:8000/v1", server.url)
-    page = page.replace("runs/mine/student", str(toy_checkpoint)).replace("--write-prompts 20000", "--write-prompts 3")
+    page = page.replace("runs/mine/student", str(toy_checkpoint)).replace("--count 20000", "--count 3")
 
-    def commands(text: str) -> list[list[str]]:
-        return [shlex.split(line)[2:] for line in text.splitlines() if "python eval.py" in line]
+    def commands(program: str) -> list[list[str]]:
+        words = [shlex.split(line) for line in page.splitlines() if f"python {program}" in line]
+        return [line[line.index(program.split()[-1]) + 1 :] for line in words]
 
-    score, table, write = commands(page)
+    (score, table, measure), (write,) = commands("eval.py"), commands("-m judges.writing")
     evaluation.main([*score, "--steps", "1"])
     shutil.copytree("results/mine", "results/other")
     evaluation.main(table)
     assert capsys.readouterr().out.count("| mine |") == 2 + 4  # two tasks, of one model and of two
-    evaluation.main(write)
+    evaluation.main([*measure, "--steps", "1", "--overwrite"])
+    assert json.loads(Path("results/mine/row.json").read_text())["variety"]["distance"] > 0
+    writing.main(write)
     assert {prompt.prompt for prompt in read_prompts(["portrait.jsonl"])} == {"a", "b", "c"}
-    experiments = commands((ROOT / "results" / "README.md").read_text())
-    tables = [["composition"], ["teachers"], ["mixture", "--seeds", "7"]]
-    assert experiments == [["--experiment", *table] for table in tables]

@@ -1,4 +1,4 @@
-"""The benches: what a case is drawn from, what is counted, and what is written. The networks are tiny and random, so the
+"""The benches: what is counted, and what is written. The networks are tiny and random, so the
 pictures are nonsense and depend on everything."""
 
 import copy
@@ -14,110 +14,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
 from PIL import Image
 
 import eval as evaluation
 import flow
 from checkpoint.export import export
 from checkpoint.files import read_json
-from data.pictures import to_pictures, to_tensor
 from model import MMDiT
 from program.options import TOY
 from sample import Pipeline
-from toy import figures, world
-from toy import score as benches
-from toy.score import Sampler
+from toy import figures, judge, world
+from toy.draw import Sampler, open_checkpoint, reconstruct, teacher_samplers
 
 SIGMAS = [1.0, 0.6, 0.3, 0.0]
 
 
 @pytest.fixture(autouse=True)
 def little_variety(monkeypatch):
-    monkeypatch.setattr(benches, "VARIETY", (1, 2))
+    monkeypatch.setattr(evaluation, "VARIETY", (1, 2))
 
 
 @pytest.fixture(scope="module")
 def pipeline(toy_checkpoint) -> Pipeline:
-    return benches.open_checkpoint(toy_checkpoint)
-
-
-def difference(a: Image.Image, b: Image.Image) -> float:
-    """Mean, of 255. Rounding alone comes to less than 0.01."""
-    return float(np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean())
-
-
-def lengths(pipeline: Pipeline, cases: list[world.Case]) -> set[int]:
-    return set(
-        pipeline.condition([case.prompt for case in cases], [case.images for case in cases]).mask.sum(1).tolist()
-    )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Drawing
-
-
-@pytest.mark.parametrize(("task", "category"), [("t2i", "landscape"), ("edit", "enhance")])
-def test_draws_what_sample_draws_alone(pipeline, monkeypatch, task, category):
-    """Whatever the batch: prompts of unequal length, guided, from the same noise, one by one through the pipeline."""
-    cases = world.bench(task, category, 8)
-    assert len(lengths(pipeline, cases)) > 1  # so padding would have come in
-    sampler = Sampler("x", pipeline.sigmas(3, 64), guidance=2.0)
-    together, _ = benches.draw_cases(pipeline, sampler, cases, list(range(8)))
-    monkeypatch.setattr(benches, "BATCH", 3)
-    in_parts, _ = benches.draw_cases(pipeline, sampler, cases, list(range(8)))
-    for i, case in enumerate(cases):
-        noise = torch.randn(64, 8, 8, generator=torch.Generator().manual_seed(1000 * i))
-        noise = rearrange(noise, "c h w -> 1 (h w) c")
-        alone = pipeline(case.prompt, case.images, steps=3, guidance=2.0, noise=noise)
-        assert difference(together[i], alone) < 0.01 and difference(in_parts[i], alone) < 0.01
-    assert difference(together[0], together[1]) > 5  # and cases are told apart
-
-
-def test_padding_would_have_mattered(pipeline):
-    """The reason for the groups of equal length: a longer neighbour in the batch changes a picture."""
-    short, long = sorted((case.prompt for case in world.bench("t2i", "landscape", 8)), key=len)[::7]
-    noise = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
-    padded = pipeline([short, long], steps=3, noise=noise.expand(2, -1, -1))[0]
-    assert difference(padded, pipeline(short, steps=3, noise=noise)) > 0.1
-
-
-def latents(pipeline: Pipeline, monkeypatch, sampler: Sampler, count: int = 3) -> torch.Tensor:
-    """What is drawn where the velocity is 0 everywhere: the noise itself, or for Euler at any number of steps."""
-    kept = []
-    monkeypatch.setattr(pipeline, "velocity", lambda condition: lambda z, t: torch.zeros_like(z))
-    monkeypatch.setattr(pipeline, "vae", type("Spy", (), {
-        "encode": pipeline.vae.encode, "decode": lambda self, z: (kept.append(z), torch.zeros(len(z), 4, 128, 128))[1],
-    })())  # fmt: skip
-    benches.draw_cases(pipeline, sampler, world.bench("t2i", "text", count), list(range(10, 10 + count)))
-    monkeypatch.undo()
-    return torch.cat(kept)
-
-
-def test_all_samplers_start_from_the_same_noise(pipeline, monkeypatch):
-    euler = latents(pipeline, monkeypatch, Sampler("a", SIGMAS))
-    assert torch.equal(euler, latents(pipeline, monkeypatch, Sampler("b", pipeline.sigmas(40, 64), guidance=2.0)))
-    assert torch.equal(euler, latents(pipeline, monkeypatch, Sampler("c", [1.0, 0.0], renoise=True)))
-    assert torch.equal(euler[:2], latents(pipeline, monkeypatch, Sampler("d", SIGMAS), count=2))
-    assert (euler[0] - euler[1]).std() > 1
-    # The re-noising sampler puts new noise on at every stop: z1 = (1 - s) z0 + s n.
-    once = latents(pipeline, monkeypatch, Sampler("e", [1.0, 0.5, 0.0], renoise=True))
-    new = 2 * once - euler
-    assert 0.9 < new.std() < 1.1 and abs((new * euler).mean()) < 0.05
-
-
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-@pytest.mark.parametrize("renoise", [False, True])
-def test_network_evaluations_are_counted(pipeline, monkeypatch, guidance, renoise):
-    pictures = []
-    for name in ("forward", "with_prefix"):  # the first call of a rollout also gives the prefix
-        real = getattr(pipeline.mmdit, name)
-        monkeypatch.setattr(
-            pipeline.mmdit, name, lambda z, *rest, real=real: (pictures.append(len(z)), real(z, *rest))[1]
-        )
-    sampler = Sampler("x", SIGMAS, guidance, renoise)
-    benches.draw_cases(pipeline, sampler, world.bench("edit", "text", 4), list(range(4)))
-    assert sum(pictures) == 4 * sampler.nfe == 4 * 3 * guidance
+    return open_checkpoint(toy_checkpoint)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -127,10 +46,10 @@ def test_network_evaluations_are_counted(pipeline, monkeypatch, guidance, renois
 def test_right_pictures_score_one(pipeline, monkeypatch):
     """The truth in place of the model's pictures, a perfect autoencoder: 1 everywhere, certain, with no diversity."""
     monkeypatch.setattr(
-        benches, "draw_cases", lambda p, s, cases, seeds: ([figures.answer(case) for case in cases], 0.5)
+        evaluation, "draw_cases", lambda p, s, cases, seeds: ([figures.answer(case) for case in cases], 0.5)
     )
-    monkeypatch.setattr(benches, "reconstruct", lambda pipeline, pictures: pictures)
-    row, shown = benches.evaluate(pipeline, Sampler("x", SIGMAS), ["t2i", "edit"], {"t2i": 3, "edit": 2})
+    monkeypatch.setattr(evaluation, "reconstruct", lambda pipeline, pictures: pictures)
+    row, shown = evaluation.evaluate(pipeline, Sampler("x", SIGMAS), ["t2i", "edit"], {"t2i": 3, "edit": 2})
     for bench, categories in (("t2i", world.CATEGORIES), ("edit", world.FAMILIES)):
         for key in (bench, f"{bench}_compliance", f"{bench}_attributes", f"{bench}_fidelity"):
             assert row[key] == dict.fromkeys((*categories, "average"), 1.0)
@@ -142,38 +61,11 @@ def test_right_pictures_score_one(pipeline, monkeypatch):
 
     # Sources in place of results: nothing was done, nothing was spoilt.
     sources = lambda p, s, cases, seeds: ([case.images[0] for case in cases], 0.5)  # noqa: E731
-    monkeypatch.setattr(benches, "draw_cases", sources)
-    row, _ = benches.evaluate(pipeline, Sampler("x", SIGMAS), ["edit"], {"edit": 2})
+    monkeypatch.setattr(evaluation, "draw_cases", sources)
+    row, _ = evaluation.evaluate(pipeline, Sampler("x", SIGMAS), ["edit"], {"edit": 2})
     for family in ("scene", "object", "text", "identity", "style"):
         assert (row["edit_compliance"][family], row["edit_fidelity"][family], row["edit"][family]) == (0, 1, 0.5)
     assert row["edit_compliance"]["enhance"] == 0 and row["edit_fidelity"]["enhance"] < 0.5
-
-
-def test_interval_is_that_of_an_average_of_averages():
-    """Against 20,000 benches drawn at random from known scores."""
-    rng = np.random.default_rng(0)
-    verdict = lambda score: benches.judge.Verdict({"a": score > 0.5}, {}, 1.0)  # noqa: E731
-    kinds = {"portrait": 0.9, "text": 0.5, "landscape": 0.2}
-    draws = {kind: rng.random((20_000, 30)) < share for kind, share in kinds.items()}
-    averages = np.mean([0.5 * some.mean(1) + 0.5 for some in draws.values()], axis=0)
-    halves = []
-    for i in range(40):
-        verdicts = {kind: [verdict(float(hit)) for hit in some[i]] for kind, some in draws.items()}
-        halves.append(benches.summary("t2i", verdicts)["t2i_interval"])
-    assert np.mean(halves) == pytest.approx(1.96 * averages.std(), rel=0.05)
-
-
-def test_reconstruction_is_the_autoencoders(pipeline):
-    """Opaque pictures in [0, 1], through the VAE and back, over white."""
-    pictures = [figures.answer(case) for case in world.bench("t2i", "portrait", 2)]
-    arrays = np.stack([np.asarray(picture)[..., :3] / np.float32(255) for picture in pictures])
-    again = benches.reconstruct(pipeline, arrays)
-    with torch.no_grad():
-        expected = pipeline.vae.decode(pipeline.vae.encode(to_tensor(pictures)))
-    for ours, theirs in zip(again, to_pictures(expected)):
-        white = Image.new("RGBA", theirs.size, "white")
-        white.alpha_composite(theirs)
-        assert np.abs(ours * 255 - np.asarray(white)[..., :3]).max() < 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,7 +87,10 @@ def test_main_writes_row_table_and_sheet(toy_checkpoint, tmp_path, capsys):
     assert row["seconds_per_image"] > 0
     table = (tmp_path / "all" / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert f"**{row['edit']['average']:.3f}**" in table and len({len(line) for line in table.splitlines()}) == 1
+    scores, measures = table.split("\n\n")
+    assert f"**{row['edit']['average']:.3f}**" in scores and f"{row['t2i_colour']['saturation']:.1f}" in measures
+    assert all(len({len(line) for line in block.splitlines()}) == 1 for block in (scores, measures))
+    assert row["edit_shift"]["of"] == 12 and row["variety"]["distance"] > 0
     # Two cases of each: half the sheet's width for T2I; rows: model and truth, then source, model and truth.
     with Image.open(tmp_path / "all" / "sheet.png") as sheet:
         assert sheet.width > 12 * 128 and sheet.height > 5 * 128
@@ -203,7 +98,7 @@ def test_main_writes_row_table_and_sheet(toy_checkpoint, tmp_path, capsys):
     # Again, one bench alone: the same numbers but the time's.
     again = run(toy_checkpoint, tmp_path / "edit", "--steps", "2", "--cases", "2", "--bench", "edit", "--guidance", "2")
     assert "t2i" not in again and "t2i_diversity" not in again
-    for key in again.keys() - {"seconds_per_image", "cases", "checksum"}:
+    for key in again.keys() - {"seconds_per_image", "cases", "checksum", "variety"}:
         assert again[key] == row[key]
 
 
@@ -227,14 +122,12 @@ def test_bad_input_is_one_clear_error(toy_checkpoint, tmp_path):
         evaluation.main(["--prompts", "cases.jsonl", "--out", str(tmp_path / "out"), "--judge", ""])
     fails("letters that cannot be shown", "--json", "a\x07.json")
     for flag, value in (
-        ("--seeds", "2"),
         ("--judge", "http://a"),
-        ("--category", "x"),
         ("--list", ""),
         ("--seed", "1"),
     ):
         fails(f"{flag} is for --.*, not for the toy world's benches", *[flag, value][: 2 if value else 1])
-    fails("--cases is for the toy world's benches, not for --experiment", "--experiment", "teachers")
+    fails("--checkpoint is for the toy world's benches and --prompts, not for --table", "--table", "row.json")
     fails("is a folder", "--json", str(tmp_path))
     (tmp_path / "file").write_text("mine")
     fails("file", "--out", str(tmp_path / "file"))
@@ -256,7 +149,7 @@ def test_bad_input_is_one_clear_error(toy_checkpoint, tmp_path):
 def test_help_is_quick_and_ctrl_c_is_one_line(tmp_path):
     began = time.perf_counter()
     shown = subprocess.run([sys.executable, evaluation.__file__, "--help"], capture_output=True, text=True)
-    assert shown.returncode == 0 and "--experiment composition" in shown.stdout and "torch" not in shown.stderr
+    assert shown.returncode == 0 and "--prompts bench" in shown.stdout and "torch" not in shown.stderr
     assert time.perf_counter() - began < 5  # a tenth of a second where nothing else runs; torch alone takes two
     assert max(map(len, shown.stdout.splitlines())) <= 120
 
@@ -275,12 +168,12 @@ def test_help_is_quick_and_ctrl_c_is_one_line(tmp_path):
 def test_what_is_not_finite_is_no_score(toy_checkpoint, tmp_path, pipeline):
     """A NaN in the MMDiT, in the decoder or in the encoder: an error that says where, and no row."""
     for part, name, where in (("mmdit", "img_mlp.out", "latents"), ("vae", "decoder.conv_out", "decoded pixels")):
-        broken = benches.open_checkpoint(toy_checkpoint)
+        broken = open_checkpoint(toy_checkpoint)
         next(p for n, p in getattr(broken, part).named_parameters() if name in n).data[0] = float("nan")
         with pytest.raises(ValueError, match=f"{toy_checkpoint}: x: {where} are not finite"):
-            benches.evaluate(broken, Sampler("x", SIGMAS), ["t2i"], {"t2i": 2})
+            evaluation.evaluate(broken, Sampler("x", SIGMAS), ["t2i"], {"t2i": 2})
     with pytest.raises(ValueError, match="autoencoder's pixels are not finite"):
-        benches.reconstruct(broken, np.zeros((1, 128, 128, 3), dtype=np.float32))
+        reconstruct(broken, np.zeros((1, 128, 128, 3), dtype=np.float32))
 
 
 def test_tables_of_rows(toy_checkpoint, tmp_path, capsys):
@@ -292,9 +185,12 @@ def test_tables_of_rows(toy_checkpoint, tmp_path, capsys):
     for files in ((both, edit), (edit, both)):
         capsys.readouterr()
         evaluation.main(["--table", *map(str, files)])
-        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+        scores = capsys.readouterr().out.split("\n\n")[0]
+        lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scores.splitlines()]
         titles = [line[0] for line in lines]
-        assert titles == [line.split("|")[1].strip() for line in benches.table([read_json(both)]).splitlines()]
+        assert titles == [
+            line.split("|")[1].strip() for line in evaluation.table([read_json(both)]).split("\n\n")[0].splitlines()
+        ]
         for line in lines[2:]:
             t2i = line[0].startswith(("T2I", "**T2I"))
             assert [cell == "-" for cell in line[1:]] == [t2i and file == edit for file in files]
@@ -307,12 +203,12 @@ def test_tables_of_rows(toy_checkpoint, tmp_path, capsys):
             walk(inner, *keys, key)
 
     walk(row)
-    assert len(places) == 93
+    assert len(places) == 117
     for *keys, last in places[1:]:  # whatever is changed, or taken out
         for new in (0.5, -1, float("nan"), "1", None, True, [], {}, ...):
             changed = copy.deepcopy(row)
             inner = functools.reduce(dict.__getitem__, keys, changed)
-            if inner.pop(last) == new and type(new) is float:
+            if inner.pop(last) == new and (new is None or type(new) is float):
                 continue
             if new is not ...:
                 inner[last] = new
@@ -359,9 +255,9 @@ def two_steps(checkpoint: Path, student: Path) -> None:
 def test_compare_writes_table_and_pictures(toy_checkpoint, tmp_path, monkeypatch, capsys):
     """A student with the teacher's own weights: its row and pictures are those of the teacher at its steps."""
     few = {"t2i": ("portrait",), "edit": ("text", "scene")}
-    monkeypatch.setattr(benches, "CATEGORIES", few)
+    monkeypatch.setattr(evaluation, "CATEGORIES", few)
     two_steps(toy_checkpoint, tmp_path / "student")
-    rows = benches.compare(tmp_path / "student", toy_checkpoint, tmp_path / "out", {"t2i": 3, "edit": 2})
+    rows = evaluation.compare(tmp_path / "student", toy_checkpoint, tmp_path / "out", {"t2i": 3, "edit": 2})
     assert [row["nfe"] for row in rows] == [80, 2, 2, 2] and [row["guidance"] for row in rows] == [2.0, 1.0, 1.0, 1.0]
     full, euler, renoise, student = [
         {k: v for k, v in row.items() if k not in ("name", "seconds_per_image")} for row in rows
@@ -376,49 +272,47 @@ def test_compare_writes_table_and_pictures(toy_checkpoint, tmp_path, monkeypatch
         large = shutil.copytree(tmp_path / "student", tmp_path / "large")
         index = read_json(large / "model_index.json") | {"resolution": 1024}
         (large / "model_index.json").write_text(json.dumps(index))
-        benches.compare(large, toy_checkpoint, tmp_path / "other")
+        evaluation.compare(large, toy_checkpoint, tmp_path / "other")
 
 
-def by_colour(pictures: list[Image.Image], cases: list, reconstruct) -> list[benches.judge.Verdict]:
+def by_colour(pictures: list[Image.Image], cases: list, reconstruct) -> list[judge.Verdict]:
     means = [float(np.asarray(picture.convert("RGB"), np.float32).mean()) / 255 for picture in pictures]
-    return [benches.judge.Verdict({"bright": mean > 0.5}, {}, mean) for mean in means]
+    return [judge.Verdict({"bright": mean > 0.5}, {}, mean) for mean in means]
 
 
 def test_compare_takes_a_teachers_rows_from_its_log(toy_checkpoint, tmp_path, monkeypatch):
     """Those of the first cases are the rows measured anew, and no teacher is judged. Other weights: measured."""
-    monkeypatch.setattr(benches, "CATEGORIES", {"t2i": ("text",), "edit": ("text",)})
-    monkeypatch.setattr(benches, "VARIETY", (1, 2))
-    monkeypatch.setattr(
-        benches.judge, "judge", by_colour
-    )  # the exact one finds nothing right in a random network's pictures
+    monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": ("text",), "edit": ("text",)})
+    monkeypatch.setattr(evaluation, "VARIETY", (1, 2))
+    monkeypatch.setattr(judge, "judge", by_colour)  # the exact one finds nothing right in a random network's pictures
     teacher, cases = shutil.copytree(toy_checkpoint, tmp_path / "teacher"), {"t2i": 2, "edit": 3}
     two_steps(teacher, student := tmp_path / "student")
-    expected = benches.compare(student, teacher, tmp_path / "out", cases)
-    base = benches.open_checkpoint(teacher)
-    samplers = benches.teacher_samplers(base, [1.0, 0.5, 0.0])
+    expected = evaluation.compare(student, teacher, tmp_path / "out", cases)
+    base = open_checkpoint(teacher)
+    samplers = teacher_samplers(base, [1.0, 0.5, 0.0])
     more = {"t2i": 4, "edit": 4}
-    rows = [benches.evaluate(base, sampler, ["t2i", "edit"], more, each=True)[0] for sampler in samplers]
-    log = {"score base": {"rows": rows}, "fingerprint": benches.fingerprint_with_teachers(teacher)}
+    rows = [evaluation.evaluate(base, sampler, ["t2i", "edit"], more, each=True)[0] for sampler in samplers]
+    log = {"score base": {"rows": rows}, "fingerprint": evaluation.fingerprint_with_teachers(teacher)}
     (teacher / "build.json").write_text(json.dumps(log))
-    judged, real = [], benches.evaluate
-    monkeypatch.setattr(benches, "evaluate", lambda p, s, *rest: (judged.append(s.name), real(p, s, *rest))[1])
-    rows = benches.compare(student, teacher, tmp_path / "out", cases)
+    judged, real = [], evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda p, s, *rest: (judged.append(s.name), real(p, s, *rest))[1])
+    rows = evaluation.compare(student, teacher, tmp_path / "out", cases)
     assert judged == [expected[3]["name"]] and len({row["t2i"]["average"] for row in rows}) > 2
     for row, again in zip(expected, rows):
-        for key in row.keys() - {"seconds_per_image"}:
+        for key in again.keys() - {"seconds_per_image"}:
             assert again[key] == (row[key] if "diversity" in key else pytest.approx(row[key], abs=1e-4)), key
     with open(teacher / "transformer" / "diffusion_pytorch_model.safetensors", "r+b") as file:
         file.seek(-4, 2)
         file.write(b"\0\0\0\0")
-    assert benches.recorded(teacher, cases) == {}
+    assert evaluation.recorded(teacher, cases) == {}
 
 
 def test_the_toys_own_log_is_of_this_judge():
     """The four Euler steps of the toy's base teacher, on the first cases: what its log says is what comes out today."""
-    pipeline = benches.open_checkpoint(TOY)
-    sampler = benches.teacher_samplers(pipeline, flow.student_sigmas(4))[1]
-    row, _ = benches.evaluate(pipeline, sampler, ["t2i", "edit"], {"t2i": 2, "edit": 2}, each=True)
-    (then,) = [row for row in benches.build_log(TOY)["score base"]["rows"] if row["name"] == sampler.name]
+    pipeline = open_checkpoint(TOY)
+    sampler = teacher_samplers(pipeline, flow.student_sigmas(4))[1]
+    row, _ = evaluation.evaluate(pipeline, sampler, ["t2i", "edit"], {"t2i": 2, "edit": 2}, each=True)
+    (then,) = [row for row in evaluation.build_log(TOY)["score base"]["rows"] if row["name"] == sampler.name]
     for bench in ("t2i", "edit"):
         for part, tolerance in (("compliance", 0), ("fidelity", 0.02)):
             for category, scores in row[f"{bench}_each"][part].items():

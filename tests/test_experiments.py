@@ -1,10 +1,9 @@
-"""The three experiments: with tiny numbers from the command line, and their statistics against closed forms and simulation."""
+"""The paper's tables, and jobs over several seeds: with tiny numbers from the command line, and what they say of the claims."""
 
 import json
+import shlex
 import shutil
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,14 +17,18 @@ import eval as evaluation
 import recipe
 import train
 from checkpoint.files import read_json
-from experiments import tables as experiments
-from experiments.tables import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above, difference
+from experiments import __main__ as command
+from experiments import kept, seeds, tables
+from experiments.claims import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above
 from model import MMDiT
 from networks.vae import VAE
+from plane import __main__ as plane
 from scores import charts
-from toy import score as benches
-from toy import world
+from scores.statistics import difference_of_models, interval_over_cases
+from toy import draw, judge, world
 from training import watch
+
+ROOT = Path(train.__file__).parent
 
 
 @pytest.fixture
@@ -38,21 +41,21 @@ def tiny(monkeypatch, toy_checkpoint, tmp_path) -> Path:
         for parameter in model.parameters():
             parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
         model.save_pretrained(checkpoint / "teachers" / name)
-    student = replace(experiments.STUDENT, batch=2, micro_batch=2, fake_updates=1, warmup=0, panel_every=100)
-    monkeypatch.setattr(experiments, "STUDENT", student)
-    monkeypatch.setattr(experiments, "POOL", {"t2i": 3, "edit": 2})
+    student = replace(tables.STUDENT, batch=2, micro_batch=2, fake_updates=1, warmup=0, panel_every=100)
+    monkeypatch.setattr(tables, "STUDENT", student)
+    monkeypatch.setattr(tables, "POOL", {"t2i": 3, "edit": 2})
     monkeypatch.setattr(watch, "draw_pictures", lambda *_: None)
-    monkeypatch.setattr(benches, "CATEGORIES", {"t2i": world.CATEGORIES, "edit": ("object", "style")})
-    monkeypatch.setattr(benches, "CASES", {"t2i": 2, "edit": 2})
-    monkeypatch.setattr(benches, "COMPARED", {"t2i": 2, "edit": 2})
-    monkeypatch.setattr(benches, "VARIETY", (1, 2))
+    monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": world.CATEGORIES, "edit": ("object", "style")})
+    monkeypatch.setattr(evaluation, "CASES", {"t2i": 2, "edit": 2})
+    monkeypatch.setattr(evaluation, "COMPARED", {"t2i": 2, "edit": 2})
+    monkeypatch.setattr(evaluation, "VARIETY", (1, 2))
     monkeypatch.setattr(VAE, "decode", lambda self, z: enlarged(z))
     # The exact judge takes a tenth of a second a picture; this one looks at its mean colour alone.
-    monkeypatch.setattr(benches.judge, "judge", colour)
-    monkeypatch.setattr(benches.judge, "fit_free", lambda picture, case: tuple(picture.mean((0, 1)).round(1)))
-    monkeypatch.setattr(benches.Sampler, "nfe", property(lambda self: len(self.sigmas) - 1))
-    full = benches.default_sampler
-    monkeypatch.setattr(benches, "default_sampler", lambda name, pipeline, steps, w: full(name, pipeline, 3, w))
+    monkeypatch.setattr(judge, "judge", colour)
+    monkeypatch.setattr(judge, "fit_free", lambda picture, case: tuple(picture.mean((0, 1)).round(1)))
+    monkeypatch.setattr(draw.Sampler, "nfe", property(lambda self: len(self.sigmas) - 1))
+    full = draw.default_sampler
+    monkeypatch.setattr(tables, "default_sampler", lambda name, pipeline, steps, w: full(name, pipeline, 3, w))
     return checkpoint
 
 
@@ -62,25 +65,15 @@ def enlarged(z: torch.Tensor) -> torch.Tensor:
     return torch.cat([z[:, :3].tanh(), opaque], 1).repeat_interleave(16, 2).repeat_interleave(16, 3)
 
 
-def colour(pictures: list[Image.Image], cases: list, reconstruct) -> list[benches.judge.Verdict]:
+def colour(pictures: list[Image.Image], cases: list, reconstruct) -> list[judge.Verdict]:
     means = [float(np.asarray(picture)[..., :3].mean()) * 10 % 1 for picture in pictures]  # sensitive to anything
-    return [benches.judge.Verdict({"dark": mean < 0.5}, {}, mean) for mean in means]
+    return [judge.Verdict({"dark": mean < 0.5}, {}, mean) for mean in means]
 
 
 def run(tiny: Path, name: str, *words: str) -> tuple[dict, str]:
     out = tiny.parent / "results" / name
-    words = [
-        "--experiment",
-        name,
-        "--checkpoint",
-        str(tiny),
-        "--out",
-        str(out),
-        "--runs",
-        str(tiny.parent / "runs"),
-        *words,
-    ]
-    evaluation.main([*words, "--steps", "2"])
+    places = ["--checkpoint", str(tiny), "--out", str(out), "--runs", str(tiny.parent / "runs")]
+    command.main([name, *places, *words, "--steps", "2"])
     return read_json(out / "table.json"), (out / "table.md").read_text()
 
 
@@ -107,7 +100,7 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     monkeypatch.setattr(train, "train", real)
     result, table = run(tiny, "composition", "--seeds", "2", "--nfe", "2")
     assert early.items() <= students(tiny).items() and len(students(tiny)) == 5 * 2
-    check(tiny, "composition", result, table, seeds=2)
+    check(tiny, "composition", result, table, count=2)
     assert [row["nfe"] for row in result["rows"].values()] == [3, 3, 2] + [2] * 5
 
     # Of seeds after the first the scores alone are needed: their weights may be gone, or on another machine.
@@ -121,7 +114,7 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     before = students(tiny)
     result, table = run(tiny, "teachers", "--seeds", "1", "--nfe", "2")
     assert before.items() <= students(tiny).items() and len(students(tiny)) == 5 + 4
-    check(tiny, "teachers", result, table, seeds=1)
+    check(tiny, "teachers", result, table, count=1)
     assert {claim["verdict"] for claim in result["claims"]} == {"cannot tell"} and "nothing can be told" in table
     by_name = {label: row["t2i"] for label, row in result["rows"].items()}
     assert by_name[SPECIALISTS]["text"] != by_name[TEACHER]["text"]  # the specialist draws where it has a say ...
@@ -131,82 +124,37 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     before = students(tiny)
     result, table = run(tiny, "mixture", "--seeds", "1", "--nfe", "2")
     assert before.items() <= students(tiny).items() and len(students(tiny)) == len(before) + 4
-    check(tiny, "mixture", result, table, seeds=1)
+    check(tiny, "mixture", result, table, count=1)
 
     # Again: the same table, and no picture judged.
-    monkeypatch.setattr(benches.judge, "judge", None)
+    monkeypatch.setattr(judge, "judge", None)
     assert run(tiny, "mixture", "--seeds", "1", "--nfe", "2") == (result, table)
-    # Another judge: judged anew, nothing trained.
-    monkeypatch.setattr(benches.judge, "judge", lambda *args: colour(*args)[::-1])
-    monkeypatch.setattr(experiments.Workshop, "judge_version", lambda self: "another")
-    monkeypatch.setattr(train, "train", None)
-    assert run(tiny, "mixture", "--seeds", "1", "--nfe", "2")[0]["rows"]["5:5"]["edit"] == result["rows"]["5:5"]["edit"]
-    # Another checkpoint: another folder.
+    # Another judge, another checkpoint: another folder.
+    with monkeypatch.context() as changed, pytest.raises(ValueError, match="other judge; name another folder"):
+        changed.setattr(kept, "judge_version", lambda: "another")
+        run(tiny, "mixture", "--seeds", "1", "--nfe", "2")
     shutil.copy(tiny / "teachers" / "text" / "diffusion_pytorch_model.safetensors", tiny / "transformer")
-    with pytest.raises(ValueError, match="made with other weights; name another --runs"):
+    with pytest.raises(ValueError, match="made with other weights"):
         run(tiny, "composition", "--overwrite")
     with pytest.raises(ValueError, match="table.json: exists; .*give --overwrite"):
         run(tiny, "composition", "--seeds", "1", "--nfe", "2")
 
 
-def test_two_commands_share_a_folder(tiny, monkeypatch):
-    """They begin at the same moment and want the same students and scores: each is made once, and both get the same."""
-    made, real_train, real_evaluate = [], train.train, benches.evaluate
-
-    def trained(args, pool, state):
-        made.append((args.out.name, args.steps))
-        return real_train(args, pool, state)
-
-    def evaluated(pipeline, sampler, *rest, **options):
-        made.append((sampler.name, *rest[0]))
-        return real_evaluate(pipeline, sampler, *rest, **options)
-
-    monkeypatch.setattr(train, "train", trained)
-    monkeypatch.setattr(train, "noted_signals", nullcontext)  # which the main thread alone can note
-    monkeypatch.setattr(benches, "evaluate", evaluated)
-
-    def command(_) -> list[tuple[Path, dict]]:
-        shop = experiments.Workshop(tiny.parent / "runs", tiny, steps=2, nfe=2)
-        places = shop.student("e1-landscape", 0, ("t2i",))
-        sampler = benches.Sampler("E1", shop.sigmas)
-        return [(places[step], shop.row(places[step], sampler, "t2i", 2, places[step])) for step in places]
-
-    with ThreadPoolExecutor(2) as two:
-        first, second = two.map(command, range(2))
-    assert first == second
-    student = "e1-landscape-2nfe-2steps-seed0"
-    assert sorted(made) == [("E1", "t2i"), ("E1", "t2i"), (student, 1), (student, 2)]
+def test_one_command_at_a_time_has_a_folder(tiny):
+    runs = tiny.parent / "runs"
+    with kept.hold(runs), pytest.raises(ValueError, match="another command is at work in it; wait"):
+        run(tiny, "composition", "--seeds", "1", "--nfe", "2")
+    assert not list(runs.glob("*seed0")) and not (tiny.parent / "results" / "composition" / "table.json").exists()
+    with kept.hold(runs):  # the one before has let go
+        pass
 
 
-def test_two_commands_share_a_table(tiny, monkeypatch):
-    """While one trains its first student the other goes on with others. Both have the same scores."""
-    made, both, real = [], threading.Barrier(2, timeout=60), train.train
-
-    def trained(args, pool, state):
-        made.append((args.out.name, args.steps))
-        if len(made) <= 2:
-            both.wait()  # passed only if the other command trains at this moment, too
-        return real(args, pool, state)
-
-    monkeypatch.setattr(train, "train", trained)
-    monkeypatch.setattr(train, "noted_signals", nullcontext)  # which the main thread alone can note
-
-    def command(_) -> experiments.Scores:
-        shop = experiments.Workshop(tiny.parent / "runs", tiny, steps=2, nfe=2)
-        return experiments.measure(shop, EXPERIMENTS["composition"], seeds=1)
-
-    with ThreadPoolExecutor(2) as two:
-        first, second = two.map(command, range(2))
-    assert first == second
-    assert len(set(made)) == len(made) == 5 * 2  # five students in two stages
-
-
-def check(tiny: Path, name: str, result: dict, table: str, seeds: int) -> None:
+def check(tiny: Path, name: str, result: dict, table: str, count: int) -> None:
     plan = EXPERIMENTS[name]
     assert list(result["rows"]) == [TEACHER, SPECIALISTS, START, *plan.rows]
     longer = [label for label in plan.rows if label.endswith(LONGER)]
     for label, row in result["rows"].items():
-        assert row["seeds"] == (seeds if label in plan.rows else 1)
+        assert row["seeds"] == (count if label in plan.rows else 1)
         for bench in plan.paper:
             scores = dict(row[bench])
             assert row[bench]["average"] == pytest.approx(np.mean(row[f"{bench}_by_seed"]))
@@ -235,61 +183,130 @@ def check(tiny: Path, name: str, result: dict, table: str, seeds: int) -> None:
 
 
 def test_a_student_in_stages_is_the_student_of_one_run(tiny):
-    shop = experiments.Workshop(tiny.parent / "runs", tiny, 3, 2)
-    stages = shop.student("step-wise", 1, ("t2i",))
-    assert [stage for stage in stages] == [1, 2, 3]
-    args = replace(experiments.STUDENT, checkpoint=tiny, recipe="step-wise", out=tiny.parent / "whole", seed=1, steps=3)
-    args, state = train.open_run(replace(args, student_steps=2, dtype=shop.dtype))
-    pool = experiments.encoded(shop.home / "conditions", tiny, "cpu", ("t2i",))
+    students = tables.Students(tiny.parent / "runs", tiny, 3, 2)
+    stages = students.stages()
+    assert stages == [1, 2, 3]
+    folders = [students.weights("step-wise", 1, step, ("t2i",)) for step in stages]
+    args = replace(tables.STUDENT, checkpoint=tiny, recipe="step-wise", out=tiny.parent / "whole", seed=1, steps=3)
+    args, state = train.open_run(replace(args, student_steps=2, dtype=students.settings["dtype"]))
+    pool = tables.encoded(students.folder / "conditions", tiny, "cpu", ("t2i",))
     whole = train.train(args, pool, state) / "transformer"
-    networks = [MMDiT.from_pretrained(folder).state_dict() for folder in (*stages.values(), whole)]
+    networks = [MMDiT.from_pretrained(folder).state_dict() for folder in (*folders, whole)]
     assert all(torch.equal(networks[-1][key], networks[-2][key]) for key in networks[-1])
     for a, b in pairwise(networks[:3]):
         assert any(not torch.equal(a[key], b[key]) for key in a)
 
 
+def test_seeds_with_tiny_numbers(tiny, tmp_path, monkeypatch, capsys):
+    """Two students of a job, and one of another: trained once, scored, and compared case by case."""
+    monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": ("text", "portrait"), "edit": ("style",)})
+    full = draw.default_sampler
+    monkeypatch.setattr(draw, "default_sampler", lambda name, pipeline, steps, w: full(name, pipeline, 3, w))
+    compared = []  # a whole run of train.py ends with its comparison, which test_main_job.py looks at
+    monkeypatch.setattr(evaluation, "compare", lambda student, teacher, out: compared.append(out))
+    job = f"--checkpoint {tiny} --steps 1 --batch 2 --micro-batch 2 --pool 6 --student-steps 2 --warmup 0".split()
+
+    def run_seeds(name: str, *words: str, more: tuple[str, ...] = ()) -> dict:
+        own = ["seeds", "--name", name, "--runs", str(tmp_path / "runs"), "--cases", "3", "2", *words]
+        command.main([*own, "--json", str(tmp_path / f"{name}.json"), "--", *job, *more])
+        return read_json(tmp_path / f"{name}.json")
+
+    with monkeypatch.context() as killed, pytest.raises(SystemExit):
+        killed.setattr(train, "save", lambda *_: sys.exit(143))
+        run_seeds("plain", "--seeds", "5", "6")
+    first = run_seeds("plain", "--seeds", "5", "6")
+    assert [row["name"] for row in first["rows"]] == ["plain, seed 5", "plain, seed 6"]
+    assert first["rows"][0]["edit"] != first["rows"][1]["edit"] and first["cases"] == {"t2i": 3, "edit": 2}
+    assert compared == [tmp_path / "runs" / "plain" / f"seed{seed}" for seed in (5, 6)]
+
+    def case_scores(name: str, seed: int) -> np.ndarray:  # (categories, cases)
+        row = read_json(tmp_path / "runs" / name / f"seed{seed}" / "row-3-2.json")
+        return np.array(list(row["t2i_each"]["score"].values()))
+
+    teacher = read_json(tmp_path / "runs" / "plain" / "teacher-3-2.json")["t2i_each"]["score"]
+    a, b = np.stack([case_scores("plain", seed) for seed in (5, 6)]), np.array(list(teacher.values()))
+    mean, half = difference_of_models(a, b[None])
+    assert first["differences"]["teacher"]["t2i"]["score"] == {"mean": mean, "half": half}
+    assert f"{mean:+.3f} ± {half:.3f}" in (tmp_path / "plain.md").read_text()
+
+    # Again: nothing is trained, the same comes out. Another job needs another name.
+    with monkeypatch.context() as idle:
+        idle.setattr(train, "train", None)
+        assert run_seeds("plain", "--seeds", "5", "6") == first
+        with pytest.raises(ValueError, match="made with other options; name another folder"):
+            run_seeds("plain", "--seeds", "5", "6", "--overwrite", more=("--lr", "0.01"))
+    other = run_seeds("fast", "--seeds", "6", "--minus", "plain", more=("--lr", "0.01"))
+    pairs = case_scores("fast", 6) - case_scores("plain", 6)
+    over_cases = interval_over_cases(dict(enumerate(pairs)))
+    assert other["differences"]["plain"]["t2i"]["score"] == pytest.approx({"mean": pairs.mean(), "half": over_cases})
+    with pytest.raises(ValueError, match="seed7/row-3-2.json: missing; make it first, with --name plain"):
+        run_seeds("fast", "--seeds", "7", "--minus", "plain", "--overwrite", more=("--lr", "0.01"))
+    for words in (["--seed", "3"], ["--objective", "flow"], ["--prompts", "mine.jsonl"], ["--out", "here"]):
+        with pytest.raises(ValueError, match=f'{words[0]}: behind "--"'):
+            command.main(["seeds", "--", *words])
+    with pytest.raises(ValueError, match="--cases: two numbers"):
+        command.main(["seeds", "--cases", "3"])
+
+
+def page_commands(program: str) -> list[list[str]]:
+    """The arguments of every command on the pages that runs `python -m program`."""
+    pages = [
+        ROOT / "README.md",
+        *(ROOT / "docs").glob("*.md"),
+        *(ROOT / "results").rglob("*.md"),
+        ROOT / "toy/README.md",
+    ]
+    lines = [line for page in pages for line in page.read_text().splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("    ") and f"python -m {program}" in line]
+    return [words[words.index(program) + 1 :] for words in commands]
+
+
+def test_the_pages_commands_are_commands():
+    commands = [command.parse(words) for words in page_commands("experiments")]
+    assert {name for name, _, _ in commands} == {*EXPERIMENTS, "seeds"}
+    for name, options, words in commands:
+        if name == "seeds":
+            seeds.student_options(words)
+        else:
+            assert options.seeds == (7 if name == "mixture" else 5)  # as the tables say
+
+
+def test_every_file_of_the_results_comes_from_a_command_or_stands_on_a_page():
+    made = set()
+    for name, options, _ in map(command.parse, page_commands("experiments")):
+        if name == "seeds" and options.json:
+            made.add(str(options.json))
+        elif name != "seeds":
+            made |= {f"results/{name}/{file}" for file in ("table.md", "table.json", "sheet.png", "curve.png")}
+    for name in plane.UPDATES:  # python -m plane --experiment NAME --out results/plane
+        made |= {f"results/plane/{name}.{ending}" for ending in ("md", "json", "png")}
+    made |= {f"results/plane/dmd.{ending}" for ending in ("md", "json", "png", "gif")}  # python -m plane
+    made |= {f"results/main/comparison.{ending}" for ending in ("md", "json", "png")}  # python train.py
+    pages = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "results" / "plane" / "findings.md"]
+    named = "".join(page.read_text() for page in pages)
+    for file in (file for file in (ROOT / "results").rglob("*") if file.is_file() and file not in pages):
+        known = str(file.relative_to(ROOT)) in made or f"({file.with_suffix('.md').name})" in named
+        assert known, f"{file}: no command makes it, and no page names it"
+
+
 def test_students_in_two_tables_have_one_recipe():
-    same = [("base-only", "e5-all"), ("mix-10-0", "step-wise")]
     data = {"t2i": world.CATEGORIES, "edit": world.FAMILIES}
-    for a, b in same:
-        a, b = (recipe.find(name).resolve(data, ["text", "edit"]) for name in (a, b))
-        assert a == replace(b, name=a.name)
+    base, e5 = (recipe.find(name).resolve(data, ["text", "edit"]) for name in ("base-only", "e5-all"))
+    assert base == replace(e5, name="base-only")
     used = {name for plan in EXPERIMENTS.values() for name in plan.rows.values()}
-    assert used | {name for name, _ in same} | {"flash"} == recipe.RECIPES.keys()
+    assert used | {"base-only"} == recipe.RECIPES.keys()
 
 
 def test_no_benched_prompt_is_trained_on():
     """Captions name all attributes, so this compares combinations; that edits keep away too is shown in test_world.py."""
     for category in world.CATEGORIES:
-        trained = {p.prompt for p in world.training_prompts("t2i", category, experiments.POOL["t2i"], 0, targets=False)}
-        benched = {case.prompt for case in world.bench("t2i", category, benches.CASES["t2i"])}
+        trained = {p.prompt for p in world.training_prompts("t2i", category, tables.POOL["t2i"], 0, targets=False)}
+        benched = {case.prompt for case in world.bench("t2i", category, evaluation.CASES["t2i"])}
         assert len(benched) > 20 and not trained & benched
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
-
-
-def test_interval_holds_what_it_promises():
-    """Two students of 3 seeds on 2 x 30 cases, drawn 2,000 times: the true difference lies in 95% of the intervals."""
-    rng, inside = np.random.default_rng(0), 0
-    for _ in range(2000):
-        ease = rng.normal(0, 0.3, (1, 2, 30))  # of a case, for all students
-        liking = rng.normal(0, 0.15, (2, 1, 2, 30))  # of a recipe for a case
-        luck = rng.normal(0, 0.04, (2, 3, 1, 1))  # of a seed
-        a, b = (0.5 + ease + liking[i] + luck[i] for i in range(2))
-        mean, half = difference(a + 0.1, b)
-        inside += abs(mean - 0.1) <= half
-    assert 0.94 <= inside / 2000 <= 0.985  # adding the two parts is a little wide
-
-
-def test_interval_of_known_numbers():
-    a = np.array([0.2, 0.4, 0.6])[:, None, None] + np.zeros((3, 2, 5))
-    assert difference(a, np.zeros((1, 2, 5))) == pytest.approx((0.4, 4.30 * 0.2 / 3**0.5))
-    assert difference(a, a) == pytest.approx((0, 2.78 * (2 * 0.04 / 3) ** 0.5))
-    b = np.array([[[0.0, 1.0], [0.0, 0.0]]])  # only cases scatter
-    assert difference(b, 0 * b) == pytest.approx((0.25, 1.96 * (0.5 / 2) ** 0.5 / 2))
-    assert difference(b, b) == (0, 0)
 
 
 def test_verdicts():
@@ -305,15 +322,15 @@ def test_verdicts():
     }
     some = {(label, "t2i"): value for label, value in some.items()}
 
-    def word(*pairs: tuple[str, str], seeds: int = 3) -> str:
-        return experiments.verdict([Above(*pair) for pair in pairs], some, seeds)[0]
+    def word(*pairs: tuple[str, str], count: int = 3) -> str:
+        return tables.weigh([Above(*pair) for pair in pairs], some, count)[0]
 
     assert word(("high", "low")) == "agree" and word(("low", "high")) == "disagree"
     assert word(("wide", "low")) == "cannot tell" and word(("high", "fixed")) == word(("fixed", "low")) == "agree"
     assert word(("high", "low"), ("high", "wide")) == "cannot tell"
     assert word(("high", "low"), ("wide", "low"), ("low", "high")) == "disagree"
-    assert word(("high", "low"), seeds=1) == "cannot tell"
-    evidence = experiments.verdict([Above("high", "low", "b")], some, 3)[1]
+    assert word(("high", "low"), count=1) == "cannot tell"
+    evidence = tables.weigh([Above("high", "low", "b")], some, 3)[1]
     assert evidence == ["high - low, t2i b: +0.600 ± 0.023"]
 
 
@@ -321,8 +338,8 @@ def test_claims_speak_of_rows_that_are_there():
     for plan in EXPERIMENTS.values():
         known = {*plan.rows, *(row + HALFWAY for row in plan.rows), TEACHER, SPECIALISTS, START}
         for part in (part for parts in plan.claims.values() for part in parts):
-            assert {part.row, part.other} <= known and part.bench in plan.paper and part.part in benches.PARTS
-            assert part.category in ("average", *benches.CATEGORIES[part.bench])
+            assert {part.row, part.other} <= known and part.bench in plan.paper and part.part in evaluation.PARTS
+            assert part.category in ("average", *evaluation.CATEGORIES[part.bench])
         assert all(label in known for rows in plan.paper.values() for label in rows)
 
 

@@ -67,3 +67,14 @@ def test_no_import_runs_in_a_circle():
 
 def test_no_two_rooms_import_each_other():
     no_circle(rooms())
+
+
+def test_who_may_import_the_evaluation():
+    """The toy and the judges know nothing of it; it knows nothing of what drives it."""
+    found = rooms()
+    assert not found["judges"] & {"sample", "recipe", "eval", "train"}
+    assert not found["toy"] & {"eval", "train", "experiments", "judges"}
+    assert not found["eval"] & {"train", "training", "experiments", "plane"}
+    assert not found["scores"] - {"checkpoint"}
+    claims = imports()["experiments.claims"]
+    assert not claims, f"experiments/claims.py is a leaf, and imports {claims}"

@@ -16,7 +16,6 @@ import sample
 import train
 from checkpoint.files import read_json
 from model import MMDiT
-from toy import score as benches
 from toy import world
 
 ROOT = Path(train.__file__).parent
@@ -25,10 +24,10 @@ README = [line for page in PAGES for line in (ROOT / page).read_text().splitline
 # The job itself has no flag for fewer cases: its table is meant to be compared with the README's.
 TRAIN = """
 import train
-from toy import score as bench
-bench.COMPARED.update(t2i=2, edit=2)
-bench.CATEGORIES = {"t2i": ("text",), "edit": ("object", "style")}
-bench.VARIETY = (1, 2)
+import eval as evaluation
+evaluation.COMPARED.update(t2i=2, edit=2)
+evaluation.CATEGORIES = {"t2i": ("text",), "edit": ("object", "style")}
+evaluation.VARIETY = (1, 2)
 train.main()
 """
 STUDENT_STEPS = 2
@@ -67,8 +66,8 @@ def test_one_command_distils_and_compares(job, toy_checkpoint):
 def test_the_student_is_scored_alone_as_in_the_table(job, tmp_path, monkeypatch):
     """eval.py on the written student: its row of the comparison again, to the last digit."""
     out, _ = job
-    monkeypatch.setattr(benches, "CATEGORIES", {"edit": ("object", "style")})
-    monkeypatch.setattr(benches, "VARIETY", (1, 2))
+    monkeypatch.setattr(evaluation, "CATEGORIES", {"edit": ("object", "style")})
+    monkeypatch.setattr(evaluation, "VARIETY", (1, 2))
     words = f"--checkpoint {out / 'student'} --bench edit --cases 2 --json {tmp_path / 'row.json'}"
     evaluation.main(words.split())
     row, expected = read_json(tmp_path / "row.json"), json.loads((out / "comparison.json").read_text())[3]
@@ -134,9 +133,9 @@ def test_readmes_third_teacher(toy_checkpoint, tmp_path, monkeypatch):
     for new in eval(f"[{block}]", vars(recipe)):
         monkeypatch.setitem(recipe.RECIPES, new.name, new)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(benches, "COMPARED", {"t2i": 2, "edit": 2})
-    monkeypatch.setattr(benches, "CATEGORIES", {"t2i": ("text",), "edit": ("style",)})
-    monkeypatch.setattr(benches, "VARIETY", (1, 2))
+    monkeypatch.setattr(evaluation, "COMPARED", {"t2i": 2, "edit": 2})
+    monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": ("text",), "edit": ("style",)})
+    monkeypatch.setattr(evaluation, "VARIETY", (1, 2))
     tiny = ["--checkpoint", str(toy_checkpoint), "--steps", "1", "--batch", "2", "--micro-batch", "1", "--pool", "6"]
     _, teacher, student, *_ = readme_commands("train.py")
     train.main([*teacher, *tiny, "--warmup", "0"])

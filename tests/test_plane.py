@@ -15,7 +15,6 @@ from plane import claims, rows, tables
 from plane import method as plane_method
 from plane.__main__ import main
 from plane.method import Mixture, Network, Setting, evaluate, from_samples, measure, ring, train
-from scores.rows import paired
 
 
 @pytest.mark.parametrize("t", [0.2, 0.6, 0.95])
@@ -199,8 +198,6 @@ def test_xi_moves_along_the_path():
 
 
 def test_verdicts():
-    assert paired([1.0, 2.0, 3.0]) == (2.0, pytest.approx(4.30 / 3**0.5))  # Student's t with two degrees of freedom
-    assert paired([0.5]) == (0.5, math.inf)
     assert claims.word([(0.3, 0.1), (0.2, 0.1)]) == "agree"
     assert claims.word([(0.3, 0.1), (0.05, 0.1)]) == "cannot tell"
     assert claims.word([(0.3, 0.1), (-0.2, 0.1)]) == "disagree"

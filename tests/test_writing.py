@@ -72,3 +72,18 @@ def test_a_writer_without_ideas_ends(serve, tmp_path, monkeypatch, answer, words
     monkeypatch.setattr(writing, "AT_ONCE", 1)
     with pytest.raises(ValueError, match=words):
         writing.write_prompts(quick(serve(lambda question, n: answer)), "cats", 30, tmp_path / "out.jsonl", 2)
+
+
+def test_prompts_from_the_command_line(serve, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "portrait.jsonl"
+    server = serve(lambda question, n: json.dumps({"prompts": [f"face {len(server.asked)} {i}" for i in range(3)]}))
+    words = ["--count", "5", "--category", "portrait", "--endpoint", server.url, "--out", str(out)]
+    monkeypatch.setenv("MY_KEY", "secret-key")
+    writing.main([*words, "--model", "poet", "--key", "MY_KEY"])
+    assert len(read_prompts([out])) == 5 and "5 prompts" in capsys.readouterr().out
+    assert {json.loads(body)["model"] for body in server.asked} == {"poet"}
+    assert all(headers["Authorization"] == "Bearer secret-key" for headers in server.headers)
+    with pytest.raises(ValueError, match="--category"):
+        writing.main(words[:2])
+    with pytest.raises(ValueError, match="no environment variable NO_KEY"):
+        writing.main([*words, "--key", "NO_KEY"])

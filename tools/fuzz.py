@@ -186,7 +186,7 @@ def things(home: Path) -> dict[str, Path]:
         f"--checkpoint {checkpoint} --prompts {home}/prompts.jsonl --batch 2 --micro-batch 1 --steps 1 --dtype float32"
     )
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        train.main([*words.split(), "--out", str(home / "run"), "--student-steps", "2", "--recipe", "mix-5-5"])
+        train.main([*words.split(), "--out", str(home / "run"), "--student-steps", "2", "--recipe", "flash"])
     row = {"name": "a", "nfe": 4, "guidance": 1.0, "seconds_per_image": 0.1, "cases": {"t2i": 2}, "t2i_interval": 0.1}
     for part in ("t2i", "t2i_compliance", "t2i_attributes", "t2i_fidelity"):
         row[part] = {"landscape": 0.5, "portrait": 0.5, "text": 0.5, "average": 0.5}
@@ -209,7 +209,7 @@ TRAIN = "objective checkpoint prompts pool recipe out cache teacher lora-rank gu
 TRAIN += " batch micro-batch seed save-every panel-every device dtype gpus peak-tflops utilisation muon-lr lr"
 TRAIN += " fake-muon-lr fake-lr fake-updates warmup decay clip ema time-shift text-dropout"
 EVAL = "checkpoint json out steps guidance bench cases prompts pictures seed name judge judge-model judge-key parallel"
-EVAL += " timeout table write-prompts category endpoint experiment seeds nfe runs"
+EVAL += " timeout table variety reference"
 
 
 def flags(names: str) -> list[str]:
@@ -249,7 +249,7 @@ def job(surface: str, rng: random.Random, folder: Path, things: dict) -> Callabl
         shutil.copytree(home / "run", folder / "run")
         files = [f for f in (folder / "run").rglob("*") if f.is_file() and "student/" not in str(f)]
         spoil(rng.choice([f for f in files if f.suffix in (".json", ".jsonl", ".safetensors")]), rng)
-        more = [*"--student-steps 2 --recipe mix-5-5 --resume --out".split(), str(folder / "run")]
+        more = [*"--student-steps 2 --recipe flash --resume --out".split(), str(folder / "run")]
         words = [*things["words"].replace("--steps 1", "--steps 2").split(), *more]
         return lambda: train.main(words)
     shutil.copytree(checkpoint, folder / "checkpoint")

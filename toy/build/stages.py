@@ -26,19 +26,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+import eval as evaluation
 import flow
 import recipe as recipes
 import train
 from checkpoint.files import write_json
 from checkpoint.layout import Scheduler
 from data.encode import How, encode_prompts
-from experiments.tables import difference
 from model import MMDiT, MMDiTConfig
 from recipe import Prompt, Recipe
+from scores.statistics import difference_of_models
 from toy import judge, world
-from toy import score as benches
 from toy.build import language
 from toy.build.autoencoder import train_vae
+from toy.draw import open_checkpoint, reconstruct, teacher_samplers
 from toy.figures import answer
 from training import presets
 from training.options import TrainOptions
@@ -146,32 +147,32 @@ def put_in_place(name: str, folder: Path, out: Path) -> None:
 
 def score_autoencoder(folder: Path) -> dict:
     """The scores of the right answers, through the autoencoder and back: no teacher can have higher ones."""
-    pipeline = benches.open_checkpoint(folder)
+    pipeline = open_checkpoint(folder)
     row = {}
-    for bench, categories in benches.CATEGORIES.items():
+    for bench, categories in evaluation.CATEGORIES.items():
         verdicts = {}
         for category in categories:
-            cases = world.bench(bench, category, benches.CASES[bench])
+            cases = world.bench(bench, category, evaluation.CASES[bench])
             flat = np.stack([np.asarray(answer(case).convert("RGB"), np.float32) / 255 for case in cases])
-            again = (benches.reconstruct(pipeline, flat) * 255).round().astype(np.uint8)
+            again = (reconstruct(pipeline, flat) * 255).round().astype(np.uint8)
             pictures = [Image.fromarray(picture) for picture in again]
-            verdicts[category] = judge.judge(pictures, cases, partial(benches.reconstruct, pipeline))
-        row |= benches.summary(bench, verdicts)
+            verdicts[category] = judge.judge(pictures, cases, partial(reconstruct, pipeline))
+        row |= evaluation.summary(bench, evaluation.parts_of(verdicts))
     return row
 
 
 def score_teacher(folder: Path, name: str) -> list[dict]:
     """The rows of a teacher: at 80 NFE, and of the base also in the student's four steps, by both samplers. A specialised one is
     scored at what it was trained for."""
-    pipeline = benches.open_checkpoint(folder)
-    samplers = benches.teacher_samplers(pipeline, flow.student_sigmas(4))
+    pipeline = open_checkpoint(folder)
+    samplers = teacher_samplers(pipeline, flow.student_sigmas(4))
     tasks, only = ["t2i", "edit"], ()
     if name != "base":
         pipeline.mmdit = MMDiT.from_pretrained(folder / "teachers" / name).eval()
         samplers = [replace(samplers[0], name=f"{name} teacher")]
         tasks, only = {"text": (["t2i"], ("text",)), "edit": (["edit"], ())}[name]
-    rows = [benches.evaluate(pipeline, sampler, tasks, each=True, only=only)[0] for sampler in samplers]
-    print(benches.table(rows))
+    rows = [evaluation.evaluate(pipeline, sampler, tasks, evaluation.CASES, True, only)[0] for sampler in samplers]
+    print(evaluation.table(rows))
     return rows
 
 
@@ -188,12 +189,12 @@ def premises(log: dict) -> list[dict]:
         for few, most in ((euler, 0.85), (renoise, 0.92)):
             kept = few[bench]["average"] / base[bench]["average"]
             add(f"{few['name']} keep at most {most} of {title}", f"{kept:.2f}", kept <= most)
-    scores = {category: base["t2i"][category] for category in benches.CATEGORIES["t2i"]}
+    scores = {category: base["t2i"][category] for category in evaluation.CATEGORIES["t2i"]}
     numbers = ", ".join(f"{category} {score:.3f}" for category, score in scores.items())
     add("text is what the base teacher draws worst", numbers, min(scores, key=scores.get) == "text")
-    for row, bench, categories in ((text, "t2i", ["text"]), (edit, "edit", list(benches.CATEGORIES["edit"]))):
+    for row, bench, categories in ((text, "t2i", ["text"]), (edit, "edit", list(evaluation.CATEGORIES["edit"]))):
         sides = [np.array([one[f"{bench}_each"]["score"][c] for c in categories]) for one in (row, base)]
-        mean, half = difference(*(side[None] for side in sides))
+        mean, half = difference_of_models(*(side[None] for side in sides))
         add(f"the {row['name']} is better at its task by 0.1", f"{mean:+.3f} ± {half:.3f}", mean >= 0.1 and mean > half)
         apart = [np.mean([one[f"{bench}_diversity"]["distance"][c] for c in categories]) for one in (row, base)]
         numbers = "distance of pictures {:.3f}, the base teacher's {:.3f}".format(*apart)
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in ("base", "text", "edit"):
         stage(f"score {name}", lambda: {"rows": score_teacher(folder, name)})  # noqa: B023 (called at once)
     stage("premises", lambda: {"premises": premises(log)})
-    write_json(folder / "build.json", log | {"fingerprint": benches.fingerprint_with_teachers(folder)})
+    write_json(folder / "build.json", log | {"fingerprint": evaluation.fingerprint_with_teachers(folder)})
     print(f"finished: {folder}")
 
 

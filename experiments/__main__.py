@@ -1,0 +1,19 @@
+"""`python -m experiments NAME`. What there is: experiments/options.py."""
+
+from experiments.options import parse
+from program import edges
+
+
+def main(argv: list[str] | None = None) -> None:
+    name, options, words = parse(argv)
+    from experiments import seeds, tables  # after the command line: --help and a mistyped flag do not wait for torch
+
+    if name == "seeds":
+        seeds.run(options, words)
+    else:
+        tables.run(name, options)
+
+
+if __name__ == "__main__":
+    with edges.ends("experiments"):
+        main()

@@ -1,0 +1,40 @@
+"""A folder of students and their scores, kept from one command to the next: what is there is not made again."""
+
+import fcntl
+from pathlib import Path
+
+from checkpoint.files import digest, read_json, write_json
+from toy import judge, world
+from training.run import faster_dtype
+
+
+def hold(folder: Path) -> object:
+    """Take the folder for this command, until the returned file is closed. ValueError while another command has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another command is at work in it; wait for it, or name another --runs") from None
+    return lock
+
+
+def check_settings(folder: Path, settings: dict, device: str) -> dict:
+    """What everything in the folder was made with, from its settings.json, which the first command writes.
+
+    "judge" is added: a hash of the judge, so that no table mixes two. So is "dtype", the faster one, which is measured once.
+    ValueError if the folder was made with other settings.
+    """
+    settings = settings | {"judge": judge_version()}
+    file = folder / "settings.json"
+    if not file.exists():
+        write_json(file, {"dtype": faster_dtype(device)} | settings)
+    before = read_json(file)
+    if changed := [key for key in settings if before.get(key) != settings[key]]:
+        raise ValueError(f"{folder}: its students were made with other {', '.join(changed)}; name another folder")
+    return before
+
+
+def judge_version() -> str:
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (judge, world))
+    return digest(sources)[:16]

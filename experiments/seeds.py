@@ -1,0 +1,171 @@
+"""One job of train.py over several seeds, scored on the larger bench, and its differences from the teacher.
+
+    python -m experiments seeds                                          the main job
+    python -m experiments seeds --name euler -- --sampler euler          the same with other options of train.py
+    python -m experiments seeds --name fast --minus euler -- ...         and its differences from students made before
+
+Each student is a whole run of train.py, in RUNS/NAME/seedN, with the comparison that ends it. Its row lies there too, with
+the numbers of every case. Students and rows are kept, so a killed command resumes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+import eval as evaluation
+import flow
+import train
+from checkpoint.files import read_json, write_json
+from experiments.kept import check_settings, hold
+from experiments.options import SeedsOptions
+from program.options import flag
+from sample import Pipeline
+from scores.rows import check_place, markdown, scores_of_cases, without_cases
+from scores.statistics import difference_of_models
+from toy.draw import default_sampler, open_checkpoint, teacher_samplers
+from training.options import TrainOptions
+
+TITLES = {"t2i": "drawing", "edit": "editing"}
+PARTS = ("score", "compliance", "fidelity")
+
+
+def run(options: SeedsOptions, words: list[str]) -> dict:
+    """Train and score the students of all seeds. words: further options of train.py.
+
+    Writes rows and differences as JSON, and beside it the tables as Markdown. ValueError for options of train.py that are
+    not one student's, and for students in the folder that were made with others.
+    """
+    if len(options.cases) != len(TITLES):
+        raise ValueError("--cases: two numbers are expected, in a category of T2I and in a family of edits")
+    job, cases = student_options(words), dict(zip(TITLES, options.cases))
+    teacher = open_checkpoint(job.checkpoint)
+    folder = options.runs / options.name
+    file = options.json or folder / f"seeds-{'-'.join(map(str, options.seeds))}.json"
+    result = {"name": options.name, "train.py": " ".join(words), "cases": cases, "seeds": list(options.seeds)}
+    check_place(file, result, options.overwrite, [file.with_suffix(".md").name])
+    minus = {}
+    if options.minus:  # read first: what is missing is said before hours of training
+        minus = {options.minus: [kept_row(options.runs / options.minus, seed, cases) for seed in options.seeds]}
+    with hold(folder):
+        settings = {"weights": evaluation.fingerprint_with_teachers(job.checkpoint), "options": words}
+        settings = check_settings(folder, settings, job.device or str(teacher.device))
+        words = [*words, "--dtype", job.dtype or settings["dtype"]]
+        rows = [student_row(folder, words, seed, cases) for seed in options.seeds]
+        others = teacher_rows(folder, teacher, job.student_steps, cases) | minus
+    models = others | {row["name"]: [row] for row in rows} | {"mean": rows}
+    differences = {name: differences_from(rows, other) for name, other in others.items()}
+    tables = [scores_table(models), categories_table(models), differences_table(differences)]
+    text = "\n\n".join([f"# {options.name}", about(result), *tables])
+    result |= {"rows": [without_cases(row) for row in rows], "differences": differences}
+    write_json(file, result)
+    file.with_suffix(".md").write_text(text + "\n")
+    print(f"{text}\nwritten to {file} and {file.with_suffix('.md')}")
+    return result
+
+
+def student_options(words: list[str]) -> TrainOptions:
+    """The options of train.py that all students share. ValueError for those that `run` gives itself, or that end in no
+    student of the toy world."""
+    job, usual = train.parse(words), train.parse([])
+    for name in ("objective", "prompts", "out", "seed", "resume", "redraw", "plan"):
+        if getattr(job, name) != getattr(usual, name):
+            raise ValueError(f'{flag(name)}: behind "--" are the options of a distillation that all seeds share')
+    return job
+
+
+def row_file(folder: Path, seed: int, cases: dict[str, int]) -> Path:
+    return folder / f"seed{seed}" / f"row-{'-'.join(map(str, cases.values()))}.json"
+
+
+def student_row(folder: Path, words: list[str], seed: int, cases: dict[str, int]) -> dict:
+    """The row of one student. It is trained and scored first, where that was not done before."""
+    file = row_file(folder, seed, cases)
+    out = file.parent
+    if not file.exists():
+        if not (out / "student").exists():
+            resume = ["--resume"] if (out / "args.json").exists() else []
+            train.main([*words, "--seed", str(seed), "--out", str(out), *resume])
+        pipeline = open_checkpoint(out / "student")
+        sampler = default_sampler(f"{folder.name}, seed {seed}", pipeline, None, 1.0)
+        row, _ = evaluation.evaluate(pipeline, sampler, list(cases), cases, each=True)
+        write_json(file, row)
+    return read_json(file)
+
+
+def kept_row(folder: Path, seed: int, cases: dict[str, int]) -> dict:
+    """The row of a student that an earlier command made."""
+    file = row_file(folder, seed, cases)
+    if not file.exists():
+        raise ValueError(f"{file}: missing; make it first, with --name {folder.name}, this seed and these cases")
+    return read_json(file)
+
+
+def teacher_rows(folder: Path, teacher: Pipeline, steps: int, cases: dict[str, int]) -> dict[str, list[dict]]:
+    """The teacher, at 80 evaluations and in the students' few steps: from the checkpoint's log, or measured. One row each,
+    in a list as the rows of a student's seeds are."""
+    logged, rows = evaluation.recorded(Path(teacher.directory), cases), {}
+    for sampler in teacher_samplers(teacher, flow.student_sigmas(steps)):
+        name = sampler.name.replace(" ", "-").replace(",", "")
+        file = folder / f"{name}-{'-'.join(map(str, cases.values()))}.json"
+        if sampler.name not in logged and not file.exists():
+            row, _ = evaluation.evaluate(teacher, sampler, list(cases), cases, each=True)
+            write_json(file, row)
+        rows[sampler.name] = [logged[sampler.name] if sampler.name in logged else read_json(file)]
+    return rows
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def differences_from(rows: list[dict], others: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """bench -> part -> the mean difference of the students from other models, and half the width of its 95% interval."""
+    differences = {}
+    for bench in TITLES:
+        differences[bench] = {}
+        for part in PARTS:
+            a, b = (scores_of_cases(models, bench, part) for models in (rows, others))
+            mean, half = difference_of_models(a, b)
+            differences[bench][part] = {"mean": mean, "half": half}
+    return differences
+
+
+def about(result: dict) -> str:
+    job = f"`train.py {result['train.py']}`".replace(" `", "`")
+    counts = " and ".join(f"{count} cases a category at {TITLES[bench]}" for bench, count in result["cases"].items())
+    chance = "seeds and cases" if len(result["seeds"]) > 1 else "cases alone"
+    return f"{job}, seeds {', '.join(map(str, result['seeds']))}; {counts}. ± is a 95% interval over {chance}."
+
+
+def scores_table(models: dict[str, list[dict]]) -> str:
+    """Markdown: a line for each model, averaged over its seeds."""
+    head, lines = [""], []
+    for title in TITLES.values():
+        head += [title, "compliance", "fidelity", "modes", "distance"]
+    for name, rows in models.items():
+        line = [name]
+        for bench in TITLES:
+            line += [f"{scores_of_cases(rows, bench, part).mean():.3f}" for part in PARTS]
+            for measure in ("modes", "distance"):
+                mean = np.mean([row[f"{bench}_diversity"][measure]["average"] for row in rows])
+                line.append(f"{mean:.3f}")
+        lines.append(line)
+    return markdown([head, *lines])
+
+
+def categories_table(models: dict[str, list[dict]]) -> str:
+    """Markdown: the score in every category."""
+    places = [(bench, category) for bench in TITLES for category in evaluation.CATEGORIES[bench]]
+    lines = [["score", *(category for _, category in places)]]
+    for name, rows in models.items():
+        means = [scores_of_cases(rows, bench, "score", category).mean() for bench, category in places]
+        lines.append([name, *(f"{mean:.3f}" for mean in means)])
+    return markdown(lines)
+
+
+def differences_table(differences: dict[str, dict]) -> str:
+    """Markdown: a line for each of the other models."""
+    lines = [["students minus", *(word for title in TITLES.values() for word in (title, "compliance", "fidelity"))]]
+    for name, of_benches in differences.items():
+        numbers = [of_benches[bench][part] for bench in TITLES for part in PARTS]
+        lines.append([name, *(f"{number['mean']:+.3f} ± {number['half']:.3f}" for number in numbers)])
+    return markdown(lines)
