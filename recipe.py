@@ -202,11 +202,10 @@ RECIPES = {
         Recipe("step-wise", (10, 0), rules=STEP_WISE),
         # Section 6.1; the weight is DP-DMD's (arXiv 2602.03139), the paper gives none.
         Recipe("specialised-first-step", (10, 0), rules=SPECIALISED_ONLY, first_step_weight=0.05),
-        # Section 5, tables 3 and 4: one budget, five ratios. 0:10 is ours: the other end of the axis.
-        Recipe("mix-10-0", (10, 0), rules=STEP_WISE),
+        # Section 5, tables 3 and 4: one budget, five ratios. 10:0 is "step-wise", 5:5 is "flash". 0:10 is ours: the other
+        # end of the axis.
         Recipe("mix-9-1", (9, 1), rules=STEP_WISE),
         Recipe("mix-7-3", (7, 3), rules=STEP_WISE),
-        Recipe("mix-5-5", (5, 5), rules=STEP_WISE),
         Recipe("mix-0-10", (0, 10), rules=STEP_WISE),
         # The default, what the paper ends with: ratio 5:5 (section 5) and step-wise routing (section 4). Its composition
         # is not published; ours: every category, equally.

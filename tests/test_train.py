@@ -410,11 +410,11 @@ def test_compiled_blocks_train_the_same(checkpoint, pools, tmp_path, monkeypatch
 
 def test_flow_objective_overfits_two_pictures(checkpoint, pools, tmp_path):
     entries = [e for e in pools["flow"].entries if e.task == "t2i"][:2]
-    numbers = dict(steps=80, batch=8, micro_batch=8, warmup=5, decay=0.3, ema=0.8, recipe="mix-10-0", muon_lr=0.01)
+    numbers = dict(steps=80, batch=8, micro_batch=8, warmup=5, decay=0.3, ema=0.8, recipe="step-wise", muon_lr=0.01)
     args, state = train.open_run(make_args(checkpoint, tmp_path / "run", "flow", **numbers))
     folder = train.train(args, train.Pool(entries), state)
 
-    recipe = train.recipes.find("mix-10-0").resolve({"t2i": ["portrait", "text"]}, [])
+    recipe = train.recipes.find("step-wise").resolve({"t2i": ["portrait", "text"]}, [])
     args = replace(args, batch=32, micro_batch=16, text_dropout=0.0)
     losses = []
     for transformer in (checkpoint / "transformer", folder):
