@@ -220,12 +220,12 @@ def edit_measures(edits: Iterable[tuple[np.ndarray, np.ndarray]], left_out: int 
     of, motions, drifts = left_out, [], []
     for source, edited in edits:
         of += 1
-        if found := motion(source, edited):
-            motions.append(found)
-            drifts.append(colour_drift(source, edited, found))
-    shifts = [np.hypot(*found.shift) for found in motions]  # in pixels
-    zooms = [100 * (found.scale - 1) for found in motions]
-    right, down = ([found.shift[axis] for found in motions] for axis in (1, 0))
+        if of_case := motion(source, edited):
+            motions.append(of_case)
+            drifts.append(colour_drift(source, edited, of_case))
+    shifts = [np.hypot(*of_case.shift) for of_case in motions]  # in pixels
+    zooms = [100 * (of_case.scale - 1) for of_case in motions]
+    right, down = ([of_case.shift[axis] for of_case in motions] for axis in (1, 0))
     shift = {"median_px": middle(shifts), "interval_px": median_interval(shifts)}
     shift |= {"median_xy": [middle(right), middle(down)]}
     shift |= {"over_16px": float(np.mean(np.array(shifts) > 16)) if shifts else None}
