@@ -25,6 +25,7 @@ Paper: Qwen-Image-Flash, arXiv 2606.03746; "2.0 report": the technical report of
 conventions: flow.py and dmd.py.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -46,8 +47,6 @@ def parse(argv: list[str] | None = None) -> TrainOptions:
 
 if __name__ == "__main__":  # here already, and not at the end: --help and a mistyped flag do not wait for torch
     edges.run("train", parse)  # imports the rest, and calls run(options)
-
-import math
 
 import torch
 from torch import Tensor
@@ -259,12 +258,13 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
             done = step + 1
 
             # What follows changes no weight.
-            seconds, learner_of_panel = time.perf_counter() - began, job.trainees[name]
-            last = learner_of_panel.records[-1]
+            seconds = time.perf_counter() - began
+            trainee = job.trainees[name]  # the one that was updated last: the student, or the teacher
+            record = trainee.records[-1]
             bar.set_postfix_str(watch.note(options, job.trainees, done, lr_factor, seconds), refresh=False)
             if due(options.panel_every, done):
-                with learner_of_panel.averaged() as network:
-                    watch.draw_pictures(options, pool, network, done, last, panel)
+                with trainee.averaged() as network:
+                    watch.draw_pictures(options, pool, network, done, record, panel)
             stop = max(all_gather(signals[0] if signals else 0))
             if due(options.save_every, done) or stop:
                 save(options.out, done, job.trainees)

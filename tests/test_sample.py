@@ -698,7 +698,7 @@ def test_command_line_errors(base, tmp_path):
         (["--aspect", "9" * 400 + ":1"], "--aspect 999"),
         (["--aspect", "1000:1"], "--aspect 1000:1"),
         (["--prompt", "a" * 100_000], "100000 letters; at most 8000"),
-        (["--prompt", "cat \ud83d"], "--prompt 'cat .*half a letter"),
+        (["--prompt", "cat \ud83d"], "--prompt: 'cat .*half a letter"),
         (["--prompt-file", ""], "either --prompt"),
         (["--fit", "squeeze"], "--fit squeeze: expected is stretch or crop or pad"),
         (["--lora", str(lora), "--steps", "40"], r"40 steps: .* a LoRA file .* fix them to 2, at \[1.0, 0.5\]"),
