@@ -98,7 +98,8 @@ def shift_time(s: float | Tensor, a: float) -> float | Tensor:
 
 def shifted_uniform(u: Tensor, time_shift: float, low: float = 0.02, high: float = 0.98) -> Tensor:
     """DMD's p(t): uniform, shifted, and clamped away from both ends. At t = 0 there is no noise to explain. At t = 1 the
-    score is -z, whatever the data. The paper does not give p(t); these are the field's usual numbers."""
+    score is -z, whatever the data. The paper does not give p(t). The clamp is that of DMD2's code (min_step_percent 0.02,
+    max_step_percent 0.98). Public trainers shift by 1, 3 or 5. On the plane 1 is best (results/plane/findings.md)."""
     return shift_time(u.float(), time_shift).clamp(low, high)
 
 
