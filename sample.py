@@ -380,7 +380,7 @@ class Pipeline:
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
-def export_student(pipeline: Pipeline, args: sample_options.Args) -> None:
+def export_student(pipeline: Pipeline, args: sample_options.SampleOptions) -> None:
     """--export: the checkpoint's student, with what --lora makes of it, as a folder; or what it changed in --base."""
     sigmas, scheduler = pipeline.sample_sigmas, pipeline.scheduler
     if sigmas is None:
@@ -396,7 +396,7 @@ def export_student(pipeline: Pipeline, args: sample_options.Args) -> None:
     print(f"{args.export}: {how_it_draws(sigmas, renoises, scheduler)}")
 
 
-def draw_jobs(pipeline: Pipeline, args: sample_options.Args) -> None:
+def draw_jobs(pipeline: Pipeline, args: sample_options.SampleOptions) -> None:
     """Draw, edit, and write what --prompt or --prompt-file ask for. What is wrong is said before the work."""
     jobs = [(args.prompt, args.image)]
     if args.prompt_file is not None:
@@ -434,7 +434,7 @@ def draw_jobs(pipeline: Pipeline, args: sample_options.Args) -> None:
         print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
 
 
-def run(args: sample_options.Args) -> None:
+def run(args: sample_options.SampleOptions) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     pipeline = Pipeline.from_pretrained(

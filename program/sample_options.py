@@ -21,7 +21,7 @@ LORA = "--export OUT.safetensors, a LoRA"
 
 
 @dataclass
-class Args(Options):
+class SampleOptions(Options):
     """The options of sample.py."""
 
     checkpoint: str = option(str(TOY), "folder in the published layout")
@@ -72,7 +72,7 @@ class Args(Options):
         return None if self.aspect is None else split_aspect(self.aspect)
 
 
-def check(args: Args) -> None:
+def check(args: SampleOptions) -> None:
     """ValueError where flags do not go together, as far as it can be known without a checkpoint."""
     use = DRAW if args.export is None else LORA if Path(args.export).suffix == ".safetensors" else FOLDER
     for f in fields(args):  # what would be passed over without a word
@@ -131,7 +131,7 @@ def split_scale(given: str) -> tuple[str, float]:
     return file, scale
 
 
-def parse(argv: list[str] | None = None) -> Args:
-    args = options.parse(argv, Args, __doc__)
+def parse(argv: list[str] | None = None) -> SampleOptions:
+    args = options.parse(argv, SampleOptions, __doc__)
     check(args)
     return args

@@ -4,6 +4,7 @@ import math
 import os
 
 from program.options import TOY
+from training.options import TrainOptions
 
 # The toy's teacher (ours).
 FLOW = dict(objective="flow", steps=2000, batch=96, micro_batch=16, save_every=500, panel_every=500, warmup=100)
@@ -34,7 +35,7 @@ LARGE_FLOW_LORA = LARGE_FLOW | dict(micro_batch=2, lr=1e-4)  # ours: one GPU's m
 
 
 def defaults(objective: str, parameters: int, lora_rank: int) -> dict:
-    """The values that replace those of train.Args for this objective and a network of so many parameters."""
+    """The values that replace those of TrainOptions for this objective and a network of so many parameters."""
     if parameters <= 1e9:
         return FLOW if objective == "flow" else {}
     large, lora = (LARGE_FLOW, LARGE_FLOW_LORA) if objective == "flow" else (LARGE, LARGE_LORA)
@@ -47,14 +48,14 @@ def divisible(batch: int, micro_batch: int, processes: int) -> dict[str, int]:
     return {"batch": math.ceil(batch / micro_batch) * micro_batch, "micro_batch": micro_batch}
 
 
-def of_run(args) -> dict:
-    """The defaults of a run whose given options are in `args`: for objective, checkpoint and number of processes."""
-    config, parameters = args.checkpoint / "transformer" / "config.json", 0
-    if args.checkpoint != TOY and config.is_file():  # where there is none, who opens the checkpoint says so
+def of_run(options: TrainOptions) -> dict:
+    """The defaults of a run whose given options are in `options`: for objective, checkpoint and number of processes."""
+    config, parameters = options.checkpoint / "transformer" / "config.json", 0
+    if options.checkpoint != TOY and config.is_file():  # where there is none, who opens the checkpoint says so
         from training import plan  # imports torch
 
-        parameters = plan.parameters(plan.read_config(args.checkpoint))
-    own = {"batch": type(args).batch, "micro_batch": type(args).micro_batch}
-    own |= defaults(args.objective, parameters, args.lora_rank)
-    processes = args.gpus or int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
+        parameters = plan.parameters(plan.read_config(options.checkpoint))
+    own = {"batch": TrainOptions.batch, "micro_batch": TrainOptions.micro_batch}
+    own |= defaults(options.objective, parameters, options.lora_rank)
+    processes = options.gpus or int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     return own | divisible(own["batch"], own["micro_batch"], processes)
