@@ -22,13 +22,13 @@ All networks are callables velocity(z, t) -> v with the condition bound to them 
 w = 1 is off). So this file knows nothing of prompts, optimisers or devices. A network's guess of the clean picture is
 flow.predict_x0; a picture is here what the networks see of it, its latent.
 
-One round of training is several updates of the fake score on fresh rollouts, then one update of the student. Several,
-because g is a difference of two scores: if the fake score lags behind, g describes an earlier student.
+In training several updates of the fake score come first, each on a fresh rollout, then one update of the student.
+Several, because g is a difference of two scores: if the fake score lags behind, g describes an earlier student.
 
 One fake score serves all student steps, as in DMD2. It is not told k. So the pictures of all steps, taken together, are
 matched to the teacher. With another teacher at each step (Eq. 5) there is no exact match, and students may drift: on the
-plane they do (results/plane/findings.md). There two changes stop the drift. Either the fake score is told k, or step k's
-picture is noised again only up to its own level sigma_k (flow.renoise_times, below).
+plane they do (results/plane/findings.md). Two changes take most of the drift away there. Either the fake score is told k,
+or step k's picture is noised again only up to its own level sigma_k (flow.renoise_times, below).
 
 References: Yin et al. (DMD2), arXiv 2405.14867; Qwen-Image-Flash, arXiv 2606.03746, sections 2.2 and 4 (Eq. 3 to 7);
 DP-DMD, arXiv 2602.03139 (the first-step loss).
@@ -108,9 +108,8 @@ class Round:
     k: int  # the student's step, 0 .. K - 1
     xi: Tensor  # (B, ...)
     t: Tensor  # (B,): flow.renoise_times
-    fresh: Callable[
-        [str, tuple[int, ...]], Tensor
-    ]  # fresh(name, shape): more noise, for experiments; moves no other draw
+    # fresh(name, shape) -> (B, *shape): more noise, for experiments. It moves no other draw.
+    fresh: Callable[[str, tuple[int, ...]], Tensor]
 
 
 def rollout(student: Velocity, noises: Tensor, sigmas: Sequence[float], k: int, through: bool = False) -> Tensor:

@@ -88,7 +88,7 @@ def velocity_loss(v: Tensor, x: Tensor, eps: Tensor) -> Tensor:
 
 
 # ---- p(t): times to train at, from uniform numbers in [0, 1) -------------------------------------------------------
-# The caller draws the uniform numbers, so that it alone decides what they depend on (seed, step and sample).
+# The caller draws the uniform numbers, so that it alone decides what they depend on (seed, update and sample).
 
 
 def shift_time(s: float | Tensor, a: float) -> float | Tensor:
@@ -219,5 +219,5 @@ def walk(velocity: Velocity, noises: Tensor, sigmas: Sequence[float]) -> Tensor:
 
 
 def draw(velocities: Sequence[Velocity], noises: Tensor, sigmas: Sequence[float], guidance: float = 1.0) -> Tensor:
-    """Walks under what to draw, or, guided, under that and what to stay away from; the rest as in walk."""
+    """A walk under one velocity, or under two with guidance: [conditional], or [conditional, unconditional]."""
     return walk(guided(*velocities, guidance) if len(velocities) > 1 else velocities[0], noises, sigmas)

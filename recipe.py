@@ -57,7 +57,7 @@ class Recipe:
     t2i: dict[str, int] = field(default_factory=dict)  # category -> parts; empty: all that have prompts, equally
     edit: dict[str, int] = field(default_factory=dict)  # the same for edits
     rules: tuple[Rule, ...] = ()  # the base teacher, T_0, has the rest of the weight
-    first_step_weight: float = 0.0  # of dmd.first_step_loss; 0 is without (section 6.1)
+    first_step_weight: float = 0.0  # of dmd.first_step_losses; 0 is without (section 6.1)
 
     def __post_init__(self):
         def whole_numbers(parts: Iterable[int], least: int) -> bool:

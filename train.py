@@ -10,7 +10,7 @@
 Every prompt is encoded once, before the first update; then the encoders are freed. A STEP of training is one update of
 the student (or, with the flow objective, of the teacher). The student's own steps, from noise to picture, are counted
 by k. A MICRO-BATCH has one task, one category and one k; each process has an equal part of it. Every random number
-follows from (seed, step, sample, purpose), so a resumed run needs no saved state of random generators. A picture is
+follows from (seed, update, sample, purpose), so a resumed run needs no saved state of random generators. A picture is
 here its latent from the VAE, (B, 64, h, w).
 
     python train.py                                                  the laptop run
@@ -128,8 +128,8 @@ def draw_batches(job: Job, name: str, update: int) -> Iterator[Batch]:
             t = flow.renoise_times(u, options.time_shift, job.sigmas, k, options.renoise_times == "below")
         t = flow.network_time(t, dtype)  # (B,): the path is built at the time that the network is told
 
-        def fresh(name: str, shape: tuple[int, ...], samples=samples) -> Tensor:
-            rngs = [generator(options.seed, update, sample, f"{stream} {name}") for sample in samples]
+        def fresh(what: str, shape: tuple[int, ...], samples=samples) -> Tensor:
+            rngs = [generator(options.seed, update, sample, f"{stream} {what}") for sample in samples]
             return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
 
         wants_empty = entries[0].empty is not None
@@ -150,7 +150,7 @@ def draw_batches(job: Job, name: str, update: int) -> Iterator[Batch]:
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
-# Each gives one number for each sample, (B,), and what a panel shows, (B, 64, h, w) each.
+# Each gives one number for each sample, (B,), and what a panel may show, (B, 64, h, w) each.
 
 
 def fake_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -260,7 +260,7 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
             # What follows changes no weight.
             seconds = time.perf_counter() - began
             trainee = job.trainees[name]  # the one that was updated last: the student, or the teacher
-            record = trainee.records[-1]
+            record = trainee.records[-1]  # read before watch.note, which forgets the records
             bar.set_postfix_str(watch.note(options, job.trainees, done, lr_factor, seconds), refresh=False)
             if due(options.panel_every, done):
                 with trainee.averaged() as network:
@@ -315,10 +315,11 @@ def open_job(options: TrainOptions, pool: Pool, state: Path | None) -> Job:
         teachers = frozen(options, {name: places[name] for name in sorted(recipe.teacher_names)})
     base = teachers["base"] if options.lora_rank else None
 
-    def learning(title: str, role: str, muon_lr: float, lr: float, ema: float) -> Trainee:
-        return Trainee(title, learner(options, role, base), options, muon_lr, lr, ema)
+    def learning(title: str, lora_role: str, muon_lr: float, lr: float, ema: float) -> Trainee:
+        return Trainee(title, learner(options, lora_role, base), options, muon_lr, lr, ema)
 
     if flows:
+        # With LoRA the teacher in training has the role "student", as its file's readers expect.
         trainees = {"teacher": learning("teacher", "student", options.muon_lr, options.lr, options.ema)}
         updates_per_step = {"teacher": 1}
     else:

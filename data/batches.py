@@ -12,10 +12,10 @@ from data.pool import Entry, Pool
 from model import Condition
 
 
-def generator(seed: int, step: int, number: int, purpose: str) -> torch.Generator:
+def generator(seed: int, update: int, number: int, purpose: str) -> torch.Generator:
     """Makes random numbers that depend on these four alone: a resumed run and another number of processes get the same
     ones. The generator is the CPU's, so that a GPU gets the same ones, too."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{number}/{purpose}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{update}/{number}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
@@ -61,7 +61,7 @@ def nth_entries(pool: Pool, seed: int, purpose: str, task: str, category: str, n
         """The micro-batches that each class fills in so many epochs."""
         return [epochs * len(members) // size for members in classes]
 
-    epoch = n * size // entries
+    epoch = n * size // entries  # a lower bound: where sizes do not divide, an epoch fills fewer
     while sum(filled(epoch + 1)) <= n:
         epoch += 1
     before, after = filled(epoch), filled(epoch + 1)
@@ -69,17 +69,17 @@ def nth_entries(pool: Pool, seed: int, purpose: str, task: str, category: str, n
     order = torch.randperm(len(turns), generator=generator(seed, epoch, 0, key))
     turns = turns[order].tolist()  # the class of each micro-batch of this epoch
     turn = n - sum(before)
-    c = turns[turn]
+    number = turns[turn]
 
-    members = classes[c]
-    first = (before[c] + turns[:turn].count(c)) * size  # entries of this class that came before
+    members = classes[number]
+    used = (before[number] + turns[:turn].count(number)) * size  # entries of this class that came before
     chosen, orders = [], {}
-    for place in range(first, first + size):
-        round, i = divmod(place, len(members))
-        if round not in orders:
-            rng = generator(seed, round, c, f"{key} class")
-            orders[round] = torch.randperm(len(members), generator=rng).tolist()
-        chosen.append(members[orders[round][i]])
+    for position in range(used, used + size):
+        lap, i = divmod(position, len(members))
+        if lap not in orders:  # all were seen: a new order
+            rng = generator(seed, lap, number, f"{key} class")
+            orders[lap] = torch.randperm(len(members), generator=rng).tolist()
+        chosen.append(members[orders[lap][i]])
     return chosen
 
 

@@ -39,12 +39,18 @@ def sample_flops(
     width = config.num_attention_heads * config.attention_head_dim
     weights = 2 * config.num_layers * (4 + 3 * config.mlp_ratio) * width**2  # a token's
     pair = 4 * config.num_layers * width
-    text = prefix * (weights + pair * prefix)  # text and sources: once, where no gradient is wanted
-    step = target * (weights + pair * (prefix + target))
-    steps = 0 if purpose == "flow" else k + (purpose == "fake")  # of the rollout, without gradient
-    looks = scorers + 1 if purpose == "student" else 0  # of teachers and fake score, at x_t
-    frozen = lora * (prefix + target) * weights
-    return bool(steps) * text + steps * step + (3 + looks) * (text + step) - frozen
+    prefix_work = prefix * (weights + pair * prefix)
+    target_work = target * (weights + pair * (prefix + target))
+    forward = prefix_work + target_work
+    work = 3 * forward  # of the network that learns: a forward, and a backward of two
+    if lora:
+        work -= (prefix + target) * weights  # frozen weights have no gradient of their own
+    if purpose == "student":
+        work += (scorers + 1) * forward  # teachers and fake score look at x_t
+    rollout_steps = 0 if purpose == "flow" else k + (purpose == "fake")  # without gradient
+    if rollout_steps:
+        work += prefix_work + rollout_steps * target_work  # text and sources once for all steps
+    return work
 
 
 @dataclass

@@ -60,9 +60,9 @@ class Network(NamedTuple):
     def velocity(self, condition: Condition, calls: float = 1) -> Velocity:
         """The network under one condition, v(z, t), for flow.py and dmd.py. Valid until the weights change.
 
-        calls: how many calls without gradient are to come, at most; math.inf where that is not known. The first of several also gives keys and values of text and
-        sources (the prefix); the next ones reuse them, and after the last they are dropped. A call with gradient drops
-        them, too: they are part of its graph, and the graph needs the memory.
+        calls: the most calls without gradient that are to come; math.inf where that is not known. The first of several
+        also gives the prefix: keys and values of text and sources. Later ones reuse it, and after the last it is dropped.
+        A call with gradient drops it, too: there it would be part of the graph.
         """
         model, prefix = self.model, None
         keep = calls > 1 and model.config.causal_condition
@@ -79,8 +79,10 @@ class Network(NamedTuple):
                 if keep and prefix is None and left > 0:
                     velocity, prefix = model.with_prefix(z, t, condition)  # (B, 64, h, w)
                     return velocity
-                kept, prefix = prefix, prefix if left > 0 else None
-                return model(z, t, condition, kept)  # (B, 64, h, w)
+                reused = prefix
+                if left <= 0:
+                    prefix = None  # the last call: free the memory
+                return model(z, t, condition, reused)  # (B, 64, h, w)
 
         return v
 
