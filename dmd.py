@@ -190,6 +190,6 @@ def first_step_losses(student: Velocity, real: Velocity, noise: Tensor, stops: S
     """
     with torch.no_grad():
         z_teacher = euler(real, noise, stops)
-    chord = (noise.float() - z_teacher) / (1 - stops[-1])
-    v = student(noise, time_like(noise, 1.0)).float()
+    chord = (noise.float() - z_teacher) / (stops[0] - stops[-1])
+    v = student(noise, time_like(noise, stops[0])).float()
     return (v - chord).square().flatten(1).mean(1)

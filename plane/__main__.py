@@ -3,8 +3,9 @@
     python -m plane                            trains students, prints a table, draws a picture and an animation
     python -m plane --experiment claims        the paper's claims along one training, under three fake scores
     python -m plane --experiment NAME          choices, guidance, lambdas: students in a table; or a sweep along a knob
+    python -m plane --forks                    each patch of forks/ against the unchanged code
 
-plane/method.py is the method, show.py the first command, claims.py the second, tables.py the third.
+plane/method.py is the method, show.py the first command, claims.py the second, tables.py the third, forks.py the fourth.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from checkpoint.files import may_write
 from plane.claims import claims
+from plane.forks import forks
 from plane.method import Setting
 from plane.show import show
 from plane.tables import SWEEPS, TABLES, sweep, table
@@ -23,12 +25,18 @@ UPDATES = {"claims": 10_000, "choices": 2000, "guidance": 2000} | dict.fromkeys(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="plane", description="DMD in two dimensions.")
     parser.add_argument("--experiment", choices=list(UPDATES), metavar="NAME", help=f"one of {', '.join(UPDATES)}")
+    parser.add_argument("--forks", action="store_true", help="compare the patches of forks/ with the unchanged code")
     parser.add_argument("--seeds", type=int, default=32, help="students of a row (default: %(default)s)")
     parser.add_argument(
-        "--updates", type=int, help="of each student (default: 6000; claims: 10000; others: 1000 or 2000)"
+        "--updates", type=int, help="of each student (default: 6000; forks: 5000; claims: 10000; others: 1000 or 2000)"
     )
-    parser.add_argument("--out", type=Path, default="runs/plane", help="folder to write to (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder to write to (default: runs/plane; with --forks: forks)")
     args = parser.parse_args(argv)
+    if args.forks and args.experiment:
+        parser.error("--forks and --experiment are two commands; give one")
+    if args.forks:
+        return compare_forks(parser, args)
+    args.out = args.out or Path("runs/plane")
     name = args.experiment or "dmd"
     setting = Setting(seeds=args.seeds, updates=UPDATES.get(name, 6000) if args.updates is None else args.updates)
     try:
@@ -45,6 +53,17 @@ def main(argv: list[str] | None = None) -> None:
         sweep(name, setting, args.out)
     elif name == "dmd":
         show(setting, args.out)
+
+
+def compare_forks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    out, updates = args.out or Path("forks"), 5000 if args.updates is None else args.updates
+    try:
+        check_range("--seeds", args.seeds, "[2, 1000]")
+        check_range("--updates", updates, "[5, 1000000]")
+        may_write(out / "README.md", overwrite=True)
+        forks(args.seeds, updates, out)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

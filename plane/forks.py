@@ -1,0 +1,209 @@
+"""Forks on the plane, `python -m plane --forks`: each patch of forks/ against the unchanged code.
+
+A row is one fork, or the unchanged code, under one recipe with a number of seeds. It is trained by a process of its own, in
+a copy of the sources to which the patch was applied. Both have the same seeds and draws, so their differences are paired. A
+row is a file in OUT/rows: a killed run loses one row at most. The tables in OUT/README.md are made anew after each row.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoint.files import digest, read_json, write_json
+from plane.claims import KEPT, in_line
+from plane.method import CATEGORIES, SIGMAS, TASKS, Setting, evaluate, train
+from plane.rows import EDITS_BASE, ROWS, Scores, average, cell
+from scores.rows import markdown, paired
+
+ROOT = Path(__file__).parents[1]
+PATCHES = ROOT / "forks"
+UNCHANGED = "unchanged"
+# The forks that have something to change on the plane, the ones of most interest first.
+ORDER = ("pooled", "below", "told", "through", "gan", "projected", "chords", "decoupled", "interval", "sid")
+NEEDS = {"decoupled": {"guidance": 2.0}}  # the setting of a fork, and of the unchanged code beside it
+RECIPES = {"base": EDITS_BASE, "step": "5:5"}  # the base teacher alone, and step-wise teachers; both at 5:5
+TITLES = {"base": "The base teacher alone, 5:5", "step": "Step-wise teachers, 5:5"}
+START, END = "<!-- made by python -m plane --forks -->", "<!-- end of what it made -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained: a fork's name, or UNCHANGED; the key of a recipe; the values that differ from Setting's defaults."""
+
+    fork: str
+    recipe: str
+    values: tuple[tuple[str, float], ...]  # of Setting, seeds and updates among them
+
+    @property
+    def file(self) -> str:
+        values = dict(self.values)
+        own = "".join(f"-{name}-{value:g}" for name, value in self.values if name not in ("seeds", "seed", "updates"))
+        return f"{self.fork}-{self.recipe}{own}-{values['seeds']}.json"
+
+    @property
+    def other(self) -> "Row":
+        """The row of the unchanged code that it is compared with."""
+        return Row(UNCHANGED, self.recipe, self.values)
+
+
+def patch(fork: str) -> Path:
+    return PATCHES / f"{fork}.patch"
+
+
+def changed_lines(text: str) -> int:
+    """Of a patch: lines that it removes and lines that it adds. Its head, before the first diff, does not count."""
+    lines = text[text.index("diff --git") :].splitlines()
+    return sum(line[:1] in ("+", "-") and line[:3] not in ("+++", "---") for line in lines)
+
+
+def copy_sources(folder: Path, fork: str) -> None:
+    """The files of this checkout, with the fork's patch applied. CalledProcessError if it does not apply."""
+    listed = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    if fork != UNCHANGED:
+        alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # no repository above the copy counts
+        subprocess.run(["git", "apply", str(patch(fork))], cwd=folder, env=alone, check=True)
+
+
+def train_row(recipe: str, values: dict) -> dict:
+    """Trains the students of a row, with the sources as they are here. Scores and seconds after a fifth of the updates, and
+    after all: {"looks": updates -> category -> measure -> values of all seeds, in a line, "seconds": updates -> seconds}."""
+    setting, looks, seconds, started = Setting(**values), {}, {}, time.process_time()
+    for look, students, _ in train(setting, ROWS[RECIPES[recipe]], {setting.updates // 5, setting.updates}):
+        trained = time.process_time()
+        seconds[str(look)] = trained - started
+        scored = evaluate(setting, students, SIGMAS)
+        looks[str(look)] = {c: {measure: in_line(scored[c][measure]) for measure in KEPT} for c in TASKS}
+        started += time.process_time() - trained  # measuring does not count
+    return {"looks": looks, "seconds": seconds}
+
+
+def make_row(row: Row, file: Path) -> None:
+    """Trains the row in a changed copy and writes its file."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_sources(folder, row.fork)
+        words = [
+            sys.executable,
+            "-m",
+            "plane.forks",
+            row.recipe,
+            json.dumps(dict(row.values)),
+            str(folder / "row.json"),
+        ]
+        subprocess.run(words, cwd=folder, check=True)
+        made = read_json(folder / "row.json")
+    write_json(file, {"setting": dict(row.values), "patch": fingerprint(row.fork)} | made)
+
+
+def fingerprint(fork: str) -> str:
+    return "" if fork == UNCHANGED else digest(patch(fork).read_text())[:16]
+
+
+def read_row(row: Row, file: Path) -> dict:
+    """A row's file. ValueError if it was made with other settings or another patch."""
+    made = read_json(file)
+    if made["setting"] != dict(row.values) or made["patch"] != fingerprint(row.fork):
+        raise ValueError(f"{file}: made with other settings or another patch; remove it, or name another --out")
+    return made
+
+
+def rows_to_make(seeds: int, updates: int) -> list[Row]:
+    """Every fork beside the unchanged code. Seed 1: no claim sees the draws that a setting was chosen with."""
+    rows = {}  # in order, each once
+    for fork in ORDER:
+        for recipe in RECIPES:
+            values = {"seeds": seeds, "seed": 1, "updates": updates} | NEEDS.get(fork, {})
+            row = Row(fork, recipe, tuple(values.items()))
+            rows |= {row.other: None, row: None}
+    return [*rows]
+
+
+def forks(seeds: int, updates: int, out: Path) -> None:
+    """Trains the rows that are not there yet, and writes the tables after each."""
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    rows, made = rows_to_make(seeds, updates), {}
+    for row in rows:
+        if (file := out / "rows" / row.file).exists():
+            made[row] = read_row(row, file)
+    for row in tqdm([row for row in rows if row not in made], "forks"):
+        file = out / "rows" / row.file
+        make_row(row, file)
+        made[row] = read_row(row, file)
+        write_tables(rows, made, out / "README.md")
+    write_tables(rows, made, out / "README.md")
+    print(f"{(out / 'README.md').read_text()}\nwritten to {out / 'README.md'}")
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def scores_at(made: dict, look: str) -> Scores:
+    return {
+        category: {measure: torch.tensor([*map(float, line.split())]) for measure, line in measures.items()}
+        for category, measures in made["looks"][look].items()
+    }
+
+
+def gains(row: dict, other: dict, look: str) -> str:
+    """Of precision at T2I and editing, then of the distance: row minus other, with paired intervals."""
+    cells = []
+    for measure in ("precision", "distance"):
+        pairs = []
+        for categories in CATEGORIES.values():
+            a, b = (average(scores_at(made, look), categories, measure) for made in (row, other))
+            pairs.append(cell(paired((a - b).tolist())))
+        cells.append(" / ".join(pairs))
+    return "; ".join(cells)
+
+
+def values(row: dict, look: str) -> str:
+    cells = []
+    for measure in ("precision", "distance"):
+        scored = scores_at(row, look)
+        means = [average(scored, categories, measure).mean().item() for categories in CATEGORIES.values()]
+        cells.append(" / ".join(f"{mean:.3f}" for mean in means))
+    return "; ".join(cells)
+
+
+def table(recipe: str, rows: list[Row], made: dict[Row, dict]) -> list[list[str]]:
+    """A line for each fork that was trained under the recipe, with its difference from the unchanged code."""
+    looks = [f"{round(dict(rows[0].values)['updates'] / part)}" for part in (5, 1)]
+    lines = [["fork", "lines", "seeds", "time", *(f"after {int(look):,} updates" for look in looks)]]
+    for row in [row for row in rows if row.recipe == recipe and row in made]:
+        own, seeds = made[row], f"{dict(row.values)['seeds']}"
+        needs = "".join(f", {name} {value:g}" for name, value in row.values[3:])
+        if row.fork == UNCHANGED:
+            lines.append([f"*unchanged{needs}*", "", seeds, "1", *(values(own, look) for look in looks)])
+        else:
+            other = made[row.other]
+            time_ratio = own["seconds"][looks[1]] / other["seconds"][looks[1]]
+            lines_changed = f"{changed_lines(patch(row.fork).read_text())}"
+            cells = [gains(own, other, look) for look in looks]
+            lines.append([f"[{row.fork}]({row.fork}.patch){needs}", lines_changed, seeds, f"{time_ratio:.2f}", *cells])
+    return lines
+
+
+def write_tables(rows: list[Row], made: dict[Row, dict], page: Path) -> None:
+    """Puts the tables between the page's two marks, and leaves the rest of it as it is."""
+    tables = [f"**{TITLES[recipe]}**\n\n{markdown(table(recipe, rows, made))}" for recipe in RECIPES]
+    before, _, rest = (page.read_text() if page.exists() else START).partition(START)
+    after = rest.partition(END)[2]
+    page.write_text("\n\n".join([before + START, *tables, END]) + (after or "\n"))
+
+
+if __name__ == "__main__":  # a row's own process, in the changed copy
+    recipe, values_of_setting, file = sys.argv[1:]
+    write_json(Path(file), train_row(recipe, json.loads(values_of_setting)))
