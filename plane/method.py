@@ -104,7 +104,7 @@ class Setting:
     guidance: float = 1.0  # w of the teachers; 1 is off
     guided_above: bool = False  # what guidance adds is seen at times of its own, in [sigma_k, 0.98]
     renoise: bool = False  # students draw with new noise at every step, and not by Euler's method
-    below: bool = True  # pictures of step k are noised again up to sigma_k only, the noise that this step has to remove
+    below: bool = True  # step k's pictures are noised again up to sigma_k only, the noise that it has to remove
     told: bool = True  # the fake score is told k, and so learns each step's pictures and not their pool
     oracle: bool = False  # the fake score is computed from samples, not learned; T2I only
 
