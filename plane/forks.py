@@ -59,10 +59,11 @@ def patch(fork: str) -> Path:
     return PATCHES / f"{fork}.patch"
 
 
-def changed_lines(text: str) -> int:
-    """Of a patch: lines that it removes and lines that it adds. Its head, before the first diff, does not count."""
+def changed_lines(fork: str) -> list[str]:
+    """The lines that a patch removes or adds. Its head, before the first diff, does not count."""
+    text = patch(fork).read_text()
     lines = text[text.index("diff --git") :].splitlines()
-    return sum(line[:1] in ("+", "-") and line[:3] not in ("+++", "---") for line in lines)
+    return [line for line in lines if line[:1] in ("+", "-") and line[:3] not in ("+++", "---")]
 
 
 def copy_sources(folder: Path, fork: str) -> None:
@@ -109,7 +110,8 @@ def make_row(row: Row, file: Path) -> None:
 
 
 def fingerprint(fork: str) -> str:
-    return "" if fork == UNCHANGED else digest(patch(fork).read_text())[:16]
+    """Of what a patch changes; "" for the unchanged code."""
+    return "" if fork == UNCHANGED else digest("\n".join(changed_lines(fork)))[:16]
 
 
 def read_row(row: Row, file: Path) -> dict:
@@ -190,9 +192,9 @@ def table(recipe: str, rows: list[Row], made: dict[Row, dict]) -> list[list[str]
         else:
             other = made[row.other]
             time_ratio = own["seconds"][looks[1]] / other["seconds"][looks[1]]
-            lines_changed = f"{changed_lines(patch(row.fork).read_text())}"
+            changed = f"{len(changed_lines(row.fork))}"
             cells = [gains(own, other, look) for look in looks]
-            lines.append([f"[{row.fork}]({row.fork}.patch){needs}", lines_changed, seeds, f"{time_ratio:.2f}", *cells])
+            lines.append([f"[{row.fork}]({row.fork}.patch){needs}", changed, seeds, f"{time_ratio:.2f}", *cells])
     return lines
 
 
