@@ -67,10 +67,12 @@ def changed_lines(fork: str) -> list[str]:
 
 
 def copy_sources(folder: Path, fork: str) -> None:
-    """The files of this checkout, with the fork's patch applied. CalledProcessError if it does not apply."""
-    listed = subprocess.check_output(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, text=True)
+    """The Python files of this checkout, with the fork's patch applied. CalledProcessError if it does not apply."""
+    listed = subprocess.check_output(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard", "*.py"], cwd=ROOT, text=True
+    )
     for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
+        if (ROOT / name).is_file():  # and not removed since it was committed
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
     if fork != UNCHANGED:
