@@ -60,6 +60,7 @@ from data.pool import Pool
 from networks.attention import kernels
 from program.ranks import all_gather, joined, on_rank0, rank, ranks, say
 from training import plan, watch
+from training.passes import Passes
 from training.run import export_run, fill_defaults, find_teachers, located, noted_signals, open_run, restore, save
 from training.trainee import Network, Trainee, frozen, learner
 
@@ -242,6 +243,8 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
     gradient is not finite (before the update), or a weight (before it is saved).
     """
     job, first = open_job(options, pool, state), int(state.name) if state else 0
+    networks = [*job.teachers.values(), *(trainee.network for trainee in job.trainees.values())]
+    passes = Passes(network.model for network in networks)
     steps = range(first, options.steps)
     bar = tqdm(steps, options.objective, options.steps, initial=first, unit="step", disable=rank() > 0)
 
@@ -250,7 +253,7 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
 
     with noted_signals() as signals:
         for step in bar:
-            began, lr_factor = time.perf_counter(), lr_factor_at(options, step)
+            began, before, lr_factor = time.perf_counter(), passes.count, lr_factor_at(options, step)
             with located(lambda step=step: f"step {step + 1}"):
                 for name, count in job.updates_per_step.items():
                     for number in range(step * count, (step + 1) * count):
@@ -258,10 +261,11 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
             done = step + 1
 
             # What follows changes no weight.
-            seconds = time.perf_counter() - began
+            seconds, computed = time.perf_counter() - began, passes.count - before
             trainee = job.trainees[name]  # the one that was updated last: the student, or the teacher
             record = trainee.records[-1]  # read before watch.note, which forgets the records
-            bar.set_postfix_str(watch.note(options, job.trainees, done, lr_factor, seconds), refresh=False)
+            note = watch.note(options, job.trainees, done, lr_factor, seconds, computed)
+            bar.set_postfix_str(note, refresh=False)
             if due(options.panel_every, done):
                 with trainee.averaged() as network:
                     watch.draw_pictures(options, pool, network, done, record, panel)

@@ -17,16 +17,20 @@ from data.pictures import to_pictures
 from data.pool import Entry, Pool
 from data.sheets import Grid, write_sheet
 from networks.vae import VAE
-from program.ranks import all_gather, on_rank0, raise_on_all_ranks, rank
+from program.ranks import all_gather, on_rank0, raise_on_all_ranks, rank, ranks
 from training.options import TrainOptions
 from training.trainee import Network, Record, Trainee
 
 BINS = 5  # of t: when a run goes wrong, look at the loss by time first
 
 
-def note(options: TrainOptions, trainees: dict[str, Trainee], step: int, lr_factor: float, seconds: float) -> str:
-    """Add a step that took so many seconds to metrics.jsonl, and forget its records. Returns the progress line's text."""
+def note(
+    options: TrainOptions, trainees: dict[str, Trainee], step: int, lr_factor: float, seconds: float, passes: int
+) -> str:
+    """Add a step that took so many seconds, and passes of this process, to metrics.jsonl, and forget its records. Returns
+    the progress line's text. The processes have equal parts of every step."""
     pace = {"seconds": round(seconds, 4), "images_per_second": round(options.batch / seconds, 2)}
+    pace["passes"] = passes * ranks()
     pace |= {"memory_gb": memory(options.device)}
     line = {"step": step, "rate": lr_factor} | pace | metrics(trainees, all_gather)
     for trainee in trainees.values():

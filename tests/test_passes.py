@@ -1,0 +1,91 @@
+"""Passes: what the networks of a run compute, counted in the run, against the arithmetic."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import recipe
+import train
+from training.passes import Passes, run_passes, sample_passes
+
+GUIDED = 2  # forwards of a guided teacher
+
+
+@pytest.fixture
+def words(toy_checkpoint, tmp_path) -> list[str]:
+    """A small run of both tasks, with a second teacher, which the default recipe asks for edits in the last two quarters."""
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "photo.png")
+    lines = [{"task": "t2i", "category": "portrait", "prompt": "A portrait."}]
+    lines += [{"task": "edit", "category": "scene", "prompt": "Make it night.", "images": ["photo.png"]}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["--checkpoint", str(toy_checkpoint), "--prompts", str(tmp_path / "mine.jsonl"), "--resolution", "64"]
+    words += ["--teacher", f"edit={toy_checkpoint / 'transformer'}", "--guidance", "2", "--steps", "3"]
+    return [*words, "--batch", "6", "--micro-batch", "2", "--dtype", "float32", "--warmup", "0"]
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("more", [[], ["--lora-rank", "2"], ["--sampler", "euler", "--panel-every", "1"]])
+def test_counted_passes_are_those_of_the_arithmetic(words, more, tmp_path):
+    """Of every step, from its micro-batches' tasks and k. A panel's pictures do not count."""
+    train.main([*words, *more, "--out", str(tmp_path / "run")])
+    flash = recipe.find("flash").resolve({"t2i": ["portrait"], "edit": ["scene"]}, ["edit"])
+    for line in lines(tmp_path / "run"):
+        names = ["student"] * 3 + ["fake"] * 6  # micro-batches of 2 samples, in the log's order
+        expected = 0
+        for name, task, k in zip(names, line["tasks"], line["k"], strict=True):
+            teachers = flash.weights(k, 4, task, {"t2i": "portrait", "edit": "scene"}[task])
+            expected += 2 * sample_passes(name, k, GUIDED * len(teachers))
+        assert line["passes"] == expected
+
+
+def test_flow_counts_a_forward_and_its_backward(words, tmp_path):
+    prompts = tmp_path / "mine.jsonl"
+    targets = [json.loads(line) | {"target": "photo.png"} for line in prompts.read_text().splitlines()]
+    prompts.write_text("\n".join(map(json.dumps, targets)))
+    words = [word for word in words if "edit=" not in word and word != "--teacher"]
+    train.main([*words, "--objective", "flow", "--out", str(tmp_path / "flow")])
+    assert [line["passes"] for line in lines(tmp_path / "flow")] == [6 * sample_passes("teacher")] * 3 == [18] * 3
+
+
+def test_a_whole_run_is_the_mean_over_its_draws():
+    """The main job: k is 0 to 3, each as often; at its last two quarters a second teacher runs for half of the samples."""
+    options = train.parse([])
+    options.guidance = 2.0
+    flash = recipe.find("flash").resolve(
+        {"t2i": ["landscape", "portrait", "text"], "edit": ["scene"]}, ["text", "edit"]
+    )
+    fake, student = 1.5 + 1 + 3, 1.5 + 3 + 1
+    teachers = run_passes(options, flash) / (options.steps * options.batch) - 2 * fake - student
+    by_hand = (
+        sum(len(flash.weights(k, 4, "edit", None)) for k in range(4)) / 4
+    )  # and T2I, where text has rules of its own
+    by_hand_t2i = sum(flash.mean_teachers(k, 4, "t2i") for k in range(4)) / 4
+    assert teachers == pytest.approx(GUIDED * (by_hand + by_hand_t2i) / 2)
+    assert 45_000 < run_passes(options, flash) < 55_000
+
+
+def test_two_roles_on_one_model_count_once_each():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj_out = nn.Linear(2, 2)
+
+        def forward(self, z):
+            return self.proj_out(z)
+
+    model = Model()
+    passes = Passes([model, model])
+    with torch.no_grad():
+        model(torch.ones(3, 2))
+    assert passes.count == 3
+    model(torch.ones(5, 2))
+    assert passes.count == 8  # its backward has not run
+    model(torch.ones(4, 2)).sum().backward()
+    assert passes.count == 8 + 4 + 8
