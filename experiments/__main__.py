@@ -6,10 +6,13 @@ from program import edges
 
 def main(argv: list[str] | None = None) -> None:
     name, options, words = parse(argv)
-    from experiments import seeds, tables  # after the command line: --help and a mistyped flag do not wait for torch
+    # After the command line: --help and a mistyped flag do not wait for torch.
+    from experiments import records, seeds, tables
 
     if name == "seeds":
         seeds.run(options, words)
+    elif name == "record":
+        records.run(options, words)
     else:
         tables.run(name, options)
 

@@ -4,6 +4,7 @@
   python -m experiments teachers           which teacher, when        section 4, table 2; section 6.1
   python -m experiments mixture            how many edits             section 5, tables 3 and 4
   python -m experiments seeds -- --steps 400        the main job, or one with other options of train.py, seed by seed
+  python -m experiments record --name NAME --changed "WHAT" -- --lr 0.001        the same, as a row of results/records.md
 
 `python -m experiments NAME --help` lists the options of one.
 """
@@ -47,16 +48,26 @@ class SeedsOptions(Options):
     runs: Path = option(Path("runs/seeds"), "folder of students and scores, which are kept")
 
 
+@dataclass
+class RecordOptions(SeedsOptions):
+    """The options of `record`. Those of train.py follow after "--"."""
+
+    changed: str = option("", "what was changed, in a few words")
+    records: Path = option(Path("results/records.json"), "file of all rows; a .md beside it has the tables")
+
+
+JOBS = {"seeds": SeedsOptions, "record": RecordOptions}  # one job of train.py over several seeds
+
+
 def parse(argv: list[str] | None = None) -> tuple[str, Options, list[str]]:
     """The command line: what is to be made, its options, and what stands after "--". ValueError says what is wrong."""
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(__doc__.strip())
         raise SystemExit(0)
-    if name not in (*EXPERIMENTS, "seeds"):
-        raise ValueError(f"{name[:60]!r}: expected is {', '.join(EXPERIMENTS)} or seeds")
+    if name not in (*EXPERIMENTS, *JOBS):
+        raise ValueError(f"{name[:60]!r}: expected is {', '.join(EXPERIMENTS)}, {' or '.join(JOBS)}")
     own, rest = words, []
-    if name == "seeds" and "--" in words:
+    if name in JOBS and "--" in words:
         own, rest = words[: words.index("--")], words[words.index("--") + 1 :]
-    kind = SeedsOptions if name == "seeds" else TableOptions
-    return name, options.parse(own, kind, __doc__), rest
+    return name, options.parse(own, JOBS.get(name, TableOptions), __doc__), rest

@@ -22,7 +22,9 @@ from checkpoint.files import digest, read_json, write_json
 from plane.claims import KEPT, in_line
 from plane.method import CATEGORIES, SIGMAS, TASKS, Setting, evaluate, train
 from plane.rows import EDITS_BASE, ROWS, Scores, average, cell
-from scores.rows import markdown, paired
+from scores.pages import fill, open_page
+from scores.rows import markdown
+from scores.statistics import mean_over_seeds
 
 ROOT = Path(__file__).parents[1]
 PATCHES = ROOT / "forks"
@@ -32,7 +34,6 @@ ORDER = ("pooled", "below", "told", "through", "gan", "projected", "chords", "de
 NEEDS = {"decoupled": {"guidance": 2.0}}  # the setting of a fork, and of the unchanged code beside it
 RECIPES = {"base": EDITS_BASE, "step": "5:5"}  # the base teacher alone, and step-wise teachers; both at 5:5
 TITLES = {"base": "The base teacher alone, 5:5", "step": "Step-wise teachers, 5:5"}
-START, END = "<!-- made by python -m plane --forks -->", "<!-- end of what it made -->"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def rows_to_make(seeds: int, updates: int) -> list[Row]:
 
 def forks(seeds: int, updates: int, out: Path) -> None:
     """Trains the rows that are not there yet, and writes the tables after each."""
-    (out / "rows").mkdir(parents=True, exist_ok=True)
+    open_page(out / "README.md")
+    (out / "rows").mkdir(exist_ok=True)
     rows, made = rows_to_make(seeds, updates), {}
     for row in rows:
         if (file := out / "rows" / row.file).exists():
@@ -168,7 +170,7 @@ def gains(row: dict, other: dict, look: str) -> str:
         pairs = []
         for categories in CATEGORIES.values():
             a, b = (average(scores_at(made, look), categories, measure) for made in (row, other))
-            pairs.append(cell(paired((a - b).tolist())))
+            pairs.append(cell(mean_over_seeds((a - b).tolist())))
         cells.append(" / ".join(pairs))
     return "; ".join(cells)
 
@@ -201,11 +203,8 @@ def table(recipe: str, rows: list[Row], made: dict[Row, dict]) -> list[list[str]
 
 
 def write_tables(rows: list[Row], made: dict[Row, dict], page: Path) -> None:
-    """Puts the tables between the page's two marks, and leaves the rest of it as it is."""
     tables = [f"**{TITLES[recipe]}**\n\n{markdown(table(recipe, rows, made))}" for recipe in RECIPES]
-    before, _, rest = (page.read_text() if page.exists() else START).partition(START)
-    after = rest.partition(END)[2]
-    page.write_text("\n\n".join([before + START, *tables, END]) + (after or "\n"))
+    fill(page, "\n\n".join(tables))
 
 
 if __name__ == "__main__":  # a row's own process, in the changed copy

@@ -19,6 +19,7 @@ from model import MMDiT
 from plane import forks
 from plane.__main__ import main
 from plane.forks import ORDER, UNCHANGED, Row, changed_lines, copy_sources, patch, rows_to_make
+from scores import pages
 
 NAMES = sorted(file.stem for file in forks.PATCHES.glob("*.patch"))
 
@@ -237,7 +238,7 @@ def test_forks_resume_and_leave_the_pages_own_words(tmp_path, monkeypatch, capsy
         forks.write_json(file, row_file | {"seconds": {"1": 1.0, "5": 2.0}})
 
     monkeypatch.setattr(forks, "make_row", make_row)
-    (tmp_path / "README.md").write_text(f"# Before\n\n{forks.START}\n\nstale\n\n{forks.END}\n\nAfter.\n")
+    (tmp_path / "README.md").write_text(f"# Before\n\n{pages.START}\n\nstale\n\n{pages.END}\n\nAfter.\n")
     words = ["--forks", "--seeds", "2", "--updates", "5", "--out", str(tmp_path)]
     main(words)
     page = (tmp_path / "README.md").read_text()
