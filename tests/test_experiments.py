@@ -20,6 +20,7 @@ from checkpoint.files import read_json
 from experiments import __main__ as command
 from experiments import kept, seeds, tables
 from experiments.claims import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above
+from experiments.options import JOBS
 from model import MMDiT
 from networks.vae import VAE
 from plane import __main__ as plane
@@ -263,9 +264,9 @@ def page_commands(program: str) -> list[list[str]]:
 
 def test_the_pages_commands_are_commands():
     commands = [command.parse(words) for words in page_commands("experiments")]
-    assert {name for name, _, _ in commands} == {*EXPERIMENTS, "seeds"}
+    assert {name for name, _, _ in commands} == {*EXPERIMENTS, *JOBS}
     for name, options, words in commands:
-        if name == "seeds":
+        if name in JOBS:
             seeds.student_options(words)
         else:
             assert options.seeds == (7 if name == "mixture" else 5)  # as the tables say
@@ -276,7 +277,7 @@ def test_every_file_of_the_results_comes_from_a_command_or_stands_on_a_page():
     for name, options, _ in map(command.parse, page_commands("experiments")):
         if name == "seeds" and options.json:
             made.add(str(options.json))
-        elif name != "seeds":
+        elif name not in JOBS:
             made |= {f"results/{name}/{file}" for file in ("table.md", "table.json", "sheet.png", "curve.png")}
     for name in plane.UPDATES:  # python -m plane --experiment NAME --out results/plane
         made |= {f"results/plane/{name}.{ending}" for ending in ("md", "json", "png")}
