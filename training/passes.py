@@ -9,7 +9,6 @@ from torch import Tensor
 
 from data.prompts import TASKS
 from model import MMDiT
-from recipe import Recipe
 from training.options import TrainOptions
 
 
@@ -44,9 +43,9 @@ def sample_passes(name: str, k: int | None = None, scorers: float = 0) -> float:
     return learns
 
 
-def run_passes(options: TrainOptions, recipe: Recipe) -> float:
-    """By arithmetic, a whole distillation; the mean over the draws of k and of the categories. recipe: with the teachers
-    there are. A run's own number is the sum of `passes` in its metrics.jsonl."""
+def run_passes(options: TrainOptions, recipe) -> float:
+    """By arithmetic, a whole distillation; the mean over the draws of k and of the categories. recipe: a Recipe, with the
+    teachers there are. A run's own number is the sum of `passes` in its metrics.jsonl."""
     of_sample = 0.0
     for task, parts in zip(TASKS, recipe.ratio, strict=True):
         for k in range(options.student_steps):
