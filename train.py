@@ -313,17 +313,16 @@ def open_job(options: TrainOptions, pool: Pool, state: Path | None) -> Job:
         say(f"no teacher {', '.join(missing)} here: the base teacher takes its part")
     recipe = recipe.resolve(recipes.categories(pool.entries), places)
 
-    # With LoRA, what learns is a role on the weights of the base teacher.
+    # With LoRA, what learns is a role on the weights of the base teacher. A teacher in training takes the student's.
     teachers = {}
     if not flows or options.lora_rank:
         teachers = frozen(options, {name: places[name] for name in sorted(recipe.teacher_names)})
     base = teachers["base"] if options.lora_rank else None
 
-    def learning(title: str, lora_role: str, muon_lr: float, lr: float, ema: float) -> Trainee:
-        return Trainee(title, learner(options, lora_role, base), options, muon_lr, lr, ema)
+    def learning(title: str, role: str, muon_lr: float, lr: float, ema: float) -> Trainee:
+        return Trainee(title, learner(options, role, base), options, muon_lr, lr, ema)
 
     if flows:
-        # With LoRA the teacher in training has the role "student", as its file's readers expect.
         trainees = {"teacher": learning("teacher", "student", options.muon_lr, options.lr, options.ema)}
         updates_per_step = {"teacher": 1}
     else:
