@@ -1,6 +1,7 @@
 """The plane's commands: one picture of the whole method in two dimensions, and the paper's claims there.
 
     python -m plane                            trains students, prints a table, draws a picture and an animation
+    python -m plane --recipe flash             the same under other teachers; --help has more choices (docs/evening.md)
     python -m plane --experiment claims        the paper's claims along one training, under three fake scores
     python -m plane --experiment NAME          choices, guidance, lambdas: students in a table; or a sweep along a knob
     python -m plane --forks                    each patch of forks/ against the unchanged code
@@ -15,11 +16,14 @@ from checkpoint.files import may_write
 from plane.claims import claims
 from plane.forks import forks
 from plane.method import Setting
+from plane.rows import OURS
 from plane.show import show
 from plane.tables import SWEEPS, TABLES, sweep, table
 from program.ranges import check_range
+from recipe import RECIPES
 
 UPDATES = {"claims": 10_000, "choices": 2000, "guidance": 2000} | dict.fromkeys([*SWEEPS, "lambdas"], 1000)
+PICTURED = RECIPES | {recipe.name: recipe for recipe in OURS.values()}  # what the picture's students may learn
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,15 +35,31 @@ def main(argv: list[str] | None = None) -> None:
         "--updates", type=int, help="of each student (default: 6000; forks: 5000; claims: 10000; others: 1000 or 2000)"
     )
     parser.add_argument("--out", type=Path, help="folder to write to (default: runs/plane; with --forks: forks)")
+    picture = parser.add_argument_group("students of the picture", "tables have their own")
+    picture.add_argument(
+        "--recipe", choices=list(PICTURED), metavar="NAME", help=f"one of {', '.join(PICTURED)} (default: base-5-5)"
+    )
+    picture.add_argument("--fake-updates", type=int, help="of the fake score, before each of the student (default: 2)")
+    picture.add_argument("--guidance", type=float, help="w of the teachers; 1, the default, is off")
+    yes_or_no = argparse.BooleanOptionalAction
+    picture.add_argument("--below", action=yes_or_no, help="noise step k again up to sigma_k only (default: --below)")
+    picture.add_argument("--told", action=yes_or_no, help="tell the fake score the step k (default: --told)")
     args = parser.parse_args(argv)
     if args.forks and args.experiment:
         parser.error("--forks and --experiment are two commands; give one")
+    asked = {"fake_updates": args.fake_updates, "guidance": args.guidance, "below": args.below, "told": args.told}
+    choices = {field: value for field, value in asked.items() if value is not None}
+    if (args.experiment or args.forks) and (choices or args.recipe):
+        parser.error("tables have students of their own: leave out --recipe and the other options of the picture")
     if args.forks:
         return compare_forks(parser, args)
     args.out = args.out or Path("runs/plane")
     name = args.experiment or "dmd"
-    setting = Setting(seeds=args.seeds, updates=UPDATES.get(name, 6000) if args.updates is None else args.updates)
+    updates = UPDATES.get(name, 6000) if args.updates is None else args.updates
+    setting = Setting(seeds=args.seeds, updates=updates, **choices)
     try:
+        check_range("--fake-updates", setting.fake_updates, "[0, 1000]")
+        check_range("--guidance", setting.guidance, "[0, 100]")
         check_range("--seeds", setting.seeds, "[2, 1000]" if name == "claims" else "[1, 1000]")
         check_range("--updates", setting.updates, "[1, 1000000]")
         may_write(args.out / f"{name}.json", overwrite=True)
@@ -52,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     elif name in SWEEPS:
         sweep(name, setting, args.out)
     elif name == "dmd":
-        show(setting, args.out)
+        show(setting, PICTURED[args.recipe or "base-5-5"], args.out)
 
 
 def compare_forks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

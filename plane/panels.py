@@ -74,7 +74,7 @@ def six_panels(
     notes = (
         "from noise (grey) to a sample (red); blue: other samples",
         "too few: many samples end between the shaded modes",
-        "after training nearly all end in a mode",
+        "after training: the nearer to panel 1, the better",
     )
     panels = []
     for i, (model, note) in enumerate(zip(ways, notes), 1):

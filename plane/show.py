@@ -1,4 +1,4 @@
-"""The main job, `python -m plane`: students of the base teacher learn to draw and to edit, in one picture and an animation."""
+"""The main job, `python -m plane`: students learn to draw and to edit, in one picture and an animation."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from dmd import dmd_gradient
 from flow import Velocity, add_noise, euler, predict_x0
 from plane import panels
 from plane.method import SIGMAS, TASKS, TEACHER_SIGMAS, Setting, evaluate, train
-from plane.rows import EDITS_BASE, ROWS, heading, means, write
+from plane.rows import heading, means, write
+from recipe import Recipe
 
 
 def look(real: Velocity, fake: Velocity, x_theta: Tensor, xi: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,8 +34,8 @@ def gradients(real: Velocity, fake: Velocity, x_theta: Tensor) -> tuple[list[Ten
     return one, g
 
 
-def show(setting: Setting, out: Path) -> None:
-    """Students of the base teacher learn to draw and to edit: a table, a picture of six panels, and an animation."""
+def show(setting: Setting, recipe: Recipe, out: Path) -> None:
+    """Students learn by a recipe: OUT/dmd.md and .json, a table; dmd.png, six panels; and dmd.gif, an animation."""
     updates, base, student = setting.updates, setting.teacher(), "Student, 4 steps"
     early = min(30, updates)  # when the gradient is looked at: at the start it is zero, as all three are the same
     frames_at, marks = {0, *(round(updates ** (i / 23)) for i in range(24))}, {round(updates * i / 5) for i in range(6)}
@@ -43,7 +44,7 @@ def show(setting: Setting, out: Path) -> None:
     source = source[:1].expand_as(source)  # one edit, for which there are several right answers
     truths = {category: setting.mixture("truth", category, source[:1]) for category in TASKS}
     frames, found = [], {student: {}}  # found: model -> updates -> category -> measures
-    for step, students, fake in train(setting, ROWS[EDITS_BASE], {early, *frames_at, *marks}):
+    for step, students, fake in train(setting, recipe, {early, *frames_at, *marks}):
         with torch.no_grad():
             samples = {category: euler(students(category, source), noise, SIGMAS) for category in TASKS}
         if step in frames_at:
@@ -51,7 +52,8 @@ def show(setting: Setting, out: Path) -> None:
         if step in marks:
             found[student][step] = means(evaluate(setting, students, SIGMAS))
         if step == early:
-            velocities, x_theta = (base("portrait", source), fake("portrait", source, 3)), samples["portrait"]
+            velocities = base("portrait", source), fake("portrait", source, 3 if setting.told else None)
+            x_theta = samples["portrait"]
             corrections = *gradients(*velocities, x_theta), x_theta
 
     models = {"Teacher, 40 steps": (base, TEACHER_SIGMAS), "Teacher, 4 steps": (base, SIGMAS)}
