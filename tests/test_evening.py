@@ -170,3 +170,18 @@ def test_bug_5_draws_coarser_than_before_training(patched):
     for category in ("landscape", "portrait", "text"):
         assert mean(scored, category, "distance") > mean(untrained(), category, "distance")
         assert mean(scored, category, "distance") > 3 * mean(sound(), category, "distance")
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["--recipe", "soup"], "invalid choice: 'soup'"),
+        (["--fake-updates", "-1"], "--fake-updates -1: a number in [0"),
+        (["--experiment", "sharp", "--guidance", "2"], "leave out --recipe and the other options"),
+        (["--forks", "--no-told"], "leave out --recipe and the other options"),
+    ],
+)
+def test_bad_input(words, complaint, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--out", str(tmp_path)])
+    assert stopped.value.code == 2 and complaint in capsys.readouterr().err
