@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 import torch
 from chat_server import Server
 
+from data.encode import How, encode_prompts
+from data.pool import Pool
+from data.prompts import read_prompts
 from model import MMDiT, MMDiTConfig
 from networks.vae import VAE, VAEConfig
 from toy.build import stages as build
@@ -35,6 +39,43 @@ def toy_checkpoint(tmp_path_factory) -> Path:
     vae.save_pretrained(folder / "vae")
     mmdit.save_pretrained(folder / "transformer")
     return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny random checkpoint that diffusers and transformers wrote, with one specialised teacher, which the default
+    recipe calls for edits. For all tests: whoever changes something takes a copy."""
+    import reference  # here, because diffusers takes seconds to import
+
+    folder = reference.write_checkpoint(tmp_path_factory.mktemp("reference") / "checkpoint", resolution=96)
+    reference.write_transformer(folder / "teachers", seed=7)
+    (folder / "teachers" / "transformer").rename(folder / "teachers" / "edit")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory) -> Path:
+    """JSON lines of both tasks, two categories each; sources of odd sizes and modes, in two layouts."""
+    import reference
+
+    folder = tmp_path_factory.mktemp("prompts")
+    lines = []
+    for i in range(4):
+        reference.picture(64, 64, i).save(folder / f"target{i}.png")
+        size = (100, 40) if i == 3 else (41 + i, 43)
+        reference.picture(*size, 10 + i, mode="RGBA" if i % 2 else "L").save(folder / f"source{i}.png")
+        line = {"task": "t2i", "category": ["portrait", "text"][i % 2], "prompt": f"a wizard{' hat' * i}"}
+        lines.append(line | {"target": f"target{i}.png"})
+        line = {"task": "edit", "category": ["scene", "style"][i % 2], "prompt": f"make the sky red{', red' * i}"}
+        lines.append(line | {"images": [f"source{i}.png"], "target": f"target{i}.png"})
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "prompts.jsonl"
+
+
+@pytest.fixture(scope="session")
+def pools(checkpoint, prompts, tmp_path_factory) -> dict[str, Pool]:
+    folder, listed = tmp_path_factory.mktemp("pools"), read_prompts([prompts])
+    return {o: encode_prompts(folder, listed, checkpoint, How(64, targets=o == "flow")) for o in ("flow", "dmd")}
 
 
 @pytest.fixture

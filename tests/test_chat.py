@@ -298,23 +298,6 @@ def test_a_server_of_one_model_needs_neither_its_name_nor_a_key(serve):
     assert "model" not in json.loads(server.asked[0])
 
 
-@pytest.mark.parametrize("url, key, words", [
-    ("localhost:8000", None, "no address"),
-    ("http://", None, "no address"),
-    ("http://a b/v1", None, "no address"),
-    ("http://[::1", None, "no address"),
-    ("http://a:99999", None, "no address"),
-    ("http://a:0", None, "no address"),
-    ("http://ä", None, "no address"),
-    ("file:///etc", None, "no address"),
-    ("http://a/v1", "secret\nkey", "http://a/v1: the key for it has letters"),
-])  # fmt: skip
-def test_what_http_cannot_use_is_refused_at_once(url, key, words):
-    with pytest.raises(ValueError, match=words) as error:
-        Chat(url, key=key)
-    assert "secret" not in str(error.value)
-
-
 def test_the_judge_sees_what_the_network_sees(tmp_path):
     """Grey of 16 bits, a camera's rotation: as data.pictures opens them, over white."""
     grey = np.linspace(0, 65535, 64 * 32).round().astype(np.uint16).reshape(32, 64)

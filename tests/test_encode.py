@@ -21,20 +21,13 @@ from data.pool import Entry
 from networks.qwen3vl import Qwen3VL
 from networks.vae import VAE
 from recipe import Prompt, read_prompts
+from sample import Pipeline
 
 SIZE = 64
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("encode") / "checkpoint"
-    for write in (reference.write_processor, reference.write_text_encoder, reference.write_vae):
-        write(folder)
-    return folder
-
-
 @pytest.fixture
-def prompts(tmp_path) -> Path:
+def grouped(tmp_path) -> Path:
     """Six prompts in four groups; a picture that a camera took lying on its side is among the sources."""
     lines = []
     for i in range(4):
@@ -66,10 +59,26 @@ def equal(a: Entry, b: Entry) -> bool:
     return rest[0] == rest[1] and all(map(torch.equal, *tensors))
 
 
-def test_only_what_is_missing_is_encoded(checkpoint, prompts, tmp_path, encoded, monkeypatch):
+def test_pool_holds_what_the_pipeline_would_encode(checkpoint, prompts, pools):
+    pipeline = Pipeline.from_pretrained(checkpoint)
+    listed = read_prompts([prompts])
+    for prompt, entry in zip(listed, pools["flow"].entries, strict=True):
+        assert (entry.task, entry.category) == (prompt.task, prompt.category)
+        for text, states in ((prompt.prompt, entry.states), ("", entry.empty)):
+            condition = pipeline.condition([text], [prompt.images] if prompt.images else None, resolution=64)
+            assert entry.slots == condition.slots
+            words = [condition.states[0, start:stop] for start, stop, grid in condition.pieces if grid is None]
+            torch.testing.assert_close(states.float(), torch.cat(words), rtol=1e-2, atol=1e-2)
+        for mine, theirs in zip(entry.sources, condition.sources, strict=True):
+            torch.testing.assert_close(mine.float(), theirs[0], rtol=1e-2, atol=1e-2)
+        assert entry.size == tuple(entry.target.shape[1:])  # the picture to learn has the size that is to be drawn
+    assert len({entry.size for entry in pools["flow"].entries}) == 2  # one source is wider than the others
+
+
+def test_only_what_is_missing_is_encoded(checkpoint, grouped, tmp_path, encoded, monkeypatch):
     folder = tmp_path / "cache"
-    words = [prompt.prompt for prompt in read_prompts([prompts])]
-    expected = encode_prompts(tmp_path / "expected", read_prompts([prompts]), checkpoint, How(SIZE))
+    words = [prompt.prompt for prompt in read_prompts([grouped])]
+    expected = encode_prompts(tmp_path / "expected", read_prompts([grouped]), checkpoint, How(SIZE))
     assert sorted(encoded) == sorted(words)
     assert len({entry.size for entry in expected.entries}) == 3  # the turned one stands upright
 
@@ -80,7 +89,7 @@ def test_only_what_is_missing_is_encoded(checkpoint, prompts, tmp_path, encoded,
                 write = encode.write_shard
                 left = [None] * interrupted_after
                 patch.setattr(encode, "write_shard", lambda *a: (left.pop(), write(*a)))
-            pool = encode_prompts(folder, read_prompts([prompts]), checkpoint, How(resolution))
+            pool = encode_prompts(folder, read_prompts([grouped]), checkpoint, How(resolution))
         return pool.entries, sorted(encoded)
 
     with pytest.raises(IndexError):  # killed when two of four groups were kept, of two prompts and of one
@@ -103,7 +112,7 @@ def test_only_what_is_missing_is_encoded(checkpoint, prompts, tmp_path, encoded,
     assert 0 < len(new) < len(words) and all(map(equal, entries, expected.entries))
     assert visible(folder) == shards and shards[0].stat().st_size == length
 
-    reference.picture(64, 64, 99).save(prompts.parent / "0.jpg")
+    reference.picture(64, 64, 99).save(grouped.parent / "0.jpg")
     entries, new = again()
     assert new == ["red"] and not equal(entries[0], expected.entries[0])
     assert all(map(equal, entries[1:], expected.entries[1:]))
@@ -113,9 +122,9 @@ def test_only_what_is_missing_is_encoded(checkpoint, prompts, tmp_path, encoded,
         assert again()[1] == sorted(words)
 
 
-def test_a_folder_with_other_files_keeps_them(checkpoint, prompts, tmp_path, encoded):
+def test_a_folder_with_other_files_keeps_them(checkpoint, grouped, tmp_path, encoded):
     """Weights of somebody, a shard's name on other contents, a shard without its header, any other file."""
-    listed, folder = read_prompts([prompts]), tmp_path / "cache"
+    listed, folder = read_prompts([grouped]), tmp_path / "cache"
     folder.mkdir()
     save_file({"a": torch.ones(3)}, folder / "model.safetensors")
     save_file({"a": torch.ones(3)}, folder / f"{'1' * 32}.safetensors")
@@ -130,20 +139,20 @@ def test_a_folder_with_other_files_keeps_them(checkpoint, prompts, tmp_path, enc
     assert before == {file: file.read_bytes() for file in before}
 
 
-def test_a_full_disk_leaves_no_shard(checkpoint, prompts, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_shard(checkpoint, grouped, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
         patch.setattr(os, "fsync", full)
-        encode_prompts(tmp_path / "cache", read_prompts([prompts]), checkpoint, How(SIZE))
+        encode_prompts(tmp_path / "cache", read_prompts([grouped]), checkpoint, How(SIZE))
     assert not visible(tmp_path / "cache")
 
 
-def test_a_shard_keeps_words_and_latents_alone(checkpoint, prompts, tmp_path):
+def test_a_shard_keeps_words_and_latents_alone(checkpoint, grouped, tmp_path):
     """In bytes: no state of a source's slot, neither of the prompt nor of its twin. What trains is what the encoder says
     wherever the network reads it."""
-    listed, folder = read_prompts([prompts]), tmp_path / "cache"
+    listed, folder = read_prompts([grouped]), tmp_path / "cache"
     pool = encode_prompts(folder, listed, checkpoint, How(SIZE))
     encoder = Qwen3VL.from_pretrained(checkpoint)
     expected, slots = 0, 0
@@ -169,7 +178,7 @@ def test_a_shard_keeps_words_and_latents_alone(checkpoint, prompts, tmp_path):
             assert torch.allclose(condition.states, states, rtol=1e-2, atol=1e-2)
 
 
-def test_the_vision_tower_looks_once(checkpoint, prompts, tmp_path, monkeypatch):
+def test_the_vision_tower_looks_once(checkpoint, grouped, tmp_path, monkeypatch):
     """For the prompts of a group and their wordless twins: each size of picture comes by once."""
     looks, real = [], encode.Qwen3VL.from_pretrained
 
@@ -179,11 +188,11 @@ def test_the_vision_tower_looks_once(checkpoint, prompts, tmp_path, monkeypatch)
         return encoder
 
     monkeypatch.setattr(encode.Qwen3VL, "from_pretrained", opened)
-    encode_prompts(tmp_path / "cache", read_prompts([prompts]), checkpoint, How(SIZE))
+    encode_prompts(tmp_path / "cache", read_prompts([grouped]), checkpoint, How(SIZE))
     assert sorted(looks) == [1, 1, 2]
 
 
-def test_pictures_are_read_ahead(checkpoint, prompts, tmp_path, monkeypatch):
+def test_pictures_are_read_ahead(checkpoint, grouped, tmp_path, monkeypatch):
     """While a group is encoded, other threads open the pictures of the next one, and of no later one."""
     opened, waiting, real = set(), [], pictures.fit
     monkeypatch.setattr(encode, "GROUP", 1)
@@ -202,7 +211,7 @@ def test_pictures_are_read_ahead(checkpoint, prompts, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pictures, "fit", noted)
     monkeypatch.setattr(encode, "encode_group", encode_group)
-    encode_prompts(tmp_path / "cache", read_prompts([prompts])[:4], checkpoint, How(SIZE))
+    encode_prompts(tmp_path / "cache", read_prompts([grouped])[:4], checkpoint, How(SIZE))
     assert waiting == [2, 3, 4, 4]
 
 
@@ -225,9 +234,9 @@ def test_aspects(checkpoint, resolution):
         assert ratios == pytest.approx([9 / 16, 3 / 4, 1, 4 / 3, 16 / 9], rel=0.04)
 
 
-def test_aspects_change_the_size_of_t2i_alone(checkpoint, prompts, tmp_path, encoded):
+def test_aspects_change_the_size_of_t2i_alone(checkpoint, grouped, tmp_path, encoded):
     """Nothing is encoded again for them, and edits have their sources' size as before."""
-    listed, plain, other = read_prompts([prompts]), {}, {}
+    listed, plain, other = read_prompts([grouped]), {}, {}
     for entries, aspects in ((plain, False), (other, True)):
         encoded.clear()
         pool = encode_prompts(tmp_path, listed, checkpoint, How(256, aspects=aspects))
@@ -252,12 +261,12 @@ def test_sources_and_targets_are_fitted_as_asked(checkpoint, tmp_path, how):
     assert entry.size == (4, 4) and torch.equal(entry.target, expected)
 
 
-def test_a_source_of_the_wrong_area_is_named_before_the_encoding(checkpoint, prompts, tmp_path, monkeypatch):
+def test_a_source_of_the_wrong_area_is_named_before_the_encoding(checkpoint, grouped, tmp_path, monkeypatch):
     """100 x 40 becomes 96 x 32 here, less than this processor takes; one such picture among others."""
     other = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
     reference.write_processor(other, shortest_edge=SIZE**2)
     monkeypatch.setattr(encode.Qwen3VL, "from_pretrained", None)
     with pytest.raises(ValueError, match=r"2\.jpg: becomes 96 x 32 at --resolution 64, .*--resolution 96 suits all"):
-        encode_prompts(tmp_path / "cache", read_prompts([prompts]), other, How(SIZE))
+        encode_prompts(tmp_path / "cache", read_prompts([grouped]), other, How(SIZE))
     monkeypatch.undo()
-    assert len(encode_prompts(tmp_path / "cache", read_prompts([prompts]), other, How(96)).entries) == 6
+    assert len(encode_prompts(tmp_path / "cache", read_prompts([grouped]), other, How(96)).entries) == 6

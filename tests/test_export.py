@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import QwenImage21Pipeline
-from reference import PROMPT, Both, changed, difference, open_pipeline, picture, write_checkpoint
+from reference import PROMPT, Both, changed, difference, open_pipeline, picture
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_files import OTHERS
@@ -28,14 +28,8 @@ TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A teacher's checkpoint: shifted schedule, any number of steps."""
-    return write_checkpoint(tmp_path_factory.mktemp("base"), resolution=96)
-
-
-@pytest.fixture(scope="module")
-def shifted(base):
-    return Both(base)
+def shifted(checkpoint):
+    return Both(checkpoint)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -43,14 +37,14 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
-def test_exported_student(base, tmp_path, shifted, stochastic):
+def test_exported_student(checkpoint, tmp_path, shifted, stochastic):
     """Trained weights, own sigmas, frozen rest: opens on both sides and draws the same; bf16 weights by default."""
-    student = MMDiT.from_pretrained(base / "transformer")
+    student = MMDiT.from_pretrained(checkpoint / "transformer")
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(1.1)
     sigmas = [1.0, 0.9, 0.75, 0.5]
-    export(base, student, sigmas, tmp_path / "student", stochastic=stochastic)
+    export(checkpoint, student, sigmas, tmp_path / "student", stochastic=stochastic)
     index = read_json(tmp_path / "student" / "model_index.json")
     assert (index["sample_sigmas"], index["resolution"], index["guidance"]) == (sigmas, 96, 1.0)
     both = Both(tmp_path / "student")
@@ -58,7 +52,7 @@ def test_exported_student(base, tmp_path, shifted, stochastic):
     assert changed(drawn, shifted.ours(PROMPT, [TALL], steps=4)) > 0.2
 
     # In fp32 the file's picture is that of the model in memory at those sigmas.
-    export(base, student, sigmas, tmp_path / "linked", dtype=torch.float32, link=True)
+    export(checkpoint, student, sigmas, tmp_path / "linked", dtype=torch.float32, link=True)
     shutil.copytree(tmp_path / "linked", tmp_path / "copy")
     reopened = Pipeline.from_pretrained(tmp_path / "copy")
     condition = reopened.condition([PROMPT], [[TALL]])
@@ -91,13 +85,13 @@ def test_the_library_opens_folders_by_itself(toy_checkpoint, tmp_path, link):
         assert difference(result[0], expected[0]) <= 2 and changed(result[0], expected[0]) < 0.02
 
 
-def test_exports_have_the_permissions_of_new_files(base, tmp_path):
+def test_exports_have_the_permissions_of_new_files(checkpoint, tmp_path):
     """Those that the umask leaves, whatever the base's are; safetensors' own would be private."""
-    student = MMDiT.from_pretrained(base / "transformer")
-    (base / "vae" / "diffusion_pytorch_model.safetensors").chmod(0o600)
+    student = MMDiT.from_pretrained(checkpoint / "transformer")
+    (checkpoint / "vae" / "diffusion_pytorch_model.safetensors").chmod(0o600)
     before = os.umask(0o027)
     try:
-        export(base, student, [1.0, 0.5], tmp_path / "student")
+        export(checkpoint, student, [1.0, 0.5], tmp_path / "student")
         write_lora(tmp_path / "lora.safetensors", new_lora(student, 2), [1.0, 0.5])
     finally:
         os.umask(before)
@@ -105,42 +99,44 @@ def test_exports_have_the_permissions_of_new_files(base, tmp_path):
     assert len(modes) > 10 and set(modes.values()) == {oct(0o640)}, modes
 
 
-def test_export_overwrites_nothing_else(base, tmp_path):
-    student = MMDiT.from_pretrained(base / "transformer")
+def test_export_overwrites_nothing_else(checkpoint, tmp_path):
+    student = MMDiT.from_pretrained(checkpoint / "transformer")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("three years of work")
-    checkpoint = shutil.copytree(base, tmp_path / "checkpoint")  # published: it has a model_index.json, but no mark
+    published = shutil.copytree(
+        checkpoint, tmp_path / "checkpoint"
+    )  # published: it has a model_index.json, but no mark
     there = tree(tmp_path)
-    for out in tmp_path / "notes", tmp_path / "notes" / "thesis.txt", base, checkpoint:
+    for out in tmp_path / "notes", tmp_path / "notes" / "thesis.txt", checkpoint, published:
         with pytest.raises(ValueError, match=str(out)):
-            export(base, student, [1.0, 0.5], out)
+            export(checkpoint, student, [1.0, 0.5], out)
     for sigmas in [], [0.5, 1.0], [1.0, 0.0], [1.5], [1.0, float("nan")]:
         with pytest.raises(ValueError, match="sigmas"):
-            export(base, student, sigmas, tmp_path / "student")
+            export(checkpoint, student, sigmas, tmp_path / "student")
     assert tree(tmp_path) == there
 
 
-def test_a_failed_export_leaves_what_was_there(base, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
     """A disk that is full in the middle, and Ctrl-C: the empty folder is as before, and nothing stands beside it."""
-    student, out = MMDiT.from_pretrained(base / "transformer"), tmp_path / "student"
+    student, out = MMDiT.from_pretrained(checkpoint / "transformer"), tmp_path / "student"
     out.mkdir()
     for error in OSError(28, "No space left on device"), KeyboardInterrupt():
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "copyfile", lambda *_, error=error: (_ for _ in ()).throw(error))
             with pytest.raises(type(error)) as raised:
-                export(base, student, [1.0, 0.5], out)
+                export(checkpoint, student, [1.0, 0.5], out)
         assert isinstance(error, KeyboardInterrupt) or f"{out}: cannot be written" in str(raised.value)
         assert [p.name for p in tmp_path.rglob("*")] == ["student"]
-    export(base, student, [1.0, 0.5], out)
+    export(checkpoint, student, [1.0, 0.5], out)
     assert [p.name for p in tmp_path.iterdir()] == ["student"]
 
 
-def test_weights_that_are_not_finite_are_not_exported(base, tmp_path):
-    student = MMDiT.from_pretrained(base / "transformer")
+def test_weights_that_are_not_finite_are_not_exported(checkpoint, tmp_path):
+    student = MMDiT.from_pretrained(checkpoint / "transformer")
     with torch.no_grad():
         student.img_in.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="student: img_in.weight holds values that are not finite"):
-        export(base, student, [1.0], tmp_path / "student")
+        export(checkpoint, student, [1.0], tmp_path / "student")
     assert not list(tmp_path.iterdir())
 
 
@@ -164,20 +160,20 @@ def test_files_that_are_there_are_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
-def test_a_student_says_how_it_draws(base, tmp_path, stochastic):
+def test_a_student_says_how_it_draws(checkpoint, tmp_path, stochastic):
     """In its README.md; and a warning where it re-noises, which other programs do not."""
-    student = MMDiT.from_pretrained(base / "transformer")
-    export(base, student, [1.0, 0.5], tmp_path / "student", stochastic=stochastic)
+    student = MMDiT.from_pretrained(checkpoint / "transformer")
+    export(checkpoint, student, [1.0, 0.5], tmp_path / "student", stochastic=stochastic)
     text = (tmp_path / "student" / "README.md").read_text()
     assert how_it_draws([1.0, 0.5], stochastic) in text and "2 steps at the times [1.0, 0.5]" in text
     assert ("new noise after each step" in text and "ComfyUI" in text) == stochastic
     assert ("by Euler's method." in text) == (not stochastic)
 
 
-def test_a_bent_schedule_is_exported_as_it_is_drawn(base, tmp_path):
+def test_a_bent_schedule_is_exported_as_it_is_drawn(checkpoint, tmp_path):
     """Lightning's, fused: raw sigmas, and a scheduler that shifts them by the picture's size, without a terminal."""
     student = [
-        *("--checkpoint", str(base)),
+        *("--checkpoint", str(checkpoint)),
         "--sigmas",
         "1",
         "0.75",
@@ -196,20 +192,20 @@ def test_a_bent_schedule_is_exported_as_it_is_drawn(base, tmp_path):
         assert "which its scheduler shifts" in (folder / "README.md").read_text()
         assert read_json(folder / "model_index.json")["sample_sigmas"] == [1.0, 0.75, 0.5, 0.25]
         Both(folder).agree()
-    sample.main([*student, "--shift", "3", "--export", str(tmp_path / "a.safetensors"), "--base", str(base)])
+    sample.main([*student, "--shift", "3", "--export", str(tmp_path / "a.safetensors"), "--base", str(checkpoint)])
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert json.loads(file.metadata()["sample_sigmas"]) == pytest.approx([1.0, 0.9, 0.75, 0.5])
 
 
 @torch.no_grad()
-def test_exact_layers_of_a_lora(base, tmp_path, capsys):
+def test_exact_layers_of_a_lora(checkpoint, tmp_path, capsys):
     """Whole changes, gains of norms too: bit for bit those of the student, whose weights are bf16 like the base's."""
-    student = MMDiT.from_pretrained(base / "transformer", torch.bfloat16)
+    student = MMDiT.from_pretrained(checkpoint / "transformer", torch.bfloat16)
     rng = torch.Generator().manual_seed(0)
     for parameter in student.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
-    export(base, student, [1.0, 0.5], tmp_path / "student", stochastic=False)
-    command = ["--checkpoint", str(tmp_path / "student"), "--base", str(base), "--rank", "2", "--device", "cpu"]
+    export(checkpoint, student, [1.0, 0.5], tmp_path / "student", stochastic=False)
+    command = ["--checkpoint", str(tmp_path / "student"), "--base", str(checkpoint), "--rank", "2", "--device", "cpu"]
     names = ["img_in", "proj_out", "time_text_embed", "norm_q"]
     shares = []
     for number, exact in enumerate(([], ["--exact", *names])):
@@ -223,7 +219,7 @@ def test_exact_layers_of_a_lora(base, tmp_path, capsys):
         "img_in", "proj_out", *(f"time_text_embed.timestep_embedder.linear_{i}" for i in (1, 2)),
         *(f"transformer_blocks.{i}.attn.norm_q" for i in (0, 1)),
     }  # fmt: skip
-    network = MMDiT.from_pretrained(base / "transformer", torch.bfloat16)
+    network = MMDiT.from_pretrained(checkpoint / "transformer", torch.bfloat16)
     lora, sigmas, stochastic = read_lora(file, network)
     merge(network, lora)
     assert (sigmas, stochastic) == ([1.0, 0.5], False)
@@ -231,16 +227,16 @@ def test_exact_layers_of_a_lora(base, tmp_path, capsys):
         weight = f"{layer}.weight"
         assert torch.equal(network.state_dict()[weight], student.state_dict()[weight]), layer
     with pytest.raises(ValueError, match="should be empty"):  # docs/checkpoints.md: diffusers does not read such a file
-        open_pipeline(base).load_lora_weights(file)
+        open_pipeline(checkpoint).load_lora_weights(file)
 
 
 # What is copied from a base belongs to whoever exports
 
 
 @pytest.fixture
-def read_only_base(tmp_path) -> Path:
+def read_only_base(checkpoint, tmp_path) -> Path:
     """A checkpoint that is read-only, as downloads and shared disks are, and has other programs' files in it."""
-    folder = write_checkpoint(tmp_path / "base")
+    folder = shutil.copytree(checkpoint, tmp_path / "base")
     for name in OTHERS:
         (folder / "vae" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "vae" / name).touch()

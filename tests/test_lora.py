@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from reference import (
     open_pipeline,
     picture,
     random_lora,
-    write_checkpoint,
+    write_model_index,
     write_scheduler,
 )
 from safetensors import safe_open
@@ -31,9 +32,11 @@ IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    directory = write_checkpoint(tmp_path_factory.mktemp("base"), resolution=64, sample_sigmas=SIGMAS)
+def base(checkpoint, tmp_path_factory):
+    """The shared checkpoint with a student's schedule."""
+    directory = shutil.copytree(checkpoint, tmp_path_factory.mktemp("base") / "checkpoint")
     write_scheduler(directory, **IDENTITY)
+    write_model_index(directory, resolution=64, sample_sigmas=SIGMAS)
     return directory
 
 
@@ -167,66 +170,6 @@ def test_the_extracted_turbo_lora(model, tmp_path):
         assert_close(weight, expected[name])
 
 
-def fun_acc(layer: str) -> dict[str, torch.Tensor]:
-    """As slmonker/ComfyUI-QwenImage21-Fun-PDD lists the keys of PAI's Qwen-Image-2.1-Fun-Acc-4Step."""
-    return {
-        f"{layer}.lora_down": torch.ones(4, 64),
-        f"{layer}.lora_up": torch.ones(64, 4),
-        "transformer_blocks.0.attn.norm_q.weight": torch.ones(32),
-        "proj_out.weight": torch.ones(4, 64, 64),
-    }
-
-
-LAYER = "transformer_blocks.0.attn.to_q"
-PAIR = {f"{LAYER}.lora_A.weight": torch.ones(4, 64), f"{LAYER}.lora_B.weight": torch.ones(64, 4)}
-OTHERS = {  # what it is: (its tensors, its header, the complaint); the keys as a public source shows them
-    "Fun-Acc": (
-        fun_acc(LAYER),
-        {"format": "qwenimage21_extracted_prefused_v1"},
-        "a PDD student .Fun-Acc., which has an output layer for each of its steps; 2 of its 4 keys are unknown: proj_out.weight",
-    ),
-    "Fun-Acc under another header": (fun_acc(LAYER), {}, "it replaces whole layers; 2 of its 4 keys are unknown: proj_out.weight"),
-    # ComfyUI's loader (comfy/lora.py), and peft's own name for it (peft/tuners/lora)
-    "DoRA, ComfyUI": (PAIR | {f"{LAYER}.dora_scale": torch.ones(64, 1)}, {}, f"a DoRA, .*: {LAYER}.dora_scale"),
-    "DoRA, peft": (PAIR | {f"{LAYER}.lora_magnitude_vector.weight": torch.ones(64)}, {}, "a DoRA"),
-    # comfyanonymous/ComfyUI, QUANTIZATION.md, and its earlier scaled fp8
-    "fp8, ComfyUI": (
-        {f"{LAYER}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn), f"{LAYER}.weight_scale": torch.tensor(1.0)},
-        {},
-        f"a network in scaled fp8 .*; 2 of its 2 keys are unknown: {LAYER}.weight, {LAYER}.weight_scale",
-    ),
-    "fp8, ComfyUI's earlier": (
-        {f"{LAYER}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn), f"{LAYER}.scale_weight": torch.tensor(1.0),
-         "scaled_fp8": torch.ones(2).to(torch.float8_e4m3fn)},
-        {},
-        "a network in scaled fp8",
-    ),
-    # imnotednamode/mochi-1-preview-mix-nf4, whose index lists them
-    "nf4, bitsandbytes": (
-        {f"{LAYER}.weight": torch.ones(64, 32, dtype=torch.uint8), f"{LAYER}.weight.absmax": torch.ones(4),
-         f"{LAYER}.weight.quant_state.bitsandbytes__nf4": torch.ones(4, dtype=torch.uint8)},
-        {},
-        "a network quantised by bitsandbytes",
-    ),
-    # Qwen-Image of 20B, which has a second stream for the text (diffusers, QwenImageTransformer2DModel)
-    "a LoRA for Qwen-Image": (
-        {f"{LAYER[:-4]}add_q_proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"},
-        {},
-        "made for another network: transformer_blocks.0.attn.add_q_proj is no linear layer",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", OTHERS)
-def test_files_that_cannot_be_placed_are_named(model, tmp_path, kind):
-    """What the file is and which of its keys are unknown, in one line."""
-    tensors, header, message = OTHERS[kind]
-    save_file(tensors, tmp_path / "other.safetensors", header or None)
-    with pytest.raises(ValueError, match=message) as error:
-        read_lora(tmp_path / "other.safetensors", model)
-    assert "other.safetensors" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
-
-
 @torch.no_grad()
 def test_several_with_scales_add_up(model):
     loras = random_lora(model, 3, 5.0), random_lora(model, 2, 2.0, r".*attn.*", 1)
@@ -281,55 +224,3 @@ def test_factorise(model):
         student.transformer_blocks[0].attn.norm_q.weight.add_(10)
     assert factorise(model, student, 6)[1] < kept
     assert factorise(model, model, 6) == ({}, 1.0)
-
-
-def test_faulty_files_are_one_error(model, tmp_path):
-    file = tmp_path / "some.safetensors"
-    write_lora(file, random_lora(model, layers=r".*0\.attn\.to_q"))
-    whole, layer = load_file(file), "transformer_blocks.0.attn.to_q"
-    for change, message in (
-        ({f"{layer}.lora_B.weight": None}, f"{layer} has only a, alpha"),
-        (
-            {f"{layer}.lora_B.weight": torch.ones(64, 5)},
-            rf"{layer} has A \[4, 64\] and B \[64, 5\], which make no product",
-        ),
-        ({f"{layer}.lora_A.weight": torch.ones(4, 63)}, rf"{layer} has A \[4, 63\]"),
-        (
-            {f"{layer}.lora_A.weight": torch.ones(0, 64), f"{layer}.lora_B.weight": torch.ones(64, 0)},
-            f"{layer}.lora_A.* empty",
-        ),
-        ({f"{layer}.lora_B.weight": torch.full((64, 4), torch.nan)}, f"{layer}.lora_B.* not finite"),
-        ({f"{layer}.alpha": torch.ones(2)}, rf"{layer}.alpha has shape \[2\]; one number"),
-        ({f"{layer}.dora_scale": torch.ones(64)}, f"a DoRA, .*; 1 of its 4 keys are unknown: {layer}.dora_scale"),
-        ({f"{layer}.lora_magnitude_vector.weight": torch.ones(64)}, "a DoRA"),
-        ({f"{layer}.lokr_w1": torch.ones(64)}, f"a LoKr or LoHa.*: {layer}.lokr_w1"),
-        ({f"{layer}.hada_w1_a": torch.ones(64)}, "a LoKr or LoHa"),
-        ({f"{layer}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)}, f"{layer}.lora_A.weight has the type I32"),
-        ({f"transformer.{layer}.lora_A.weight": torch.ones(4, 64)}, f"gives the a of {layer} a second time"),
-        ({f"lora_unet_{underscored(layer)}.alpha": torch.tensor(1.0)}, f"gives the alpha of {layer} a second time"),
-        ({"some.lora_A.weight": torch.ones(2, 2), "some.lora_B.weight": torch.ones(2, 2)}, "some is no linear layer"),
-        (dict.fromkeys(whole), "holds no LoRA"),
-    ):
-        save_file({name: tensor for name, tensor in (whole | change).items() if tensor is not None}, file)
-        with pytest.raises(ValueError, match=message) as error:
-            read_lora(file, model)
-        assert str(file) in str(error.value)
-    for header, message in (
-        ({"sample_sigmas": "[0.5, 1.0]"}, "sample_sigmas"),
-        ({"sample_sigmas": "[0.5,"}, "header"),
-        ({"lora_adapter_metadata": '{"transformer.use_dora": true}'}, "DoRA"),
-        ({"lora_adapter_metadata": '{"transformer.lora_alpha": "rank"}'}, "no number as lora_alpha"),
-        ({"lora_adapter_metadata": "[]"}, "no JSON object"),
-        ({"lora_adapter_metadata": '{"transformer.lora_alpha": 1' + "0" * 400 + "}"}, "no number as lora_alpha"),
-        ({"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'}, "no number as lora_alpha"),
-        ({"lora_adapter_metadata": "[" * 10_000}, "header"),
-        ({"sample_sigmas": "[1e400]"}, "sample_sigmas"),
-    ):
-        save_file(whole, file, header)
-        with pytest.raises(ValueError, match=message):
-            read_lora(file, model)
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        read_lora(file, model)
-    with pytest.raises(FileNotFoundError, match="none.safetensors"):
-        read_lora(tmp_path / "none.safetensors", model)

@@ -50,8 +50,10 @@ def random_transformer(folder: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """Random networks; a full specialised teacher for edits, and one for text that is a LoRA. Nothing here is encoded."""
+def two_teachers(tmp_path_factory) -> Path:
+    """Random networks; a full specialised teacher for edits, and one for text that is a LoRA. Nothing here is encoded.
+
+    Not the shared checkpoint: some of its gradients are so small that Adam makes steps of their rounding."""
     folder = tmp_path_factory.mktemp("node") / "checkpoint"
     random_transformer(folder / "transformer", 1)
     random_transformer(folder / "teachers" / "edit", 2)
@@ -198,37 +200,37 @@ def assert_same_trajectory(one: Path, two: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(checkpoint, pool, tmp_path_factory) -> Path:
+def runs(two_teachers, pool, tmp_path_factory) -> Path:
     """The folder of all runs: one-* by one process, two-* by two, and notes of what their ranks did."""
     folder = tmp_path_factory.mktemp("runs")
     first = dict(recipe="specialised-first-step", recompute=True, steps=1, sampler="euler")
     muon = dict(muon_lr=0.01, fake_muon_lr=0.01, steps=2)  # its step needs whole matrices, of which a rank has rows
 
     def alone():
-        run(checkpoint, pool, folder / "one", steps=3)
-        run(checkpoint, pool, folder / "one-lora", steps=2, lora_rank=4)
-        run(checkpoint, pool, folder / "one-first", **first)
-        run(checkpoint, pool, folder / "one-muon", **muon)
+        run(two_teachers, pool, folder / "one", steps=3)
+        run(two_teachers, pool, folder / "one-lora", steps=2, lora_rank=4)
+        run(two_teachers, pool, folder / "one-first", **first)
+        run(two_teachers, pool, folder / "one-muon", **muon)
 
     def both():
-        run(checkpoint, pool, folder / "two", steps=2, pictures=True)
-        run(checkpoint, pool, folder / "two-from-one", steps=3, resume=True)
-        run(checkpoint, pool, folder / "two-lora", steps=2, lora_rank=4)
-        run(checkpoint, pool, folder / "two-first", **first)
-        run(checkpoint, pool, folder / "two-muon", **muon)
-        run(checkpoint, pool, folder / "two-bf16", steps=1, dtype="bfloat16")
-        run(checkpoint, pool, folder / "two-wrong", "value", steps=3, save_every=1)
-        run(checkpoint, pool, folder / "two-stopped", "signal", steps=3)
-        run(checkpoint, pool, folder / "two-uneven", micro_batch=3)
+        run(two_teachers, pool, folder / "two", steps=2, pictures=True)
+        run(two_teachers, pool, folder / "two-from-one", steps=3, resume=True)
+        run(two_teachers, pool, folder / "two-lora", steps=2, lora_rank=4)
+        run(two_teachers, pool, folder / "two-first", **first)
+        run(two_teachers, pool, folder / "two-muon", **muon)
+        run(two_teachers, pool, folder / "two-bf16", steps=1, dtype="bfloat16")
+        run(two_teachers, pool, folder / "two-wrong", "value", steps=3, save_every=1)
+        run(two_teachers, pool, folder / "two-stopped", "signal", steps=3)
+        run(two_teachers, pool, folder / "two-uneven", micro_batch=3)
 
     in_processes(None, alone)
     shutil.copytree(folder / "one", folder / "two-from-one")
     shutil.rmtree(folder / "two-from-one" / "checkpoints" / "00000003")
     in_processes(2, both)
     shutil.copytree(folder / "two", folder / "one-from-two")
-    in_processes(None, lambda: run(checkpoint, pool, folder / "one-from-two", steps=3, resume=True))
+    in_processes(None, lambda: run(two_teachers, pool, folder / "one-from-two", steps=3, resume=True))
     shutil.copytree(folder / "two", folder / "two-from-two")
-    in_processes(2, lambda: run(checkpoint, pool, folder / "two-from-two", steps=3, resume=True))
+    in_processes(2, lambda: run(two_teachers, pool, folder / "two-from-two", steps=3, resume=True))
     return folder
 
 
@@ -291,7 +293,7 @@ def test_one_rank_stops_all(runs):
         assert end["ended"].startswith("ValueError: --batch 4 in --micro-batch 3 makes parts of 3 samples, which")
 
 
-def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):
+def test_ranks_share_the_encoding(two_teachers, tmp_path, monkeypatch):
     """Each group of prompts is hashed and encoded by one rank, in the groups of a single process; both have all of it."""
     (tmp_path / "log").mkdir()
     real_key = encode.content_key
@@ -315,7 +317,7 @@ def test_ranks_share_the_encoding(checkpoint, tmp_path, monkeypatch):
     prompts = [Prompt("t2i", "text", str(number)) for number in range(9)]
 
     def work():
-        pool = encode_prompts(tmp_path / str(train.ranks()), prompts, checkpoint, How(64, empty=False))
+        pool = encode_prompts(tmp_path / str(train.ranks()), prompts, two_teachers, How(64, empty=False))
         assert [int(entry.states[0, 0]) for entry in pool.entries] == list(range(9))
 
     groups = []
@@ -341,10 +343,10 @@ def test_torchrun(tmp_path):
 # ---- LoRA roles ------------------------------------------------------------------------------------------------------
 
 
-def test_roles_share_one_copy_of_the_weights(checkpoint, tmp_path):
+def test_roles_share_one_copy_of_the_weights(two_teachers, tmp_path):
     """Counted in bytes: base weights once, in bf16; each role its own factors; the student's average."""
-    args = TrainOptions(checkpoint=checkpoint, out=tmp_path, lora_rank=4, dtype="bfloat16", device="cpu")
-    teachers = train.frozen(args, {"text": checkpoint / "teachers" / "text.safetensors"})
+    args = TrainOptions(checkpoint=two_teachers, out=tmp_path, lora_rank=4, dtype="bfloat16", device="cpu")
+    teachers = train.frozen(args, {"text": two_teachers / "teachers" / "text.safetensors"})
     student, fake = (
         train.Trainee(role, train.learner(args, role, teachers["base"]), args, 0.0, 1e-4, ema)
         for role, ema in (("student", 0.9), ("fake", 0.0))
@@ -359,14 +361,14 @@ def test_roles_share_one_copy_of_the_weights(checkpoint, tmp_path):
     assert {p for p in teachers["base"].model.parameters() if p.requires_grad} == {*student.weights, *fake.weights}
 
 
-def test_lora_run_trains_its_factors_alone_and_exports_both_ways(runs, checkpoint):
+def test_lora_run_trains_its_factors_alone_and_exports_both_ways(runs, two_teachers):
     """The student's folder is the base with the averaged factors merged in; lora.safetensors holds these."""
-    base = MMDiT.from_pretrained(checkpoint / "transformer")
+    base = MMDiT.from_pretrained(two_teachers / "transformer")
     student = MMDiT.from_pretrained(runs / "one-lora" / "student" / "transformer")
     lora, sigmas, stochastic = read_lora(runs / "one-lora" / "lora.safetensors", base)
     assert sigmas == [1.0, 0.9, 0.75, 0.5] and stochastic and all(alpha == 4 for _, _, alpha in lora.values())
     assert all(b.abs().max() > 1e-5 for _, b, _ in lora.values())
-    merged = MMDiT.from_pretrained(checkpoint / "transformer")
+    merged = MMDiT.from_pretrained(two_teachers / "transformer")
     merge(merged, lora)
     for name, weight in student.named_parameters():
         expected = merged.get_parameter(name)

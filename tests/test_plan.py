@@ -1,10 +1,12 @@
 """`train.py --plan` against measured memory on small configs, and against known numbers of the 7B's."""
 
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,24 +56,22 @@ class Held(TorchDispatchMode):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("plan")
+def wider(checkpoint, tmp_path_factory) -> Path:
+    """The shared checkpoint with a network whose memory is mostly tensors."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("plan") / "checkpoint")
+    shutil.rmtree(folder / "transformer")
+    shutil.rmtree(folder / "teachers")
     MMDiT(SMALL).save_pretrained(folder / "transformer")
-    for name in ("vae", "text_encoder", "processor", "scheduler"):
-        (folder / name).mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text("{}")
-    (folder / "model_index.json").write_text(
-        '{"_class_name": "QwenImage21Pipeline", "resolution": 192, "guidance": 2.0}'
-    )
+    reference.write_model_index(folder, resolution=192, guidance=2.0)
     return folder
 
 
 @pytest.mark.parametrize("way", ["weights", "weights recomputed", "bf16", "LoRA"])
-def test_measured_peak_is_within_15_percent(checkpoint, tmp_path, monkeypatch, way):
+def test_measured_peak_is_within_15_percent(wider, tmp_path, monkeypatch, way):
     numbers = dict(steps=2, batch=4, micro_batch=4, recipe="mix-0-10", muon_lr=0.0, fake_muon_lr=0.0, device="cpu")
     numbers |= dict(dtype="bfloat16" if way in ("bf16", "LoRA") else "float32", recompute=way == "weights recomputed")
     numbers |= dict(lora_rank=8 if way == "LoRA" else 0, panel_every=100, save_every=100, fake_updates=1)
-    args, _ = train.open_run(TrainOptions(checkpoint=checkpoint, out=tmp_path / "run", **numbers))
+    args, _ = train.open_run(TrainOptions(checkpoint=wider, out=tmp_path / "run", **numbers))
     # On a CPU attention in bf16 keeps a matrix of scores for its backward pass, which a GPU's does not.
     monkeypatch.setattr(network, "attend", lambda q, k, v, bias: F.scaled_dot_product_attention(q, k, v, bias))
     monkeypatch.setattr(train, "save", lambda *arguments: None)
@@ -114,15 +114,13 @@ def test_numbers_of_the_published_network():
     assert 14 < (planned.peak - planned.bytes["activations"]) / 1e9 < 20
 
 
-def test_plan_from_the_command_line(checkpoint, tmp_path, monkeypatch, capsys):
+def test_plan_from_the_command_line(wider, tmp_path, monkeypatch, capsys):
     """It loads no weights, writes nothing, and more processes mean less for each."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(MMDiT, "from_pretrained", None)
     peaks = []
     for gpus in ("1", "4"):
-        train.main(
-            ["--plan", "--checkpoint", str(checkpoint), "--gpus", gpus, "--micro-batch", "8", "--dtype", "float32"]
-        )
+        train.main(["--plan", "--checkpoint", str(wider), "--gpus", gpus, "--micro-batch", "8", "--dtype", "float32"])
         text = capsys.readouterr().out
         peaks.append(float(text.split("peak")[1].split()[0]))
         assert "TFLOP an update" in text and "rollout" in text

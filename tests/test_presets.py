@@ -5,6 +5,7 @@ import json
 import pytest
 
 import train
+from checkpoint.files import save_config
 from model import MMDiTConfig
 from program.options import TOY
 from training import presets
@@ -38,3 +39,18 @@ def test_the_command_line_asks_the_checkpoint_for_its_size(tmp_path):
         assert train.parse([*words, "--lora-rank", "32"]).sampler == expected
         for sampler in "renoise", "euler":
             assert train.parse([*words, "--sampler", sampler]).sampler == sampler
+
+
+@pytest.mark.parametrize("objective", ["dmd", "flow"])
+@pytest.mark.parametrize("rank", [0, 32])
+def test_a_network_of_billions_has_numbers_of_its_own(tmp_path, objective, rank):
+    """Nothing of the toy's: AdamW, small rates, recomputation. The 7B's config alone decides, and flags go before it."""
+    save_config(MMDiTConfig(), tmp_path / "transformer" / "config.json", "QwenImage21Transformer2DModel")
+    words = ["--checkpoint", str(tmp_path), "--objective", objective, "--lora-rank", str(rank)]
+    args = train.parse(words)
+    assert args.muon_lr == args.fake_muon_lr * (objective == "dmd") == 0 and args.recompute
+    assert (args.lr, args.micro_batch) == ((1e-4, 2) if rank else (2e-6 if objective == "dmd" else 1e-5, 8))
+    assert args.batch == 32 and args.dtype == "bfloat16" and args.objective == objective
+    assert train.parse([*words, "--lr", "3e-6"]).lr == 3e-6
+    small = train.parse(words[2:])
+    assert small.muon_lr > 0 and not small.recompute

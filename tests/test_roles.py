@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from reference import assert_close, merged, random_lora, write_checkpoint
+from reference import assert_close, merged, random_lora
 
 from checkpoint.lora import as_factors, new_lora
 from model import Condition, MMDiT
@@ -12,14 +12,9 @@ from training.roles import add_role, role_lora, with_role
 from training.trainee import recompute
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("base"))
-
-
 @pytest.fixture
-def model(base):
-    return MMDiT.from_pretrained(base / "transformer")
+def model(checkpoint):
+    return MMDiT.from_pretrained(checkpoint / "transformer")
 
 
 def inputs(batch: int = 2) -> tuple:

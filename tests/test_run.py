@@ -1,6 +1,64 @@
-"""A run's folder."""
+"""A run's folder: how it begins, is saved, ends and goes on."""
 
-from training.run import save
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file
+from training_runs import forked, metrics, newest, run_options
+
+import train
+from checkpoint.weights import write_tensors
+from training import watch
+from training.run import fill_defaults, save, whole_checkpoints
+
+
+def test_an_uneven_ratio_is_said(checkpoint, tmp_path, capsys):
+    fill_defaults(run_options(checkpoint, tmp_path, batch=4, micro_batch=2))
+    assert "does not divide" not in capsys.readouterr().out
+    fill_defaults(run_options(checkpoint, tmp_path, batch=5, micro_batch=3))
+    assert "--micro-batch 3 does not divide --batch 5" in capsys.readouterr().out
+
+
+def test_killed_at_any_moment_of_saving(tmp_path):
+    """Twenty writers that do nothing but save are killed at random moments: what is newest is whole, and no older than
+    the last save that came to its end."""
+    moments, told = random.Random(0), tmp_path / "told"
+    (tmp_path / "run").mkdir()
+    for _ in range(20):
+        first = [0, *(int(f.name) for f in whole_checkpoints(tmp_path / "run"))][-1] + 1
+
+        def write(first=first):
+            for step in range(first, first + 10**6):
+                tensors = {name: torch.from_numpy(np.full(50_000, step)) for name in "ab"}
+                trainee = SimpleNamespace(sharded=False, state=lambda tensors=tensors: tensors)
+                train.save(tmp_path / "run", step, {"student": trainee, "fake": trainee})
+                told.write_text(f"{step:09d}")
+
+        told.unlink(missing_ok=True)
+        pid = forked(write)
+        while not told.exists():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        step, networks = newest(tmp_path / "run")
+        assert step >= int(told.read_text() or 0) and networks.keys() == {"student", "fake"}
+        assert all((tensor == step).all() for tensors in networks.values() for tensor in tensors.values())
+        assert len(whole_checkpoints(tmp_path / "run")) <= 3  # two, and one that it did not come to remove
+    assert step >= 20
 
 
 def test_the_next_checkpoint_removes_what_a_killed_writer_left(tmp_path):
@@ -12,3 +70,195 @@ def test_the_next_checkpoint_removes_what_a_killed_writer_left(tmp_path):
     for step in (3, 4, 5):
         save(tmp_path, step, {})
     assert sorted(path.name for path in left.parent.iterdir()) == [".DS_Store", "00000004", "00000005"]
+
+
+def test_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path):
+    def trainees(step: int) -> dict:
+        return {"student": SimpleNamespace(sharded=False, state=lambda: {"a": torch.full((10_000,), step)})}
+
+    train.save(tmp_path, 1, trainees(1))
+
+    def write():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # no file may be larger, as if no room were left
+        with pytest.raises(OSError, match=r"no checkpoint of step 2 \(.*the last whole one: 00000001"):
+            train.save(tmp_path, 2, trainees(2))
+
+    assert os.waitpid(forked(write), 0)[1] == 0
+    assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["00000001"]
+    assert newest(tmp_path)[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["masters", "average", "moment"])
+def test_what_is_not_finite_is_neither_saved_nor_exported(checkpoint, pools, tmp_path, monkeypatch, kind):
+    """At the last step, where no loss is left to show it."""
+    update = train.Trainee.update
+
+    def poisoned(self, rate):
+        update(self, rate)
+        if self.title == "student" and self.updates == 2:
+            adam = self.optimizers[0]
+            moment = adam.state[adam.param_groups[0]["params"][0]]["exp_avg"]
+            tensor = {"masters": self.masters[-1], "average": (self.average or [None])[-1], "moment": moment}[kind]
+            tensor.detach().view(-1)[-1] = torch.nan
+
+    monkeypatch.setattr(train.Trainee, "update", poisoned)
+    monkeypatch.setattr(watch, "draw_pictures", lambda *arguments: None)
+    args, state = train.open_run(run_options(checkpoint, tmp_path / "run", steps=2, save_every=1, batch=2))
+    with pytest.raises(FloatingPointError, match=r"no checkpoint of step 2 \(student: .* is not finite\); .*00000001"):
+        train.train(args, pools["dmd"], state)
+    assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000001"]
+    assert not (tmp_path / "run" / "student").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint, pools, tmp_path_factory) -> Path:
+    """A run of two steps, with masters apart from the weights, both optimisers, and its own copy of the checkpoint."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(checkpoint, folder / "checkpoint")
+    args = run_options(folder / "checkpoint", folder / "run", steps=2, batch=2, fake_updates=1, dtype="bfloat16")
+    args, state = train.open_run(args)
+    train.train(args, pools["dmd"], state)
+    return folder
+
+
+def test_a_finished_run_goes_on_and_says_from_where(finished, pools, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run" / "args.json").write_text(
+        (finished / "run" / "args.json").read_text().replace(str(finished), str(tmp_path))
+    )
+    (tmp_path / "run" / "student" / "thesis.txt").touch()
+    for steps in (2, 3):
+        numbers = dict(steps=steps, batch=2, fake_updates=1, dtype=None, resume=True)
+        args, state = train.open_run(run_options(tmp_path / "checkpoint", tmp_path / "run", **numbers))
+        train.train(args, pools["dmd"], state)
+        said = capsys.readouterr().out
+        assert f"goes on after step 2 of {steps}" in said and "student: from an earlier end of this run" in said
+    assert (tmp_path / "run" / "student-1" / "thesis.txt").is_file() and (tmp_path / "run" / "student-2").is_dir()
+    assert newest(tmp_path / "run")[0] == 3 and len(metrics(tmp_path / "run")) == 3
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["arguments"]["steps"] == 3
+
+
+def tamper(change: str, state: Path, tmp: Path) -> None:
+    """One kind of damage to the folder of a checkpoint's state, or to what the run was started with."""
+    student, fake = state / "student-0000-of-0001.safetensors", state / "fake-0000-of-0001.safetensors"
+    tensors, run = load_file(student), state.parent.parent
+    name = {
+        "master": "master time_text_embed.timestep_embedder.linear_1.weight",
+        "average": "average proj_out.weight",
+        "moment": "exp_avg proj_out.weight",
+        "momentum": "momentum_buffer transformer_blocks.0.attn.to_q.weight",
+        "updates": "updates",
+    }.get(change)
+    if name:
+        name = name if name in tensors else next(n for n in sorted(tensors) if n.startswith(name.split()[0]))
+        del tensors[name]
+    name = next(n for n in sorted(tensors) if n.startswith("exp_avg ") and len(set(tensors[n].shape)) == 2)
+    if change == "stray tensor":
+        tensors["master nothing"] = torch.zeros(1)
+    elif change == "broadcast":
+        tensors[name] = tensors[name][:1].clone()
+    elif change == "transposed":
+        tensors[name] = tensors[name].T.contiguous()
+    elif change == "a number":
+        tensors[name] = torch.zeros(())
+    elif change == "integers":
+        tensors[name] = tensors[name].int()
+    elif change == "NaN":
+        tensors[name].view(-1)[-1] = torch.nan
+    elif change == "count":
+        tensors["updates"] += 1
+    write_tensors(student, tensors)
+    if change == "empty file":
+        fake.write_bytes(b"")
+    elif change == "no file":
+        fake.unlink()
+    elif change == "other network":
+        shutil.copy(student, fake)
+    elif change == "stray file":
+        (state / "notes.txt").touch()
+    elif change == "another rank":
+        shutil.copy(fake, state / "fake-0001-of-0002.safetensors")
+    elif change == "weights":
+        file = tmp / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        weights["proj_out.weight"] += 1
+        write_tensors(file, weights)
+    elif change == "teacher":
+        file = tmp / "checkpoint" / "teachers" / "edit" / "config.json"
+        file.write_text(file.read_text() + " ")
+    elif change == "args":
+        (run / "args.json").write_text("{}")
+    elif change == "args list":
+        (run / "args.json").write_text('{"arguments": [], "contents": {}}')
+
+
+DAMAGE = (
+    "master, average, moment, momentum, updates, stray tensor, broadcast, transposed, a number, integers, NaN, count, "
+)
+DAMAGE += "empty file, no file, other network, stray file, another rank, "
+DAMAGE += "weights, teacher, args, args list, fewer steps"
+
+
+@pytest.mark.parametrize("change", DAMAGE.split(", "))
+def test_resume_refuses_what_the_run_did_not_write(finished, pools, tmp_path, change):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run" / "args.json").write_text(
+        (finished / "run" / "args.json").read_text().replace(str(finished), str(tmp_path))
+    )
+    state = whole_checkpoints(tmp_path / "run")[0]
+    tamper(change, state, tmp_path)
+
+    def resume(steps: int) -> None:
+        numbers = dict(steps=steps, batch=2, fake_updates=1, dtype=None, resume=True)
+        args, state = train.open_run(run_options(tmp_path / "checkpoint", tmp_path / "run", **numbers))
+        train.train(args, pools["dmd"], state)
+
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises((ValueError, OSError)) as error:
+        resume(1 if change == "fewer steps" else 3)
+    assert str(tmp_path) in str(error.value) or "--steps" in str(error.value)
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+
+
+def test_a_folder_belongs_to_the_run_that_began_it(checkpoint, prompts, tmp_path):
+    out = tmp_path / "run"
+    args, _ = train.open_run(run_options(checkpoint, out))
+    train.open_run(run_options(checkpoint, out))  # a start that failed on its prompts may be repeated
+    (out / "metrics.jsonl").touch()
+    note = (out / "args.json").read_bytes()
+    with pytest.raises(ValueError, match=r"run: not empty; --resume"):
+        train.open_run(run_options(checkpoint, out))
+    with pytest.raises(ValueError, match=r"--seed is 1, but the run in .* was started with 0"):
+        train.open_run(run_options(checkpoint, out, seed=1, resume=True))
+    assert (out / "args.json").read_bytes() == note
+    with pytest.raises(ValueError, match="other: no run to go on with"):
+        train.open_run(run_options(checkpoint, tmp_path / "other", resume=True))
+    shutil.copytree(prompts.parent, tmp_path / "mine")
+    mine = tmp_path / "mine" / "prompts.jsonl"
+    train.open_run(run_options(checkpoint, tmp_path / "fourth", prompts=(mine,)))
+    train.open_run(run_options(checkpoint, tmp_path / "fourth", prompts=(mine,), resume=True))
+    mine.write_bytes(mine.read_bytes().replace(b"wizard", b"witch", 1))
+    with pytest.raises(ValueError, match="a prompt or its picture is not what the run in .* was started with"):
+        train.open_run(run_options(checkpoint, tmp_path / "fourth", prompts=(mine,), resume=True))
+    with pytest.raises(OSError):
+        train.open_run(run_options(checkpoint, prompts / "run"))  # a folder inside a file cannot be made
+    run = [
+        sys.executable,
+        train.__file__,
+        "--checkpoint",
+        str(checkpoint),
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(out),
+    ]  # the folder is taken
+    ended = subprocess.run(run, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stderr.startswith("train.py: ") and ended.stderr.count("\n") == 1
+
+
+def test_guidance_and_resolution_are_the_checkpoints(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "checkpoint")
+    reference.write_model_index(folder, resolution=192, guidance=3.0)
+    for given, expected in (({}, (3.0, 192)), ({"guidance": 2.0, "resolution": 64}, (2.0, 64))):
+        options = fill_defaults(run_options(folder, tmp_path / "run", **{"guidance": None, "resolution": None} | given))
+        assert (options.guidance, options.resolution) == expected

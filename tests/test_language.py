@@ -21,7 +21,7 @@ CAPTIONS += [
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+def built(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("toy")
     build_tokenizer(CAPTIONS, directory)
     build_text_encoder(directory, seed=0)
@@ -33,12 +33,12 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoder(checkpoint):
-    return Qwen3VL.from_pretrained(checkpoint)
+def encoder(built):
+    return Qwen3VL.from_pretrained(built)
 
 
-def test_the_library_opens_it_and_reads_the_same(checkpoint, encoder):
-    pipeline = reference.open_pipeline(checkpoint)
+def test_the_library_opens_it_and_reads_the_same(built, encoder):
+    pipeline = reference.open_pipeline(built)
     prompts = [CAPTIONS[0], 'Change the word to "HAVEN" 🙂.']
     for images in (
         [],
@@ -52,9 +52,9 @@ def test_the_library_opens_it_and_reads_the_same(checkpoint, encoder):
         assert slots == expected_slots
 
 
-def test_settings_are_the_committed_ones(checkpoint):
+def test_settings_are_the_committed_ones(built):
     """All of processor/ but the tokenizer, which follows the captions. Videos have the settings of pictures, and a class."""
-    committed, written = Path(toy.__path__[0]) / "checkpoint" / "processor", checkpoint / "processor"
+    committed, written = Path(toy.__path__[0]) / "checkpoint" / "processor", built / "processor"
     names = {path.name for path in written.iterdir()}
     assert names == {path.name for path in committed.iterdir()} and len(names) == 5
     for name in names - {"tokenizer.json"}:
@@ -101,11 +101,11 @@ def test_states_tell_the_pictures_apart(encoder):
     assert difference[stop:].mean() > 0.1  # and the words that follow know of it
 
 
-def test_builds_repeat_and_stay_small(checkpoint, tmp_path):
+def test_builds_repeat_and_stay_small(built, tmp_path):
     build_tokenizer(iter(CAPTIONS), tmp_path)
     build_text_encoder(tmp_path, seed=0)
     for name in ("processor/tokenizer.json", "text_encoder/config.json", "text_encoder/model.safetensors"):
-        assert (tmp_path / name).read_bytes() == (checkpoint / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (built / name).read_bytes()
     weights = (tmp_path / "text_encoder" / "model.safetensors").read_bytes()
     assert len(weights) < 1.5e6
     build_text_encoder(tmp_path, seed=1)

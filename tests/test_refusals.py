@@ -1,0 +1,945 @@
+"""Bad input is one clear error: a table of rows (surface, damage, the words expected).
+
+A surface is a function that gets the damage to something that is otherwise in order, and meets it as a user would. Its
+error is a ValueError or an OSError in one line, which says what it is about; no command has written anything by then.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+import recipe
+import sample
+import train
+from checkpoint.files import build_config
+from checkpoint.lora import new_lora, read_lora, write_lora
+from data.encode import How, encode_prompts
+from data.prompts import Prompt, read_prompts
+from judges import rubrics
+from judges.chat import Chat
+from model import Condition, MMDiT
+from networks.qwen3vl import Qwen3VL
+from networks.vae import VAE, VAEConfig
+from program import options, ranges
+from recipe import Recipe, Rule
+from sample import Pipeline
+from training.options import TrainOptions
+
+FILE = "diffusion_pytorch_model.safetensors"
+INDEX = f"{FILE}.index.json"
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def lora(checkpoint, tmp_path_factory) -> Path:
+    """A student of two steps, as a LoRA."""
+    file = tmp_path_factory.mktemp("lora") / "two.safetensors"
+    write_lora(file, new_lora(MMDiT.from_pretrained(checkpoint / "transformer"), 2), [1.0, 0.5])
+    return file
+
+
+@pytest.fixture
+def given(checkpoint, toy_checkpoint, prompts, lora, tmp_path, monkeypatch) -> SimpleNamespace:
+    """What the surfaces start from: two checkpoints to read, a LoRA, a folder to write to, and a copy of a checkpoint's
+    part in that folder, or of the whole."""
+
+    def copied(part: str = ".") -> Path:
+        return shutil.copytree(checkpoint / part, tmp_path / "copy" / part)
+
+    monkeypatch.chdir(tmp_path)
+    places = dict(checkpoint=checkpoint, toy=toy_checkpoint, prompts=prompts, lora=lora, folder=tmp_path)
+    return SimpleNamespace(**places, copied=copied)
+
+
+def edit_json(path: Path, key: str, value: object) -> None:
+    """Set `section.key` of a JSON file; `...` takes it out."""
+    content = section = json.loads(path.read_text())
+    *outer, last = key.split(".")
+    for name in outer:
+        section = section[name]
+    section[last] = value
+    if value is ...:
+        del section[last]
+    path.write_text(json.dumps(content))
+
+
+def edit_weights(path: Path, **changes: torch.Tensor | None) -> None:
+    """Set tensors of a file, with __ for the dots of their names; None takes one out."""
+    tensors = load_file(path) | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+T2I = {"task": "t2i", "category": "portrait", "prompt": "a face"}
+EDIT = {"task": "edit", "category": "scene", "prompt": "at night", "images": ["pictures/a.png"]}
+
+
+def prompt_line(given, line: dict | str | bytes) -> None:
+    """The third line of a file of prompts."""
+    (given.folder / "pictures").mkdir()
+    reference.picture(4, 4).save(given.folder / "pictures" / "a.png")
+    line = json.dumps(line) if isinstance(line, dict) else line
+    line = line if isinstance(line, bytes) else line.encode()
+    (given.folder / "bad.jsonl").write_bytes(json.dumps(T2I).encode() + b"\n\n" + line)
+    with named(r"bad\.jsonl, line 3: "):
+        read_prompts([given.folder / "bad.jsonl"])
+
+
+PROMPT_LINES = [
+    ('{"task": "t2i", ', "not valid JSON"),
+    (b'{"task": "\xff"}', "not valid JSON"),
+    ('["t2i"]', "must be a JSON object"),
+    (T2I | {"negative": ""}, r"unknown key \['negative'\]"),
+    ({"task": "t2i", "prompt": "a face"}, "'category' is missing"),
+    (T2I | {"prompt": 3}, "'prompt' must be a text"),
+    (T2I | {"prompt": " "}, "'prompt' must be a text that is not empty"),
+    (T2I | {"category": None}, "'category' must be a text"),
+    (T2I | {"target": ["pictures/a.png"]}, "'target' must be a text"),
+    (T2I | {"task": "video"}, "'task' must be one of.*'video'"),
+    (T2I | {"images": ["pictures/a.png"]}, "t2i takes no 'images'"),
+    (EDIT | {"images": []}, "an edit needs its source"),
+    ({key: EDIT[key] for key in ("task", "category", "prompt")}, "an edit needs its source"),
+    (EDIT | {"images": "pictures/a.png"}, "'images' must be a list"),
+    (EDIT | {"images": [1]}, "'images' must be a list"),
+    (EDIT | {"images": ["pictures/a.png", "pictures/c.png"]}, r"no picture at .*pictures/c.png"),
+    (EDIT | {"target": "pictures"}, "no picture at .*pictures"),
+    (EDIT | {"images": ["x" * 300]}, "File name too long"),
+    (EDIT | {"images": ["a\0b.png"]}, "no picture at"),
+    (EDIT | {"images": ["pictures/a.png"] * 11}, "11 pictures in 'images'"),
+    (r'{"task": "t2i", "category": "a", "prompt": "cat \ud83d"}', "'prompt' has half of a character"),
+    (r'{"task": "t2i", "category": "\ude00", "prompt": "cat"}', "'category' has half of a character"),
+    (r'{"task": "edit", "category": "a", "prompt": "b", "images": ["\ud83d.png"]}', "'images' has half of a char"),
+    (T2I | {"prompt": "cat" * 10_000}, "'prompt' has 30,000 characters"),
+    (T2I | {"prompt": "a <|image_pad|>"}, "which stands for a picture"),
+    ('{"task": "t2i", "category": "a", "prompt": "b", "prompt": "c"}', "is given twice"),
+    ("[" * 100_000, "nested too deeply"),
+    ('{"prompt": ' + "9" * 5000 + "}", "not valid JSON"),
+]
+
+
+def prompt_file(given, content: bytes | None) -> None:
+    """A whole file of prompts. None: a folder in its place."""
+    file = given.folder / "prompts.jsonl"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with named("prompts.jsonl"):
+        read_prompts([file])
+
+
+LINE = json.dumps(T2I)
+PROMPT_FILES = [
+    (b"\n", "no prompts"),
+    (None, "no such file"),
+    (LINE.encode("utf-16") + b"\n", "begins as UTF-16 and does not go on so"),
+    (LINE.encode("utf-16-le"), "zero bytes, as UTF-16 without its mark"),
+]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def config(given, damage: tuple[str, str, object]) -> None:
+    """A key of a config file, through the whole checkpoint: (file, section.key, value); `...` takes the key out."""
+    file, key, value = damage
+    folder = given.copied()
+    edit_json(folder / file, key, value)
+    with named(re.escape(file)):
+        Pipeline.from_pretrained(folder)
+
+
+ENCODER, NETWORK, AUTOENCODER = (f"{folder}/config.json" for folder in ("text_encoder", "transformer", "vae"))
+SCHEDULER, PICTURES = "scheduler/scheduler_config.json", "processor/preprocessor_config.json"
+CONFIGS = [  # file, key, values of it that are refused, words; without words the key's own name
+    (ENCODER, "text_config.num_attention_heads", [-4, 0, 4.0, "4", None, 3]),
+    (ENCODER, "text_config.num_hidden_layers", [10**30, -1, True]),
+    (ENCODER, "text_config.head_dim", [31, 30]),
+    (ENCODER, "text_config.rms_norm_eps", [1e300, 0.0, NAN, INF, "small"]),
+    (ENCODER, "text_config.rope_parameters", ["word", [1]]),
+    (ENCODER, "text_config.rope_parameters.mrope_section", ["word", [12, 4], [12, 2, 3], [-12, 14, 14], [[1], 2, 2]]),
+    (ENCODER, "vision_config.spatial_merge_size", [0.5, 0, 3]),
+    (ENCODER, "vision_config.depth", [10**30, 0]),
+    (ENCODER, "vision_config.num_position_embeddings", [35, -36]),
+    (ENCODER, "vision_config.deepstack_visual_indexes", [[0, 4], [1, 1], [-1], 2]),
+    (ENCODER, "vision_config.num_heads", [3, 16]),
+    (ENCODER, "image_token_id", ["1", 10**6, -1, None]),
+    (NETWORK, "mlp_ratio", [-1, 0, 10**9]),
+    (NETWORK, "num_layers", [10**30, 0, 2.0]),
+    (NETWORK, "eps", [1e300, -1, "1"]),
+    (NETWORK, "axes_dims_rope", [[8, 12], [-8, 20, 20], [8, 12, "12"], 32, [[8], 12, 12]]),
+    (AUTOENCODER, "z_dim", [32, -64, 2.5]),
+    (AUTOENCODER, "dim_mult", [[1] * 40, 4, [1, 2, 4, 8, 10**30]]),
+    (AUTOENCODER, "latents_std", [[0.0] * 64, [INF] * 64, 1.0]),
+    (SCHEDULER, "shift_terminal", [[[1]], 1.0, -1, "word"]),
+    (SCHEDULER, "max_shift", [1e300, NAN, True]),
+    (SCHEDULER, "max_image_seq_len", [256, 10**400, 0.5]),
+    (PICTURES, "image_mean", [0.5, [0.5] * 4, ["a"] * 3]),
+    (PICTURES, "image_std", [[INF] * 3, [0.0] * 3]),
+    (PICTURES, "size", [{}, 5, {"shortest_edge": -1, "longest_edge": 5}, {"shortest_edge": "a", "longest_edge": 5}]),
+    (ENCODER, "text_config.hidden_act", ["gelu"]),
+    (ENCODER, "text_config.attention_bias", [True]),
+    (ENCODER, "text_config.rope_parameters", [{"rope_type": "yarn", "rope_theta": 1.0, "mrope_section": [8, 4, 4]}]),
+    (ENCODER, "text_config.num_hidden_layers", [...]),
+    (ENCODER, "vision_config.hidden_act", ["silu"]),
+    (ENCODER, "vision_config.depth", [...]),
+    (ENCODER, "vision_config.out_hidden_size", [32]),
+    (NETWORK, "shift", [1], "unknown key 'shift'"),
+    (NETWORK, "eps", [...], "'eps'"),
+    (NETWORK, "num_layers", ["2"], "num_layers.*'2'"),
+    (NETWORK, "out_channels", [None], "out_channels.*None"),
+    (NETWORK, "axes_dims_rope", [[8, 12, 14]], r"axes_dims_rope is \(8, 12, 14\)"),
+    (NETWORK, "axes_dims_rope", [["a", 12, 12]]),
+    (NETWORK, "patch_size", [2], "patch_size is 2"),
+    (AUTOENCODER, "is_residual", [False], "is_residual is False"),
+    (AUTOENCODER, "attn_scales", [[0.5]]),
+    (AUTOENCODER, "dropout", [0.1]),
+    (AUTOENCODER, "patch_size", [2]),
+    (AUTOENCODER, "num_res_blocks", [0]),
+    (AUTOENCODER, "decoder_base_dim", ["12"]),
+    (AUTOENCODER, "dim_mult", [[1, 2, "4", 8, 8], [], [1, 2, 3, 4, 5]]),  # no whole groups from 4 to 5
+    (AUTOENCODER, "temperal_downsample", [[True, True]]),
+    (AUTOENCODER, "latents_std", [[1.0] * 63, [1.0] * 63 + [0.0]]),
+    (AUTOENCODER, "latents_mean", [[0.0] * 63 + [NAN]]),
+    (AUTOENCODER, "temporal_downsample", [[True]], "unknown key 'temporal_downsample'"),
+    (AUTOENCODER, "z_dim", [None]),
+    *((AUTOENCODER, key, [...], f"'{key}'") for key in VAEConfig.__dataclass_fields__),
+    ("model_index.json", "_class_name", ["FluxPipeline"], "FluxPipeline"),
+    ("model_index.json", "sample_sigmas", [[0.5, 1.0]]),
+    ("model_index.json", "resolution", ["big"]),
+    ("model_index.json", "guidance", [0.5]),
+    ("model_index.json", "boundary", [1], "unknown key 'boundary'"),
+    (SCHEDULER, "use_karras_sigmas", [True]),
+    (SCHEDULER, "extra", [True]),
+]  # fmt: skip
+
+
+def config_text(given, text: str) -> None:
+    """A config file that is no config."""
+    file = given.copied() / NETWORK
+    file.write_text(text)
+    with named(re.escape(str(file))):
+        Pipeline.from_pretrained(file.parents[1])
+
+
+CONFIG_TEXTS = [
+    ("[" * 10_000 + "]" * 10_000, "config.json"),
+    ('{"a":' * 10_000 + "1" + "}" * 10_000, "config.json"),
+    ("1" * 5000, "config.json"),
+    ('{"eps": 1, "eps": 2}', "config.json"),
+    ('{"axes_dims_rope": ' + "[" * 900 + "8" + "]" * 900 + "}", "config.json"),
+    ("", "config.json"),
+    ("\ufeff{}", "config.json"),
+    ("null", "config.json"),
+    ("[]", "object"),
+    ('{\n"eps": 1e', "line 2"),
+]
+
+
+def missing(given, name: str) -> None:
+    """A part of a checkpoint that is not there, or the whole."""
+    path = given.copied() / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    Pipeline.from_pretrained(given.folder / "copy")
+
+
+MISSING = [
+    (name, name)
+    for name in ("model_index.json", SCHEDULER, AUTOENCODER, "text_encoder", "transformer", "vae", "processor", ".")
+]
+
+
+def tokenizer(given, change: Callable[[dict], object]) -> None:
+    """processor/tokenizer.json."""
+    file = given.copied() / "processor" / "tokenizer.json"
+    file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    with named("tokenizer.json"):
+        encoder = Qwen3VL.from_pretrained(file.parents[1])
+        encoder.encode(["a"], None)
+        encoder.encode(["a"], [[reference.picture(64, 64)]])
+
+
+def without(token: str) -> Callable[[dict], object]:
+    return lambda whole: whole | {"added_tokens": [e for e in whole["added_tokens"] if e["content"] != token]}
+
+
+def split_slots(whole: dict) -> dict:
+    """The vocabulary still has the token of a picture, but the template's text is cut into other ones."""
+    tokens = [token | {"normalized": True} for token in whole["added_tokens"]]
+    return whole | {"normalizer": {"type": "Prepend", "prepend": "x"}, "added_tokens": tokens}
+
+
+TOKENIZERS = [
+    *((without(token), re.escape(token)) for token in ("<|im_end|>", "<|im_start|>", "<|vision_end|>")),
+    (lambda whole: whole | {"model": 5}, "tokenizer.json"),
+    (lambda whole: whole | {"added_tokens": 5}, "tokenizer.json"),
+    (lambda whole: {}, "tokenizer.json"),
+    (lambda whole: [], "tokenizer.json"),
+    (split_slots, r"makes \[0\] tokens <\|image_pad\|> of prompts with 4 each"),
+]
+
+
+def weights(given, damage: tuple[str, str, float | torch.dtype]) -> None:
+    """One value of one tensor, or its type: (folder, tensor, value or type)."""
+    folder, name, value = damage
+    (file,) = given.copied().glob(f"{folder}/*.safetensors")
+    tensor = load_file(file)[name]
+    if isinstance(value, torch.dtype):
+        tensor = tensor.to(value)
+    else:
+        tensor.view(-1)[3] = value
+    edit_weights(file, **{name: tensor})
+    with named(f"{file}: {name}"):
+        Pipeline.from_pretrained(given.folder / "copy")(reference.PROMPT, steps=1)
+
+
+WEIGHTS = [
+    ((folder, tensor, value), words)
+    for folder, tensor in (
+        ("vae", "decoder.conv_out.bias"),
+        ("text_encoder", "model.language_model.layers.1.mlp.up_proj.weight"),
+        ("transformer", "proj_out.weight"),
+    )
+    for value, words in ((NAN, "not finite"), (INF, "not finite"), (torch.int32, "has the type I32"))
+]
+
+
+def vae_weights(given, changes: dict[str, torch.Tensor | None]) -> None:
+    folder = given.copied("vae")
+    edit_weights(folder / FILE, **changes)
+    VAE.from_pretrained(folder)
+
+
+GAMMA, VIDEO = "decoder.norm_out.gamma", "encoder.down_blocks.0.downsampler.time_conv.weight"
+VAE_WEIGHTS = [
+    ({GAMMA: None}, f"safetensors.*{GAMMA}"),
+    ({GAMMA: torch.ones(12)}, f"safetensors.*{GAMMA}"),
+    ({VIDEO: torch.zeros(8, 8, 1, 1)}, f"safetensors.*{VIDEO}"),  # of a level that halves space alone
+]
+
+
+def network_folder(given, damage: tuple[bool, Callable[[Path], object]]) -> None:
+    """The MMDiT's folder: (in shards?, what is done to it)."""
+    sharded, change = damage
+    folder = given.copied("transformer")
+    if sharded:
+        folder = given.folder / "sharded" / "transformer"
+        reference.write_transformer(folder.parent, shard_size="200KB")
+    change(folder)
+    with named(str(folder)):
+        MMDiT.from_pretrained(folder)
+
+
+def move_in_index(folder: Path, **changes: object) -> None:
+    """Set the files of tensors; None takes a tensor out."""
+    content = json.loads((folder / INDEX).read_text())
+    files = content["weight_map"] | {name.replace("__", "."): file for name, file in changes.items()}
+    content["weight_map"] = {name: file for name, file in files.items() if file is not None}
+    (folder / INDEX).write_text(json.dumps(content))
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*-00001-of-*.safetensors"))[0]
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+NETWORK_FOLDERS = [
+    ((False, shutil.rmtree), r"config\.json"),
+    ((False, lambda d: (d / "config.json").unlink()), r"config\.json"),
+    ((False, lambda d: (d / FILE).unlink()), rf"{FILE}.*{INDEX}"),
+    ((True, lambda d: (d / FILE).touch()), rf"{FILE}.*{INDEX}"),
+    ((False, lambda d: cut_off(d / FILE)), rf"{FILE}: not a whole"),
+    ((False, lambda d: (d / FILE).write_bytes(b"")), rf"{FILE}: not a whole"),
+    ((False, lambda d: (d / FILE).write_bytes(b"PK" * 99)), rf"{FILE}: not a whole"),
+    ((False, lambda d: edit_weights(d / FILE, img_in__bias=torch.ones(1))), rf"{FILE}: tensor img_in\.bias"),
+    ((False, lambda d: edit_weights(d / FILE, img_in__weight=None)), rf"{FILE}: tensor img_in\.weight is missing"),
+    ((False, lambda d: edit_json(d / "config.json", "in_channels", 9)), r"img_in\.weight has shape \[64, 64\].*\[64, 9\]"),
+    ((False, lambda d: edit_json(d / "config.json", "context_in_dim", 65)), r"txt_in\.in_layer\.weight has shape"),
+    ((False, lambda d: edit_json(d / "config.json", "num_layers", 1)), r"transformer_blocks\.1"),
+    ((False, lambda d: edit_json(d / "config.json", "num_layers", 3)), r"transformer_blocks\.2"),
+    ((True, lambda d: edit_json(d / INDEX, "weight_map", ...)), rf"{INDEX}: weight_map"),
+    ((True, lambda d: first_shard(d).unlink()), r"model-00001-of-\d+\.safetensors: not a whole.*No such file"),
+    ((True, lambda d: cut_off(first_shard(d))), r"model-00001-of-\d+\.safetensors: not a whole"),
+    ((True, lambda d: move_in_index(d, img_in__weight="../x.safetensors")), rf"{INDEX}.*img_in.*\.\./x"),
+    ((True, lambda d: move_in_index(d, img_in__weight="/x.safetensors")), rf"{INDEX}.*img_in.*'/x"),
+    ((True, lambda d: move_in_index(d, img_in__weight=3)), rf"{INDEX}.*img_in\.weight.*3"),
+    ((True, lambda d: move_in_index(d, proj_out__weight=first_shard(d).name)), rf"{INDEX}: puts proj_out\.weight into"),
+    ((True, lambda d: move_in_index(d, img_in__weight=None)), rf"{INDEX}: puts img_in\.weight into"),
+]  # fmt: skip
+
+
+# ---- LoRA files ------------------------------------------------------------------------------------------------------
+
+
+def lora_file(given, damage: tuple[dict, dict]) -> None:
+    """A file of these tensors, with this header."""
+    tensors, header = damage
+    file = given.folder / "other.safetensors"
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file, header or None)
+    with named(str(file)):
+        read_lora(file, MMDiT.from_pretrained(given.checkpoint / "transformer"))
+
+
+def lora_bytes(given, content: bytes | None) -> None:
+    """A file that is none. None: no file."""
+    file = given.folder / "none.safetensors"
+    if content is not None:
+        file.write_bytes(content)
+    with named(str(file)):
+        read_lora(file, MMDiT.from_pretrained(given.checkpoint / "transformer"))
+
+
+LAYER = "transformer_blocks.0.attn.to_q"
+PAIR = {f"{LAYER}.lora_A.weight": torch.ones(4, 64), f"{LAYER}.lora_B.weight": torch.ones(64, 4)}
+WHOLE = PAIR | {f"{LAYER}.alpha": torch.tensor(3.0)}
+
+
+def fun_acc(layer: str) -> dict[str, torch.Tensor]:
+    """As slmonker/ComfyUI-QwenImage21-Fun-PDD lists the keys of PAI's Qwen-Image-2.1-Fun-Acc-4Step."""
+    return {
+        f"{layer}.lora_down": torch.ones(4, 64),
+        f"{layer}.lora_up": torch.ones(64, 4),
+        "transformer_blocks.0.attn.norm_q.weight": torch.ones(32),
+        "proj_out.weight": torch.ones(4, 64, 64),
+    }
+
+
+LORA_FILES = [  # what another program wrote, with the keys as a public source shows them
+    ((fun_acc(LAYER), {"format": "qwenimage21_extracted_prefused_v1"}), "a PDD student .Fun-Acc., which has an output layer for each of its steps; 2 of its 4 keys are unknown: proj_out.weight"),  # Fun-Acc
+    ((fun_acc(LAYER), {}), "it replaces whole layers; 2 of its 4 keys are unknown: proj_out.weight"),  # Fun-Acc under another header
+    ((PAIR | {f"{LAYER}.dora_scale": torch.ones(64, 1)}, {}), f"a DoRA, .*: {LAYER}.dora_scale"),  # DoRA, ComfyUI
+    ((PAIR | {f"{LAYER}.lora_magnitude_vector.weight": torch.ones(64)}, {}), "a DoRA"),  # DoRA, peft
+    (({f"{LAYER}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn), f"{LAYER}.weight_scale": torch.tensor(1.0)}, {}), f"a network in scaled fp8 .*; 2 of its 2 keys are unknown: {LAYER}.weight, {LAYER}.weight_scale"),  # fp8, ComfyUI
+    (({f"{LAYER}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn), f"{LAYER}.scale_weight": torch.tensor(1.0),
+         "scaled_fp8": torch.ones(2).to(torch.float8_e4m3fn)}, {}), "a network in scaled fp8"),  # fp8, ComfyUI's earlier
+    (({f"{LAYER}.weight": torch.ones(64, 32, dtype=torch.uint8), f"{LAYER}.weight.absmax": torch.ones(4),
+         f"{LAYER}.weight.quant_state.bitsandbytes__nf4": torch.ones(4, dtype=torch.uint8)}, {}), "a network quantised by bitsandbytes"),  # nf4, bitsandbytes
+    (({f"{LAYER[:-4]}add_q_proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}, {}), "made for another network: transformer_blocks.0.attn.add_q_proj is no linear layer"),  # a LoRA for Qwen-Image
+]  # fmt: skip
+LORA_CHANGES = [  # of a good file's tensors
+    ({f"{LAYER}.lora_B.weight": None}, f"{LAYER} has only a, alpha"),
+    (
+        {f"{LAYER}.lora_B.weight": torch.ones(64, 5)},
+        rf"{LAYER} has A \[4, 64\] and B \[64, 5\], which make no product",
+    ),
+    ({f"{LAYER}.lora_A.weight": torch.ones(4, 63)}, rf"{LAYER} has A \[4, 63\]"),
+    (
+        {f"{LAYER}.lora_A.weight": torch.ones(0, 64), f"{LAYER}.lora_B.weight": torch.ones(64, 0)},
+        f"{LAYER}.lora_A.* empty",
+    ),
+    ({f"{LAYER}.lora_B.weight": torch.full((64, 4), torch.nan)}, f"{LAYER}.lora_B.* not finite"),
+    ({f"{LAYER}.alpha": torch.ones(2)}, rf"{LAYER}.alpha has shape \[2\]; one number"),
+    ({f"{LAYER}.dora_scale": torch.ones(64)}, f"a DoRA, .*; 1 of its 4 keys are unknown: {LAYER}.dora_scale"),
+    ({f"{LAYER}.lora_magnitude_vector.weight": torch.ones(64)}, "a DoRA"),
+    ({f"{LAYER}.lokr_w1": torch.ones(64)}, f"a LoKr or LoHa.*: {LAYER}.lokr_w1"),
+    ({f"{LAYER}.hada_w1_a": torch.ones(64)}, "a LoKr or LoHa"),
+    ({f"{LAYER}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)}, f"{LAYER}.lora_A.weight has the type I32"),
+    ({f"transformer.{LAYER}.lora_A.weight": torch.ones(4, 64)}, f"gives the a of {LAYER} a second time"),
+    (
+        {"lora_unet_transformer_blocks_0_attn_to_q.alpha": torch.tensor(1.0)},
+        f"gives the alpha of {LAYER} a second time",
+    ),
+    ({"some.lora_A.weight": torch.ones(2, 2), "some.lora_B.weight": torch.ones(2, 2)}, "some is no linear layer"),
+    (dict.fromkeys([*PAIR, f"{LAYER}.alpha"]), "holds no LoRA"),
+]
+LORA_HEADERS = [  # of a good file
+    ({"sample_sigmas": "[0.5, 1.0]"}, "sample_sigmas"),
+    ({"sample_sigmas": "[0.5,"}, "header"),
+    ({"lora_adapter_metadata": '{"transformer.use_dora": true}'}, "DoRA"),
+    ({"lora_adapter_metadata": '{"transformer.lora_alpha": "rank"}'}, "no number as lora_alpha"),
+    ({"lora_adapter_metadata": "[]"}, "no JSON object"),
+    ({"lora_adapter_metadata": '{"transformer.lora_alpha": 1' + "0" * 400 + "}"}, "no number as lora_alpha"),
+    ({"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'}, "no number as lora_alpha"),
+    ({"lora_adapter_metadata": "[" * 10_000}, "header"),
+    ({"sample_sigmas": "[1e400]"}, "sample_sigmas"),
+]
+LORA_FILES += [((WHOLE | change, {}), words) for change, words in LORA_CHANGES]
+LORA_FILES += [((WHOLE, header), words) for header, words in LORA_HEADERS]
+LORA_BYTES = [(None, "none.safetensors"), (b"PK" * 99, "not a whole safetensors file")]
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+WIDE = reference.picture(101, 47, 1)
+
+
+def call(given, settings: dict) -> None:
+    """Of a pipeline."""
+    Pipeline.from_pretrained(given.checkpoint)(**{"prompt": reference.PROMPT} | settings)
+
+
+CALLS = [
+    ({"steps": 0}, "steps 0"),
+    ({"seed": -1}, "seed -1"),
+    ({"height": 31}, "96 x 31 pixels"),
+    ({"width": 0}, "0 x 96 pixels"),
+    ({"resolution": 16}, "resolution 16: at least 32"),
+    ({"resolution": 0, "images": WIDE}, "resolution 0"),
+    ({"resolution": -64, "images": WIDE}, "resolution -64"),
+    ({"images": [WIDE] * 11}, "11 source pictures for one prompt: at most 10"),
+    ({"guidance": 0.99}, "guidance 0.99: a number from 1"),
+    ({"guidance": float("nan")}, "guidance nan"),
+    ({"guidance": float("inf")}, "guidance inf"),
+    ({"negative_prompt": "a dog"}, "negative prompt 'a dog': guidance is 1"),
+    ({"prompt": []}, "no prompt"),
+    ({"negative_prompt": ["a", "b"], "guidance": 2.0}, "2 prompts and 1 lists"),
+    ({"prompt": "a", "images": [[WIDE], [WIDE]]}, "1 prompts and 2 lists"),
+]
+
+
+def encoder_call(given, damage: tuple[list[str], list | None]) -> None:
+    """Of the text encoder: prompts and their pictures."""
+    Qwen3VL.from_pretrained(given.checkpoint).encode(*damage)
+
+
+ENCODER_CALLS = [
+    ((["<|image_pad|>"], None), "kept for pictures"),
+    ((["a", "<|video_pad|>"], None), "kept for pictures"),
+    ((["a", "b"], [[reference.picture(64, 64)]]), "one list per prompt"),
+    ((["a", "b"], [[reference.picture(64, 64)], []]), "equally many"),
+    ((["a", "b"], [[reference.picture(64, 32)], [reference.picture(32, 64)]]), "equal sizes"),
+    ((["a"], [[reference.picture(64, 48)]]), "multiples of 32"),
+    (([], None), "0 prompts"),
+]
+
+
+def decoder_call(given, shape: tuple[int, ...]) -> None:
+    """Of the autoencoder: a batch of pictures."""
+    VAE.from_pretrained(given.checkpoint / "vae").encode(torch.zeros(shape))
+
+
+DECODER_CALLS = [(shape, "multiples of 16") for shape in ((1, 4, 40, 32), (1, 3, 32, 32), (4, 32, 32))]
+
+
+def condition(given, fields: tuple) -> None:
+    Condition(*fields)
+
+
+STATES, MASK, SOURCE = torch.randn(2, 9, 24), torch.ones(2, 9, dtype=torch.bool), torch.randn(2, 8, 4, 4)
+CONDITIONS = [
+    ((STATES, MASK[:, :8], [], []), "mask"),
+    ((STATES, MASK.float(), [], []), "mask"),
+    ((STATES, MASK.clone().index_fill_(1, torch.tensor([3]), False), [], []), "padding before"),
+    ((STATES, torch.arange(9) < torch.tensor([[9], [4]]), [SOURCE], [(1, 5)]), r"\[1, 5\) of 4"),
+    ((STATES, MASK, [SOURCE], []), "1 sources"),
+    ((STATES, MASK, [SOURCE], [(2, 5)]), r"\[2, 5\) of 9"),
+    ((STATES, MASK, [SOURCE], [(6, 10)]), r"\[6, 10\) of 9"),
+    ((STATES, MASK, [SOURCE, SOURCE], [(4, 8), (1, 5)]), r"\[1, 5\) of 9"),
+]
+
+
+# ---- recipes and judges ----------------------------------------------------------------------------------------------
+
+
+def rule(*by_quarter: float, teacher: str = "text", task: str = "t2i", category: str = "text") -> Rule:
+    return Rule(teacher, task, category, by_quarter)
+
+
+def new_recipe(given, change: dict) -> None:
+    with named("recipe 'mine': "):
+        Recipe(**{"name": "mine", "ratio": (5, 5)} | change)
+
+
+NEW_RECIPES = [
+    ({"ratio": (7, 4)}, r"ratio \(7, 4\).*add up to 10"),
+    ({"ratio": (11, -1)}, "add up to 10"),
+    ({"ratio": (10,)}, "add up to 10"),
+    ({"ratio": (5.0, 5.0)}, "whole parts"),
+    ({"t2i": {"a": 0.5, "b": 0.5}}, "whole parts"),
+    ({"edit": {"a": 1, "b": 0}}, "whole parts from 1 on"),
+    ({"edit": {"a": -1}}, "whole parts from 1 on"),
+    ({"first_step_weight": -0.1}, "first_step_weight -0.1"),
+    ({"first_step_weight": float("nan")}, "first_step_weight nan"),
+    ({"rules": (rule(0, 0, 0.5, 1.2),)}, "category text, quarter 3.*sum of 1"),
+    ({"rules": (rule(0, -0.5, 0.5, 1),)}, "category text, quarter 1.*>= 0"),
+    ({"rules": (rule(0, 0, float("nan"), 1),)}, "quarter 2.*sum of 1"),
+    ({"rules": (rule(0, 0, 0.5), rule(0, 0, 0.5, 1))}, "four lambdas"),
+    ({"rules": (rule(0, 0, 0, 1, teacher="base"),)}, "not 'base'"),
+    ({"rules": (rule(0, 0, 0, 1, task="video"),)}, "'video'.*the task is t2i or edit"),
+    # Each is right on its own; under the one condition that both have, they sum to 1.2.
+    (
+        {"rules": (rule(0, 0.6, 0, 0), rule(0, 0.6, 0, 0, teacher="b"))},
+        "quarter 1.*base': -0.2",
+    ),
+]
+
+
+def recipe_for(given, damage: tuple[str, list[str], list[str]]) -> None:
+    """A recipe by name, for prompts of these categories."""
+    name, t2i, edit = damage
+    recipe.find(name).resolve({"t2i": t2i, "edit": edit}, ["text", "edit"])
+
+
+RECIPES_FOR = [
+    (("flush", [], []), r"unknown recipe 'flush'.*e1-landscape.*flash"),
+    (("flash", ["cats"], []), r"'flash' takes 5 of 10 .*from edit prompts, but there are none"),
+    (("mix-9-1", [], ["scene"]), r"'mix-9-1' takes 9 of 10 .*from t2i prompts, but there are none"),
+    (
+        ("e4-landscape-portrait", ["portrait", "cats"], []),
+        r"t2i prompts of the categories \['landscape', 'portrait'\].*are \['cats', 'portrait'\]",
+    ),
+]
+
+
+def answer(given, changes: dict) -> None:
+    """Of a judge that is asked about a style edit."""
+    form = rubrics.form_of(Prompt("edit", "style", "do it", ["source.png"]))
+    rubrics.check_answer(form | changes, form)
+
+
+SUB_SCORES = rubrics.FAMILIES["style"]["sub_scores"]
+ANSWERS = [
+    ({"score": 5.01}, "score is 5.01, not a number from 1 to 5"),
+    ({"score": 10**400}, "score is 10+..., not a number from 1 to 5"),
+    ({"score": True}, "score is True, not a number"),
+    ({"reason": " "}, "reason is ' ', not a sentence"),
+    ({"failures": "none"}, "failures is 'none', not a list of texts"),
+    ({"failures": [1]}, "failures is .1., not a list of texts"),
+    ({"beauty": 5}, "the answer is .*; the keys score, reason, sub_scores, failures are expected"),
+    ({"sub_scores": [5, 5, 5]}, "sub_scores is .5, 5, 5.; the keys instruction_following, .* are expected"),
+    ({"sub_scores": dict.fromkeys(SUB_SCORES[1:], 5)}, "sub_scores is .*; the keys instruction_following"),
+    ({"sub_scores": dict.fromkeys([*SUB_SCORES, "beauty"], 5)}, "sub_scores is .*; the keys instruction_following"),
+    ({"sub_scores": dict.fromkeys(SUB_SCORES, 0)}, "instruction_following is 0, not a number from 1 to 5"),
+]  # fmt: skip
+
+
+def endpoint(given, damage: tuple[str, str | None]) -> None:
+    """A judge's address and the key for it, which is not told."""
+    url, key = damage
+    Chat(url, key=key)
+
+
+ENDPOINTS = [
+    (("localhost:8000", None), "no address"),
+    (("http://", None), "no address"),
+    (("http://a b/v1", None), "no address"),
+    (("http://[::1", None), "no address"),
+    (("http://a:99999", None), "no address"),
+    (("http://a:0", None), "no address"),
+    (("http://ä", None), "no address"),
+    (("file:///etc", None), "no address"),
+    (("http://a/v1", "secret\nkey"), "http://a/v1: the key for it has letters"),
+]
+
+
+# ---- commands: nothing is written ------------------------------------------------------------------------------------
+
+
+def untouched(given, command: Callable[[], object]) -> None:
+    """Run a command, which must write nothing, whatever becomes of it."""
+    before = {path: path.read_bytes() for path in given.folder.rglob("*") if path.is_file()}
+    try:
+        command()
+    finally:
+        assert {path: path.read_bytes() for path in given.folder.rglob("*") if path.is_file()} == before
+
+
+def filled(given, words: list[str]) -> list[str]:
+    return [word.format(**vars(given)) if "{" in word else word for word in words]
+
+
+def drawing(given, words: list[str]) -> None:
+    """sample.py with a prompt."""
+    exporting(given, ["--prompt", reference.PROMPT, *words])
+
+
+def exporting(given, words: list[str]) -> None:
+    """sample.py without one."""
+    untouched(given, lambda: sample.main(["--checkpoint", str(given.checkpoint), *filled(given, words)]))
+
+
+DRAWINGS = [
+    (["--out", "out.jpg"], "out.jpg"),
+    (["--out", "{lora}/out.png"], "/out.png: cannot be written"),
+    (["--out", "{folder}/a.png", "--device", "meta"], "--device meta: torch cannot use it"),
+    (["--num-images", "0"], "--num-images 0"),
+    (["--prompt-file", "x"], "either --prompt"),
+    (["--device", "abacus"], "--device abacus: torch cannot use it"),
+    (["--image", "{folder}/none.png"], "none.png: no such picture"),
+    (["--lora", "{folder}/none.safetensors:0.5"], "none.safetensors: no such LoRA file"),
+    (["--aspect", "16/9"], "--aspect 16/9: W:H"),
+    (["--aspect", "1:0"], "--aspect 1:0"),
+    (["--aspect", "1:1", "--width", "64"], "no --height or --width"),
+    (["--sigmas", "0.5", "1"], "sigmas"),
+    (["--sigmas", "1", "0.5", "--shift", "static"], "--shift static: expected is none, dynamic or a number"),
+    (["--sigmas", "1", "0.5", "--shift", "0"], r"--shift 0.0: a number in \(0, 100\]"),
+    (["--shift", "dynamic"], "--shift dynamic: it bends --sigmas, and none are given"),
+    (["--seed", str(2**63 - 1), "--num-images", "2"], "--seed 9223372036854775807: 2 pictures need as many seeds"),
+    (["--guidance", "nan"], "--guidance nan"),
+    (["--negative-prompt", "a dog"], "negative prompt 'a dog'"),
+    (["--resolution", "0", "--aspect", "1:1"], "--resolution 0"),
+    (["--resolution=-64", "--height", "64", "--width", "64"], "--resolution -64"),
+    (["--image", *["{folder}/a.png"] * 11], "11 source pictures"),
+    (["--lora", "{lora}:nan"], "--lora .*: the scale nan"),
+    (["--lora", "{lora}:1e39"], r"the scale 1e\+39: a number in"),
+    (["--width", "10000000"], "--width 10000000: a number in"),
+    (["--width", str(2**63)], "--width 9223372036854775808: a number in"),
+    (["--width", "16384", "--height", "16384"], "at most 16777216 are drawn.* 4 GiB"),
+    (["--steps", str(2**63 - 1)], "--steps 9223372036854775807"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--aspect", "1e5:1"], "--aspect 1e5:1"),
+    (["--aspect", "9" * 400 + ":1"], "--aspect 999"),
+    (["--aspect", "1000:1"], "--aspect 1000:1"),
+    (["--prompt", "a" * 100_000], "100000 letters; at most 8000"),
+    (["--prompt", "cat \ud83d"], "--prompt: 'cat .*half a letter"),
+    (["--prompt-file", ""], "either --prompt"),
+    (["--fit", "squeeze"], "--fit squeeze: expected is stretch or crop or pad"),
+    (["--lora", "{lora}", "--steps", "40"], r"40 steps: .* a LoRA file .* fix them to 2, at \[1.0, 0.5\]"),
+    (["--link"], "--link is for --export of a folder"),
+    (["--rank", "2"], "--rank is for --export OUT.safetensors"),
+    (["--export", "{folder}/student"], "--prompt is for drawing"),
+]
+EXPORTS = [
+    (["--export", "{folder}/student"], "no few-step student"),
+    (["--export", "{folder}/s.safetensors", "--sigmas", "1", "0.5"], "--base"),
+    (["--export", "{checkpoint}", "--sigmas", "1", "0.5"], "is a folder with something in it"),
+    (["--export", "{folder}/student", "--base", "{checkpoint}"], "--base is for --export OUT.safetensors"),
+    (["--export", "{folder}/s.safetensors", "--base", "{checkpoint}", "--link"], "--link is for"),
+    (["--export", "{folder}/student", "--image", "a.png"], "--image is for drawing, and --export draws"),
+    (["--export", "{folder}/student", "--num-images", "2"], "--num-images is for drawing"),
+    (["--export", "{folder}/student", "--exact", "img_in"], "--exact is for --export OUT.safetensors"),
+    (
+        [
+            "--export",
+            "{folder}/s.safetensors",
+            "--base",
+            "{checkpoint}",
+            "--sigmas",
+            "1",
+            "--exact",
+            "img_ni",
+        ],
+        "--exact img_ni: no layer has this in its name",
+    ),
+    (
+        [
+            "--export",
+            "{folder}/s.safetensors",
+            "--base",
+            "{checkpoint}",
+            "--sigmas",
+            "1",
+            "--shift",
+            "dynamic",
+        ],
+        "no place for a dynamic shift",
+    ),
+    (["--prompt-file", "{folder}/none.jsonl"], "none.jsonl: no such file; prompts are expected"),
+]
+
+
+def eval_command(given, words: list[str]) -> None:
+    (given.folder / "file").write_text("mine")
+    plain = [] if "--prompts" in words else ["--checkpoint", str(given.toy), "--cases", "2"]
+    untouched(given, lambda: evaluation.main([*plain, *filled(given, words)]))
+
+
+EVAL_COMMANDS = [
+    *((["--cases", value], "--cases .*a number in") for value in ("1", "-1", "1000000000000000000000")),
+    *((["--guidance", value], "--guidance .*a number in") for value in ("0.5", "nan", "inf", "1e300")),
+    *((["--steps", value], "--steps .*a number in") for value in ("0", "-4", "9" * 400)),
+    (["--cases", "many"], "invalid int value"),
+    (["--case", "2"], "unrecognized arguments: --case"),  # no abbreviations: a later flag would change their meaning
+    (["--bench", "video"], "--bench video: expected is t2i or edit or all"),
+    (["--out", ""], "--out: '' is empty"),
+    (["--prompts", "cases.jsonl", "--out", "out", "--judge", ""], "--judge: '' is empty"),
+    (["--json", "a\x07.json"], "letters that cannot be shown"),
+    (["--judge", "http://a"], "--judge is for --.*, not for the toy world's benches"),
+    (["--list"], "--list is for --.*, not for the toy world's benches"),
+    (["--seed", "1"], "--seed is for --.*, not for the toy world's benches"),
+    (["--table", "row.json"], "--checkpoint is for the toy world's benches and --prompts, not for --table"),
+    (["--json", "{folder}"], "is a folder"),
+    (["--out", "{folder}/file"], "file"),
+    (["--json", "{folder}/file/row.json"], "file"),
+    (["--checkpoint", "{folder}/nowhere"], "nowhere"),
+    (["--checkpoint", "{checkpoint}"], "96 x 96.*128 x 128"),  # not the toy's size: said before weights are loaded
+]
+
+
+def train_missing(given, part: str) -> None:
+    """A run on a checkpoint without this part."""
+    shutil.rmtree(given.copied() / part)
+    words = [
+        "--checkpoint",
+        str(given.folder / "copy"),
+        "--prompts",
+        str(given.prompts),
+        "--out",
+        str(given.folder / "run"),
+    ]
+    untouched(given, lambda: train.main(words))
+
+
+TRAIN_MISSING = [(part, f"copy/{part}") for part in ("scheduler", "processor", "text_encoder", "vae", "transformer")]
+
+
+def toy_prompts(given, words: list[str]) -> None:
+    """The toy's own prompts, for a checkpoint of another size."""
+    train.main(["--checkpoint", str(given.checkpoint), "--out", str(given.folder / "run"), *words])
+
+
+def target(given, line: dict) -> None:
+    """A prompt that the flow objective cannot learn from."""
+    (given.folder / "bad.jsonl").write_text(json.dumps(line))
+    prompts = read_prompts([given.folder / "bad.jsonl"])
+    encode_prompts(given.folder / "kept", prompts, given.checkpoint, How(64, targets=True))
+
+
+def train_command(given, words: list[str]) -> None:
+    """And --plan refuses the same."""
+    plain = ["--checkpoint", str(given.checkpoint), "--out", str(given.folder / "run"), *filled(given, words)]
+    for more in ([], ["--plan"]):
+        with pytest.raises((ValueError, OSError)) as error:
+            untouched(given, lambda more=more: train.main([*plain, *more]))
+    raise error.value
+
+
+NUMBERS = [f for f in fields(TrainOptions) if f.metadata["within"] and "|" not in f.metadata["within"]]
+
+
+def nonsense(f) -> list[str]:
+    """Values that are outside of the field's range, or no numbers."""
+    low, high = (float(end) for end in f.metadata["within"][1:-1].split(","))
+    whole = "int" in str(f.type)
+    below, above = (int(low) - 1, int(high) * 2) if whole else (low - 1e-3, high * 1.001)
+    ends = [low] * f.metadata["within"].startswith("(") + [high] * f.metadata["within"].endswith(")")
+    return [str(x) for x in (below, above, *ends, 2**63, -(2**63), 10**400, -(10**400))] + [
+        "nan",
+        "inf",
+        "-inf",
+        "x",
+        "",
+    ]
+
+
+TRAIN_COMMANDS = [
+    (["--dtype", "float16"], "--dtype float16: expected is bfloat16 or float32"),
+    (["--objective", "dmd2"], "--objective dmd2: expected is dmd or flow"),
+    (["--device", "meta"], "--device meta: torch cannot use it"),
+    (["--device", "cuda:99"], "--device cuda:99: torch cannot use it"),
+    (["--resolution", "16"], "--resolution 16: a number in"),
+    (["--teacher", "edit"], "--teacher edit: NAME="),
+    (["--teacher", "base=toy"], "--teacher base=toy: NAME="),
+    (["--teacher", "edit=tests"], "--teacher edit=tests: no transformer folder"),
+    (["--recipe", "flush"], "unknown recipe 'flush'"),
+    (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+    (["--prompts"], "--prompts: expected at least one"),
+    *(([f"{options.flag(f.name)}={x}"], options.flag(f.name)) for f in NUMBERS for x in nonsense(f)),
+]
+
+
+@dataclass
+class Flags(options.Options):
+    teacher: tuple[str, ...] = options.option((), "teachers")
+    out: Path | None = options.option(None, "a folder")
+    wide_enough: int = options.option(4, "", "[1, 8)")
+    kind: str = options.option("dmd", "", "dmd | flow")
+
+
+@dataclass
+class Config(ranges.Ranged):
+    wide_enough: tuple[int, ...] = ranges.within((4, 7), "[1, 8)")
+    part: float | None = ranges.within(0.5, "(0, 1]")
+    plain: int = 0
+    real: float = 0.0
+
+
+def flags(given, words: list[str]) -> None:
+    """Of any program."""
+    options.parse(words, Flags, "A program.")
+
+
+def numbers(given, content: dict) -> None:
+    """Of any config file."""
+    plain = {"wide_enough": [4], "part": None, "plain": 1, "real": 0.5}
+    assert build_config(Config, plain, "file: ") == Config((4,), None, 1, 0.5)
+    with named("file: "):
+        build_config(Config, plain | content, "file: ")
+
+
+FLAGS = [
+    *(([flag, given], f"{flag}: .*holds {what}") for flag in ("--out", "--teacher")
+      for given, what in (("a\ud83d", "half a letter"), ("a\0b", "a null character"))),
+    (["--wide-enough", "8"], r"^--wide-enough 8: a number in \[1, 8\) is expected$"),
+    (["--kind", "rl"], "^--kind rl: expected is dmd or flow$"),
+]  # fmt: skip
+CONFIG_NUMBERS = [
+    ({"wide_enough": [4, 8]}, r"^file: wide_enough 8: a number in \[1, 8\) is expected$"),
+    ({"part": 0}, "^file: part .*: a number in"),
+    ({"part": NAN}, "^file: part .*: a number in"),
+    ({"plain": -1}, "^file: plain .*: a number in"),
+    ({"plain": 2**31}, "^file: plain .*: a number in"),
+    ({"real": INF}, "^file: real inf: a number in"),
+]
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def named(pattern: str) -> Iterator[None]:
+    """An error within says this, too."""
+    with pytest.raises((ValueError, OSError), match=pattern) as error:
+        yield
+    raise error.value
+
+
+TABLE = {
+    prompt_line: PROMPT_LINES,
+    prompt_file: PROMPT_FILES,
+    config: [((file, key, value), *(words or [rf"{key.split('.')[-1]}|rope|edge|head|latents_mean|txt_in"]))
+             for file, key, values, *words in CONFIGS for value in values],
+    config_text: CONFIG_TEXTS,
+    missing: MISSING,
+    tokenizer: TOKENIZERS,
+    weights: WEIGHTS,
+    vae_weights: VAE_WEIGHTS,
+    network_folder: NETWORK_FOLDERS,
+    lora_file: LORA_FILES,
+    lora_bytes: LORA_BYTES,
+    call: CALLS,
+    encoder_call: ENCODER_CALLS,
+    decoder_call: DECODER_CALLS,
+    condition: CONDITIONS,
+    new_recipe: NEW_RECIPES,
+    recipe_for: RECIPES_FOR,
+    answer: ANSWERS,
+    endpoint: ENDPOINTS,
+    drawing: DRAWINGS,
+    exporting: EXPORTS,
+    eval_command: EVAL_COMMANDS,
+    train_missing: TRAIN_MISSING,
+    toy_prompts: [([], "--resolution 96: the toy's own prompts have 128")],
+    target: [(T2I, "has no target")],
+    train_command: TRAIN_COMMANDS,
+    flags: FLAGS,
+    numbers: CONFIG_NUMBERS,
+}  # fmt: skip
+ROWS = [(surface, damage, words) for surface, rows in TABLE.items() for damage, words in rows]
+
+
+@pytest.mark.parametrize(
+    "surface, damage, words", ROWS, ids=[f"{surface.__name__}-{words[:40]}" for surface, _, words in ROWS]
+)
+def test_bad_input_is_one_clear_error(given, surface, damage, words):
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        surface(given, damage)
+    assert len(str(error.value)) < 600 and "secret" not in str(error.value)
+
+
+def test_every_number_has_a_range():
+    kinds = [f for f in fields(TrainOptions) if "int" in str(f.type) or "float" in str(f.type)]
+    assert kinds == NUMBERS and len(kinds) == 25
+    TrainOptions()  # checks its defaults

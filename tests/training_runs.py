@@ -1,0 +1,64 @@
+"""Tiny training runs, and what they leave behind."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import flow
+import train
+from training import presets
+from training.options import TrainOptions
+from training.run import whole_checkpoints
+
+
+def run_options(checkpoint: Path, out: Path, objective: str = "dmd", **numbers) -> TrainOptions:
+    given = dict(steps=3, batch=4, micro_batch=2, dtype="float32", panel_every=10**6, save_every=10**6)
+    numbers = given | dict(guidance=2.0, resolution=64) | numbers
+    return TrainOptions(**presets.defaults(objective, 0, 0) | numbers, checkpoint=checkpoint, out=out)
+
+
+def job_of(options, pool, recipe, teachers=None, trainees=None) -> train.Job:
+    """A job as train.open_job makes it; without networks the draws can be looked at."""
+    per_step = {"fake": options.fake_updates, "student": 1, "teacher": 1}
+    sigmas = flow.student_sigmas(options.student_steps)
+    return train.Job(options, pool, recipe, sigmas, teachers or {}, trainees or {}, per_step)
+
+
+def newest(out: Path) -> tuple[int, dict]:
+    """The newest checkpoint: its step, and {network: {tensor's name: tensor}}."""
+    folder = whole_checkpoints(out)[-1]
+    return int(folder.name), {f.name.split("-")[0]: load_file(f) for f in folder.iterdir()}
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def metrics(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    measured = ("seconds", "images_per_second", "memory_gb")
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Start `work` in a copy of this process, which is cheap, and return its number."""
+    if pid := os.fork():
+        return pid
+    torch.set_num_threads(1)  # the other threads were not copied
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    code = 1
+    try:
+        work()
+        code = 0
+    finally:
+        os._exit(code)  # gone without any cleaning up, like a program that is killed
