@@ -134,10 +134,7 @@ def test_states_may_enter_a_training_graph(pair):
 
 
 def test_tokens_are_the_librarys(checkpoint):
-    ours, theirs = (
-        Processor(checkpoint / "processor").tokenizer,
-        reference.open_processor(checkpoint).tokenizer,
-    )
+    ours, theirs = (Processor(checkpoint / "processor").tokenizer, reference.open_processor(checkpoint).tokenizer)
     texts = [prompt for prompts in PROMPTS.values() for prompt in prompts]
     texts += [
         SYSTEM_TURN,

@@ -430,10 +430,7 @@ LORA_FILES = [  # what another program wrote, with the keys as a public source s
 ]  # fmt: skip
 LORA_CHANGES = [  # of a good file's tensors
     ({f"{LAYER}.lora_B.weight": None}, f"{LAYER} has only a, alpha"),
-    (
-        {f"{LAYER}.lora_B.weight": torch.ones(64, 5)},
-        rf"{LAYER} has A \[4, 64\] and B \[64, 5\], which make no product",
-    ),
+    ({f"{LAYER}.lora_B.weight": torch.ones(64, 5)}, rf"{LAYER} has A \[4, 64\] and B \[64, 5\], which make no product"),
     ({f"{LAYER}.lora_A.weight": torch.ones(4, 63)}, rf"{LAYER} has A \[4, 63\]"),
     (
         {f"{LAYER}.lora_A.weight": torch.ones(0, 64), f"{LAYER}.lora_B.weight": torch.ones(64, 0)},
@@ -569,10 +566,7 @@ NEW_RECIPES = [
     ({"rules": (rule(0, 0, 0, 1, teacher="base"),)}, "not 'base'"),
     ({"rules": (rule(0, 0, 0, 1, task="video"),)}, "'video'.*the task is t2i or edit"),
     # Each is right on its own; under the one condition that both have, they sum to 1.2.
-    (
-        {"rules": (rule(0, 0.6, 0, 0), rule(0, 0.6, 0, 0, teacher="b"))},
-        "quarter 1.*base': -0.2",
-    ),
+    ({"rules": (rule(0, 0.6, 0, 0), rule(0, 0.6, 0, 0, teacher="b"))}, "quarter 1.*base': -0.2"),
 ]
 
 
@@ -711,29 +705,11 @@ EXPORTS = [
     (["--export", "{folder}/student", "--num-images", "2"], "--num-images is for drawing"),
     (["--export", "{folder}/student", "--exact", "img_in"], "--exact is for --export OUT.safetensors"),
     (
-        [
-            "--export",
-            "{folder}/s.safetensors",
-            "--base",
-            "{checkpoint}",
-            "--sigmas",
-            "1",
-            "--exact",
-            "img_ni",
-        ],
+        ["--export", "{folder}/s.safetensors", "--base", "{checkpoint}", "--sigmas", "1", "--exact", "img_ni"],
         "--exact img_ni: no layer has this in its name",
     ),
     (
-        [
-            "--export",
-            "{folder}/s.safetensors",
-            "--base",
-            "{checkpoint}",
-            "--sigmas",
-            "1",
-            "--shift",
-            "dynamic",
-        ],
+        ["--export", "{folder}/s.safetensors", "--base", "{checkpoint}", "--sigmas", "1", "--shift", "dynamic"],
         "no place for a dynamic shift",
     ),
     (["--prompt-file", "{folder}/none.jsonl"], "none.jsonl: no such file; prompts are expected"),
