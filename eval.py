@@ -22,7 +22,7 @@ A ROW is the result for one model. In JSON:
     edit_shift, edit_scale, edit_colour, t2i_colour, variety        measures that need no judge: scores/measures.py
     of the toy world             t2i_compliance, t2i_fidelity, ... like t2i; t2i_diversity; cases, in a category
     of your own cases            scale, 5; bench, a hash of the cases; judges, scores and intervals of each judge
-    checksum                     of all the rest: a row that was changed is no measurement, and --table refuses it
+    checksum                     of all the rest; --table rejects a row that was changed
 
 Commands: eval.py --help. Means and intervals: scores/statistics.py. The paper's experiments: experiments/.
 """

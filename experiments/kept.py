@@ -1,4 +1,4 @@
-"""A folder of students and their scores, kept from one command to the next: what is there is not made again."""
+"""Students and their scores, in a folder that several commands use: finished ones are reused."""
 
 import fcntl
 from pathlib import Path
@@ -9,7 +9,7 @@ from training.run import faster_dtype
 
 
 def hold(folder: Path) -> object:
-    """Take the folder for this command, until the returned file is closed. ValueError while another command has it."""
+    """Lock the folder for this command, until the returned file is closed. ValueError if another command has the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / "lock", "w")
     try:

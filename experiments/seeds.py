@@ -4,8 +4,8 @@
     python -m experiments seeds --name euler -- --sampler euler          the same with other options of train.py
     python -m experiments seeds --name fast --minus euler -- ...         and its differences from students made before
 
-Each student is a whole run of train.py, in RUNS/NAME/seedN, with the comparison that ends it. Its row lies there too, with
-the numbers of every case. Students and rows are kept, so a killed command resumes.
+Each student is a complete run of train.py, in RUNS/NAME/seedN, with the comparison at its end. Its row is there, too, with
+the scores of every case. Finished students and rows are reused, so a killed command resumes.
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ from scores.statistics import difference_of_models
 from toy.draw import default_sampler, open_checkpoint, teacher_samplers
 from training.options import TrainOptions
 
-TITLES = {"t2i": "drawing", "edit": "editing"}
+TITLES = {"t2i": "T2I", "edit": "editing"}
 PARTS = ("score", "compliance", "fidelity")
 
 
@@ -78,7 +78,7 @@ def row_file(folder: Path, seed: int, cases: dict[str, int]) -> Path:
 
 
 def student_row(folder: Path, words: list[str], seed: int, cases: dict[str, int]) -> dict:
-    """The row of one student. It is trained and scored first, where that was not done before."""
+    """The row of one student, which is trained and scored first unless its row is there."""
     file = row_file(folder, seed, cases)
     out = file.parent
     if not file.exists():

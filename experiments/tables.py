@@ -1,8 +1,8 @@
 """The paper's three tables in the toy world: train the students, score them, and say which claims hold.
 
-The students of a row differ in the seed alone. All rows of all tables have the same optimisation, STUDENT, and the same
+The students of a row differ only in the seed. All rows of all tables have the same optimisation, STUDENT, and the same
 prompts. No number here was chosen by looking at a table. The claims (experiments/claims.py) are decided by intervals:
-agree, disagree, or cannot tell. Students and scores are kept, so a killed command resumes.
+agree, disagree, or cannot tell. Finished students and scores are reused, so a killed command resumes.
 """
 
 import math
@@ -37,8 +37,8 @@ from toy.figures import contact_sheet
 from training.options import TrainOptions
 from training.run import find_teachers, open_run, whole_checkpoints
 
-# One optimisation for all rows of all tables. It is the main job's, but with smaller and fewer updates, so that all three
-# tables fit into an evening, and without decay: a run is made in stages, and each would end with it.
+# One optimisation for all rows of all tables. It is the main job's with smaller and fewer updates, so that the three tables
+# take an evening, and without decay, because a run is made in stages and each stage would end with it.
 STUDENT = TrainOptions(decay=0.0, batch=12)
 TIMES = 5  # so many times as long are the rows that ask what happens later
 # Prompts in a category or family. Two categories have twice as many as one, as in the paper.
@@ -135,7 +135,7 @@ class Students:
         write_json(file, row)
 
     def few_steps(self, name: str) -> Sampler:
-        """As students draw."""
+        """The students' sampler."""
         return Sampler(name, self.sigmas, renoise=STUDENT.sampler == "renoise")
 
     def opened(self, weights: Path | None) -> Pipeline:
@@ -221,7 +221,7 @@ def on_curve(rows: list[dict], bench: str) -> list[float]:
 
 
 def weigh(parts: list[Above], rows: dict[tuple[str, str], list[dict]], seeds: int) -> tuple[str, list[str]]:
-    """What the rows say of a claim, "agree", "disagree" or "cannot tell", and the differences that say so."""
+    """A claim's verdict, "agree", "disagree" or "cannot tell", and the differences that decide it."""
     differences, evidence = [], []
     for part in parts:
         a, b = (

@@ -24,6 +24,8 @@ from experiments.options import JOBS
 from model import MMDiT
 from networks.vae import VAE
 from plane import __main__ as plane
+from plane.claims import FAKES, FIRST, OTHERS
+from plane.rows import ROWS
 from scores import charts
 from scores.statistics import difference_of_models, interval_over_cases
 from toy import draw, judge, world
@@ -281,6 +283,8 @@ def test_every_file_of_the_results_comes_from_a_command_or_stands_on_a_page():
             made |= {f"results/{name}/{file}" for file in ("table.md", "table.json", "sheet.png", "curve.png")}
     for name in plane.UPDATES:  # python -m plane --experiment NAME --out results/plane
         made |= {f"results/plane/{name}.{ending}" for ending in ("md", "json", "png")}
+    made |= {f"results/plane/rows/{ROWS[row].name}-{fake}.json" for row in (*FIRST, *OTHERS) for fake in FAKES}
+    made |= {"results/plane/drift.png"}  # python -m plane --experiment claims
     made |= {f"results/plane/dmd.{ending}" for ending in ("md", "json", "png", "gif")}  # python -m plane
     made |= {f"results/main/comparison.{ending}" for ending in ("md", "json", "png")}  # python train.py
     pages = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "results" / "plane" / "findings.md"]
