@@ -235,18 +235,21 @@ def test_every_stage_that_overflows_is_named(checkpoint):
         (torch.bfloat16, "--dtype float32"),
         (torch.float32, "damaged"),
     ):
+        pipeline = Pipeline.from_pretrained(checkpoint, dtype, keep_encoder=True)
+        pipeline.progress = False
         for stage, message in (
             (lambda p: p.encoder.model["language_model"].embed_tokens, "the language model's states"),
             (lambda p: p.vae.quant_conv, "the latents of a source picture"),
             (lambda p: p.mmdit.proj_out, "the MMDiT's latents"),
             (lambda p: p.vae.decoder.conv_out, "the decoded pixels"),
         ):
-            pipeline = Pipeline.from_pretrained(checkpoint, dtype, keep_encoder=True)
-            pipeline.progress = False
-            stage(pipeline).weight.data.fill_(torch.inf)
+            weight = stage(pipeline).weight.data
+            whole = weight.clone()
+            weight.fill_(torch.inf)
             in_vae = dtype == torch.float16 and ("source" in message or "pixels" in message)
             with pytest.raises(ValueError, match=f"{message} are not finite.*{'damaged' if in_vae else advice}"):
                 pipeline(PROMPT, source, steps=1)
+            weight.copy_(whole)
 
 
 def test_a_lora_that_overflows_is_named(checkpoint, tmp_path):
@@ -282,16 +285,12 @@ def test_as_a_program(checkpoint, tmp_path):
     assert drawn.returncode == 0 and (tmp_path / "new" / "x.png").is_file() and "\\u7ea2" in drawn.stdout
     wrong = run("--checkpoint", str(checkpoint), "--prompt", "a", "--steps", "0")
     assert (wrong.returncode, wrong.stderr) == (2, "sample.py: --steps 0: a number in [1, 1000] is expected\n")
-    if not torch.cuda.is_available():
-        wrong = run("--checkpoint", str(checkpoint), "--prompt", "a", "--device", "cuda")
-        assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--device cuda" in wrong.stderr
-    for moment in 0.3, 1.0:  # while it imports
-        command = [sys.executable, sample.__file__, "--checkpoint", str(checkpoint), "--prompt", "a", "--steps", "1000"]
-        program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        time.sleep(moment)
-        program.send_signal(signal.SIGINT)
-        assert program.communicate()[1].splitlines()[-1:] == ["sample.py: stopped by Ctrl-C"]
-        assert program.returncode == 130
+    command = [sys.executable, sample.__file__, "--checkpoint", str(checkpoint), "--prompt", "a", "--steps", "1000"]
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    time.sleep(0.5)  # while it imports
+    program.send_signal(signal.SIGINT)
+    assert program.communicate()[1].splitlines()[-1:] == ["sample.py: stopped by Ctrl-C"]
+    assert program.returncode == 130
 
 
 def test_command_line(checkpoint, tmp_path, shifted):

@@ -78,7 +78,7 @@ def test_compiled_blocks_train_the_same(checkpoint, pools, tmp_path, monkeypatch
     networks = []
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
         for compiled in (False, True):
-            numbers = dict(steps=2, fake_updates=1, muon_lr=0.0, fake_muon_lr=0.0, lora_rank=rank, recipe=recipe)
+            numbers = dict(steps=1, fake_updates=1, muon_lr=0.0, fake_muon_lr=0.0, lora_rank=rank, recipe=recipe)
             numbers["compile"] = compiled
             args, state = train.open_run(run_options(checkpoint, tmp_path / str(compiled), **numbers))
             train.train(args, pools["dmd"], state)
