@@ -22,6 +22,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from training_runs import job_of
 
 import dmd
 import flow
@@ -79,13 +80,6 @@ def small_pool(lengths: tuple[int, ...] = (5, 5, 5, 5, 5, 5, 5, 5)) -> Pool:
 def small_args(**numbers) -> TrainOptions:
     given = dict(dtype="float32", device="cpu", batch=4, micro_batch=2, guidance=1.0, fake_updates=2)
     return TrainOptions(**given | numbers)
-
-
-def job_of(options, pool, recipe, teachers=None, trainees=None) -> train.Job:
-    """A job as train.open_job makes it; without networks the draws can be looked at."""
-    per_step = {"fake": options.fake_updates, "student": 1, "teacher": 1}
-    sigmas = flow.student_sigmas(options.student_steps)
-    return train.Job(options, pool, recipe, sigmas, teachers or {}, trainees or {}, per_step)
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ error is a ValueError or an OSError in one line, which says what it is about; no
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -640,83 +641,82 @@ def untouched(given, command: Callable[[], object]) -> None:
         assert {path: path.read_bytes() for path in given.folder.rglob("*") if path.is_file()} == before
 
 
-def filled(given, words: list[str]) -> list[str]:
+def filled(given, words: str | list[str]) -> list[str]:
+    """A command's words, with the places of `given` in {braces}."""
+    words = shlex.split(words) if isinstance(words, str) else words
     return [word.format(**vars(given)) if "{" in word else word for word in words]
 
 
-def drawing(given, words: list[str]) -> None:
+def drawing(given, words: str | list[str]) -> None:
     """sample.py with a prompt."""
-    exporting(given, ["--prompt", reference.PROMPT, *words])
+    exporting(given, ["--prompt", reference.PROMPT, *filled(given, words)])
 
 
-def exporting(given, words: list[str]) -> None:
+def exporting(given, words: str | list[str]) -> None:
     """sample.py without one."""
     untouched(given, lambda: sample.main(["--checkpoint", str(given.checkpoint), *filled(given, words)]))
 
 
 DRAWINGS = [
-    (["--out", "out.jpg"], "out.jpg"),
-    (["--out", "{lora}/out.png"], "/out.png: cannot be written"),
-    (["--out", "{folder}/a.png", "--device", "meta"], "--device meta: torch cannot use it"),
-    (["--num-images", "0"], "--num-images 0"),
-    (["--prompt-file", "x"], "either --prompt"),
-    (["--device", "abacus"], "--device abacus: torch cannot use it"),
-    (["--image", "{folder}/none.png"], "none.png: no such picture"),
-    (["--lora", "{folder}/none.safetensors:0.5"], "none.safetensors: no such LoRA file"),
-    (["--aspect", "16/9"], "--aspect 16/9: W:H"),
-    (["--aspect", "1:0"], "--aspect 1:0"),
-    (["--aspect", "1:1", "--width", "64"], "no --height or --width"),
-    (["--sigmas", "0.5", "1"], "sigmas"),
-    (["--sigmas", "1", "0.5", "--shift", "static"], "--shift static: expected is none, dynamic or a number"),
-    (["--sigmas", "1", "0.5", "--shift", "0"], r"--shift 0.0: a number in \(0, 100\]"),
-    (["--shift", "dynamic"], "--shift dynamic: it bends --sigmas, and none are given"),
+    ("--out out.jpg", "out.jpg"),
+    ("--out {lora}/out.png", "/out.png: cannot be written"),
+    ("--out {folder}/a.png --device meta", "--device meta: torch cannot use it"),
+    ("--num-images 0", "--num-images 0"),
+    ("--prompt-file x", "either --prompt"),
+    ("--device abacus", "--device abacus: torch cannot use it"),
+    ("--image {folder}/none.png", "none.png: no such picture"),
+    ("--lora {folder}/none.safetensors:0.5", "none.safetensors: no such LoRA file"),
+    ("--aspect 16/9", "--aspect 16/9: W:H"),
+    ("--aspect 1:0", "--aspect 1:0"),
+    ("--aspect 1:1 --width 64", "no --height or --width"),
+    ("--sigmas 0.5 1", "sigmas"),
+    ("--sigmas 1 0.5 --shift static", "--shift static: expected is none, dynamic or a number"),
+    ("--sigmas 1 0.5 --shift 0", r"--shift 0.0: a number in \(0, 100\]"),
+    ("--shift dynamic", "--shift dynamic: it bends --sigmas, and none are given"),
     (["--seed", str(2**63 - 1), "--num-images", "2"], "--seed 9223372036854775807: 2 pictures need as many seeds"),
-    (["--guidance", "nan"], "--guidance nan"),
-    (["--negative-prompt", "a dog"], "negative prompt 'a dog'"),
-    (["--resolution", "0", "--aspect", "1:1"], "--resolution 0"),
-    (["--resolution=-64", "--height", "64", "--width", "64"], "--resolution -64"),
+    ("--guidance nan", "--guidance nan"),
+    ("--negative-prompt 'a dog'", "negative prompt 'a dog'"),
+    ("--resolution 0 --aspect 1:1", "--resolution 0"),
+    ("--resolution=-64 --height 64 --width 64", "--resolution -64"),
     (["--image", *["{folder}/a.png"] * 11], "11 source pictures"),
-    (["--lora", "{lora}:nan"], "--lora .*: the scale nan"),
-    (["--lora", "{lora}:1e39"], r"the scale 1e\+39: a number in"),
-    (["--width", "10000000"], "--width 10000000: a number in"),
+    ("--lora {lora}:nan", "--lora .*: the scale nan"),
+    ("--lora {lora}:1e39", r"the scale 1e\+39: a number in"),
+    ("--width 10000000", "--width 10000000: a number in"),
     (["--width", str(2**63)], "--width 9223372036854775808: a number in"),
-    (["--width", "16384", "--height", "16384"], "at most 16777216 are drawn.* 4 GiB"),
+    ("--width 16384 --height 16384", "at most 16777216 are drawn.* 4 GiB"),
     (["--steps", str(2**63 - 1)], "--steps 9223372036854775807"),
-    (["--seed", "-1"], "--seed -1"),
-    (["--aspect", "1e5:1"], "--aspect 1e5:1"),
+    ("--seed -1", "--seed -1"),
+    ("--aspect 1e5:1", "--aspect 1e5:1"),
     (["--aspect", "9" * 400 + ":1"], "--aspect 999"),
-    (["--aspect", "1000:1"], "--aspect 1000:1"),
+    ("--aspect 1000:1", "--aspect 1000:1"),
     (["--prompt", "a" * 100_000], "100000 letters; at most 8000"),
     (["--prompt", "cat \ud83d"], "--prompt: 'cat .*half a letter"),
-    (["--prompt-file", ""], "either --prompt"),
-    (["--fit", "squeeze"], "--fit squeeze: expected is stretch or crop or pad"),
-    (["--lora", "{lora}", "--steps", "40"], r"40 steps: .* a LoRA file .* fix them to 2, at \[1.0, 0.5\]"),
-    (["--link"], "--link is for --export of a folder"),
-    (["--rank", "2"], "--rank is for --export OUT.safetensors"),
-    (["--export", "{folder}/student"], "--prompt is for drawing"),
+    ("--prompt-file ''", "either --prompt"),
+    ("--fit squeeze", "--fit squeeze: expected is stretch or crop or pad"),
+    ("--lora {lora} --steps 40", r"40 steps: .* a LoRA file .* fix them to 2, at \[1.0, 0.5\]"),
+    ("--link", "--link is for --export of a folder"),
+    ("--rank 2", "--rank is for --export OUT.safetensors"),
+    ("--export {folder}/student", "--prompt is for drawing"),
 ]
 EXPORTS = [
-    (["--export", "{folder}/student"], "no few-step student"),
-    (["--export", "{folder}/s.safetensors", "--sigmas", "1", "0.5"], "--base"),
-    (["--export", "{checkpoint}", "--sigmas", "1", "0.5"], "is a folder with something in it"),
-    (["--export", "{folder}/student", "--base", "{checkpoint}"], "--base is for --export OUT.safetensors"),
-    (["--export", "{folder}/s.safetensors", "--base", "{checkpoint}", "--link"], "--link is for"),
-    (["--export", "{folder}/student", "--image", "a.png"], "--image is for drawing, and --export draws"),
-    (["--export", "{folder}/student", "--num-images", "2"], "--num-images is for drawing"),
-    (["--export", "{folder}/student", "--exact", "img_in"], "--exact is for --export OUT.safetensors"),
+    ("--export {folder}/student", "no few-step student"),
+    ("--export {folder}/s.safetensors --sigmas 1 0.5", "--base"),
+    ("--export {checkpoint} --sigmas 1 0.5", "is a folder with something in it"),
+    ("--export {folder}/student --base {checkpoint}", "--base is for --export OUT.safetensors"),
+    ("--export {folder}/s.safetensors --base {checkpoint} --link", "--link is for"),
+    ("--export {folder}/student --image a.png", "--image is for drawing, and --export draws"),
+    ("--export {folder}/student --num-images 2", "--num-images is for drawing"),
+    ("--export {folder}/student --exact img_in", "--exact is for --export OUT.safetensors"),
     (
-        ["--export", "{folder}/s.safetensors", "--base", "{checkpoint}", "--sigmas", "1", "--exact", "img_ni"],
+        "--export {folder}/s.safetensors --base {checkpoint} --sigmas 1 --exact img_ni",
         "--exact img_ni: no layer has this in its name",
     ),
-    (
-        ["--export", "{folder}/s.safetensors", "--base", "{checkpoint}", "--sigmas", "1", "--shift", "dynamic"],
-        "no place for a dynamic shift",
-    ),
-    (["--prompt-file", "{folder}/none.jsonl"], "none.jsonl: no such file; prompts are expected"),
+    ("--export {folder}/s.safetensors --base {checkpoint} --sigmas 1 --shift dynamic", "no place for a dynamic shift"),
+    ("--prompt-file {folder}/none.jsonl", "none.jsonl: no such file; prompts are expected"),
 ]
 
 
-def eval_command(given, words: list[str]) -> None:
+def eval_command(given, words: str | list[str]) -> None:
     (given.folder / "file").write_text("mine")
     plain = [] if "--prompts" in words else ["--checkpoint", str(given.toy), "--cases", "2"]
     untouched(given, lambda: evaluation.main([*plain, *filled(given, words)]))
@@ -726,42 +726,35 @@ EVAL_COMMANDS = [
     *((["--cases", value], "--cases .*a number in") for value in ("1", "-1", "1000000000000000000000")),
     *((["--guidance", value], "--guidance .*a number in") for value in ("0.5", "nan", "inf", "1e300")),
     *((["--steps", value], "--steps .*a number in") for value in ("0", "-4", "9" * 400)),
-    (["--cases", "many"], "invalid int value"),
-    (["--case", "2"], "unrecognized arguments: --case"),  # no abbreviations: a later flag would change their meaning
-    (["--bench", "video"], "--bench video: expected is t2i or edit or all"),
-    (["--out", ""], "--out: '' is empty"),
-    (["--prompts", "cases.jsonl", "--out", "out", "--judge", ""], "--judge: '' is empty"),
+    ("--cases many", "invalid int value"),
+    ("--case 2", "unrecognized arguments: --case"),  # no abbreviations: a later flag would change their meaning
+    ("--bench video", "--bench video: expected is t2i or edit or all"),
+    ("--out ''", "--out: '' is empty"),
+    ("--prompts cases.jsonl --out out --judge ''", "--judge: '' is empty"),
     (["--json", "a\x07.json"], "letters that cannot be shown"),
-    (["--judge", "http://a"], "--judge is for --.*, not for the toy world's benches"),
-    (["--list"], "--list is for --.*, not for the toy world's benches"),
-    (["--seed", "1"], "--seed is for --.*, not for the toy world's benches"),
-    (["--table", "row.json"], "--checkpoint is for the toy world's benches and --prompts, not for --table"),
-    (["--json", "{folder}"], "is a folder"),
-    (["--out", "{folder}/file"], "file"),
-    (["--json", "{folder}/file/row.json"], "file"),
-    (["--checkpoint", "{folder}/nowhere"], "nowhere"),
-    (["--checkpoint", "{checkpoint}"], "96 x 96.*128 x 128"),  # not the toy's size: said before weights are loaded
+    ("--judge http://a", "--judge is for --.*, not for the toy world's benches"),
+    ("--list", "--list is for --.*, not for the toy world's benches"),
+    ("--seed 1", "--seed is for --.*, not for the toy world's benches"),
+    ("--table row.json", "--checkpoint is for the toy world's benches and --prompts, not for --table"),
+    ("--json {folder}", "is a folder"),
+    ("--out {folder}/file", "file"),
+    ("--json {folder}/file/row.json", "file"),
+    ("--checkpoint {folder}/nowhere", "nowhere"),
+    ("--checkpoint {checkpoint}", "96 x 96.*128 x 128"),  # not the toy's size: said before weights are loaded
 ]
 
 
 def train_missing(given, part: str) -> None:
     """A run on a checkpoint without this part."""
     shutil.rmtree(given.copied() / part)
-    words = [
-        "--checkpoint",
-        str(given.folder / "copy"),
-        "--prompts",
-        str(given.prompts),
-        "--out",
-        str(given.folder / "run"),
-    ]
-    untouched(given, lambda: train.main(words))
+    words = "--checkpoint {folder}/copy --prompts {prompts} --out {folder}/run"
+    untouched(given, lambda: train.main(filled(given, words)))
 
 
 TRAIN_MISSING = [(part, f"copy/{part}") for part in ("scheduler", "processor", "text_encoder", "vae", "transformer")]
 
 
-def toy_prompts(given, words: list[str]) -> None:
+def toy_prompts(given, words: str | list[str]) -> None:
     """The toy's own prompts, for a checkpoint of another size."""
     train.main(["--checkpoint", str(given.checkpoint), "--out", str(given.folder / "run"), *words])
 
@@ -773,7 +766,7 @@ def target(given, line: dict) -> None:
     encode_prompts(given.folder / "kept", prompts, given.checkpoint, How(64, targets=True))
 
 
-def train_command(given, words: list[str]) -> None:
+def train_command(given, words: str | list[str]) -> None:
     """And --plan refuses the same."""
     plain = ["--checkpoint", str(given.checkpoint), "--out", str(given.folder / "run"), *filled(given, words)]
     for more in ([], ["--plan"]):
@@ -791,27 +784,22 @@ def nonsense(f) -> list[str]:
     whole = "int" in str(f.type)
     below, above = (int(low) - 1, int(high) * 2) if whole else (low - 1e-3, high * 1.001)
     ends = [low] * f.metadata["within"].startswith("(") + [high] * f.metadata["within"].endswith(")")
-    return [str(x) for x in (below, above, *ends, 2**63, -(2**63), 10**400, -(10**400))] + [
-        "nan",
-        "inf",
-        "-inf",
-        "x",
-        "",
-    ]
+    numbers = (below, above, *ends, 2**63, -(2**63), 10**400, -(10**400))
+    return [*map(str, numbers), "nan", "inf", "-inf", "x", ""]
 
 
 TRAIN_COMMANDS = [
-    (["--dtype", "float16"], "--dtype float16: expected is bfloat16 or float32"),
-    (["--objective", "dmd2"], "--objective dmd2: expected is dmd or flow"),
-    (["--device", "meta"], "--device meta: torch cannot use it"),
-    (["--device", "cuda:99"], "--device cuda:99: torch cannot use it"),
-    (["--resolution", "16"], "--resolution 16: a number in"),
-    (["--teacher", "edit"], "--teacher edit: NAME="),
-    (["--teacher", "base=toy"], "--teacher base=toy: NAME="),
-    (["--teacher", "edit=tests"], "--teacher edit=tests: no transformer folder"),
-    (["--recipe", "flush"], "unknown recipe 'flush'"),
-    (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
-    (["--prompts"], "--prompts: expected at least one"),
+    ("--dtype float16", "--dtype float16: expected is bfloat16 or float32"),
+    ("--objective dmd2", "--objective dmd2: expected is dmd or flow"),
+    ("--device meta", "--device meta: torch cannot use it"),
+    ("--device cuda:99", "--device cuda:99: torch cannot use it"),
+    ("--resolution 16", "--resolution 16: a number in"),
+    ("--teacher edit", "--teacher edit: NAME="),
+    ("--teacher base=toy", "--teacher base=toy: NAME="),
+    ("--teacher edit=tests", "--teacher edit=tests: no transformer folder"),
+    ("--recipe flush", "unknown recipe 'flush'"),
+    ("--stepz 3", "unrecognized arguments: --stepz 3"),
+    ("--prompts", "--prompts: expected at least one"),
     *(([f"{options.flag(f.name)}={x}"], options.flag(f.name)) for f in NUMBERS for x in nonsense(f)),
 ]
 
@@ -832,9 +820,9 @@ class Config(ranges.Ranged):
     real: float = 0.0
 
 
-def flags(given, words: list[str]) -> None:
+def flags(given, words: str | list[str]) -> None:
     """Of any program."""
-    options.parse(words, Flags, "A program.")
+    options.parse(filled(given, words), Flags, "A program.")
 
 
 def numbers(given, content: dict) -> None:
@@ -848,8 +836,8 @@ def numbers(given, content: dict) -> None:
 FLAGS = [
     *(([flag, given], f"{flag}: .*holds {what}") for flag in ("--out", "--teacher")
       for given, what in (("a\ud83d", "half a letter"), ("a\0b", "a null character"))),
-    (["--wide-enough", "8"], r"^--wide-enough 8: a number in \[1, 8\) is expected$"),
-    (["--kind", "rl"], "^--kind rl: expected is dmd or flow$"),
+    ("--wide-enough 8", r"^--wide-enough 8: a number in \[1, 8\) is expected$"),
+    ("--kind rl", "^--kind rl: expected is dmd or flow$"),
 ]  # fmt: skip
 CONFIG_NUMBERS = [
     ({"wide_enough": [4, 8]}, r"^file: wide_enough 8: a number in \[1, 8\) is expected$"),
