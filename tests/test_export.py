@@ -172,18 +172,7 @@ def test_a_student_says_how_it_draws(checkpoint, tmp_path, stochastic):
 
 def test_a_bent_schedule_is_exported_as_it_is_drawn(checkpoint, tmp_path):
     """Lightning's, fused: raw sigmas, and a scheduler that shifts them by the picture's size, without a terminal."""
-    student = [
-        *("--checkpoint", str(checkpoint)),
-        "--sigmas",
-        "1",
-        "0.75",
-        "0.5",
-        "0.25",
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
+    student = f"--checkpoint {checkpoint} --sigmas 1 0.75 0.5 0.25 --device cpu --dtype float32".split()
     for shift, bent in ("dynamic", {"use_dynamic_shifting": True, "shift": 1.0}), ("3", IDENTITY | {"shift": 3.0}):
         folder = tmp_path / shift
         sample.main([*student, "--shift", shift, "--export", str(folder)])

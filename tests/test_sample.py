@@ -191,10 +191,7 @@ def test_batch_with_sources_of_their_own(shifted):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Bad checkpoints and the command line
+# Damage that shows while drawing, and the command line
 
 
 def test_an_index_lists_what_is_there(checkpoint, tmp_path):
@@ -296,18 +293,7 @@ def test_as_a_program(checkpoint, tmp_path):
 def test_command_line(checkpoint, tmp_path, shifted):
     picture(50, 70, 1).save(tmp_path / "source.webp")
     out = tmp_path / "out.png"
-    command = [
-        "--checkpoint",
-        str(checkpoint),
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--steps",
-        "3",
-    ]
+    command = f"--checkpoint {checkpoint} --out {out} --device cpu --dtype float32 --steps 3".split()
     image = ["--image", str(tmp_path / "source.webp")]
     sample.main(
         [*command, "--prompt", PROMPT, *image, "--seed", "4", "--num-images", "2", "--guidance", "2", "--offload"]
@@ -414,18 +400,8 @@ def test_a_few_step_lora_and_a_style_lora_together(checkpoint, tmp_path, capsys)
     network = MMDiT.from_pretrained(checkpoint / "transformer")
     write_lora(few, random_lora(network, 2, 2.0, r".*attn.*"), [1.0, 0.5], torch.float32, stochastic=False)
     write_lora(style, random_lora(network, 3, 3.0, r".*attn.*", seed=1), dtype=torch.float32)
-    command = [
-        "--checkpoint",
-        str(checkpoint),
-        "--prompt",
-        PROMPT,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-        "--seed",
-        "5",
-    ]
+    cpu = "--device cpu --dtype float32 --seed 5".split()
+    command = ["--checkpoint", str(checkpoint), "--prompt", PROMPT, *cpu]
     sample.main([*command, "--lora", f"{style}:0.7", f"{few}:1", "--out", str(tmp_path / "both.png")])
     assert f"{few}: draws in 2 steps at [1.0, 0.5]" in capsys.readouterr().err
     theirs = open_pipeline(checkpoint)
