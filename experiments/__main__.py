@@ -6,6 +6,7 @@ from program import edges
 
 def main(argv: list[str] | None = None) -> None:
     name, options, words = parse(argv)
+    edges.spin_briefly()
     # After the command line: --help and a mistyped flag do not wait for torch.
     from experiments import records, seeds, tables
 
