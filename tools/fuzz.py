@@ -206,7 +206,7 @@ def arguments(flags: list[str], fixed: list[str], rng: random.Random) -> list[st
 SAMPLE = "prompt image prompt-file negative-prompt guidance steps sigmas height width aspect resolution seed num-images"
 SAMPLE += " out checkpoint lora export base rank device dtype"
 TRAIN = "objective checkpoint prompts pool recipe out cache teacher lora-rank guidance resolution student-steps steps"
-TRAIN += " batch micro-batch seed save-every panel-every device dtype gpus peak-tflops utilisation muon-lr lr"
+TRAIN += " batch micro-batch seed save-every panel-every device dtype gpus renoise-times muon-lr lr"
 TRAIN += " fake-muon-lr fake-lr fake-updates warmup decay clip ema time-shift text-dropout"
 EVAL = "checkpoint json out steps guidance bench cases prompts pictures seed name judge judge-model judge-key parallel"
 EVAL += " timeout table variety reference"
