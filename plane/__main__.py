@@ -4,6 +4,7 @@
     python -m plane --recipe flash             the same under other teachers; --help has more choices (docs/evening.md)
     python -m plane --experiment claims        the paper's claims along one training, under three fake scores
     python -m plane --experiment NAME          choices, guidance, lambdas: students in a table; or a sweep along a knob
+    python -m plane --experiment dimension     re-noising against Euler's method in 2, 8 and 64 dimensions
     python -m plane --forks                    each patch of forks/ against the unchanged code
 
 plane/method.py is the method, show.py the first command, claims.py the second, tables.py the third, forks.py the fourth.
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from checkpoint.files import may_write
 from plane.claims import claims
+from plane.dimension import dimension
 from plane.forks import forks
 from plane.method import Setting
 from plane.rows import OURS
@@ -22,7 +24,9 @@ from plane.tables import SWEEPS, TABLES, sweep, table
 from program.ranges import check_range
 from recipe import RECIPES
 
-UPDATES = {"claims": 10_000, "choices": 2000, "guidance": 2000} | dict.fromkeys([*SWEEPS, "lambdas"], 1000)
+UPDATES = {"claims": 10_000, "choices": 2000, "guidance": 2000, "dimension": 2000} | dict.fromkeys(
+    [*SWEEPS, "lambdas"], 1000
+)
 PICTURED = RECIPES | {recipe.name: recipe for recipe in OURS.values()}  # what the picture's students may learn
 
 
@@ -71,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
         table(name, setting, args.out)
     elif name in SWEEPS:
         sweep(name, setting, args.out)
-    elif name == "dmd":
+    elif name == "dimension":
+        dimension(setting, args.out)
+    else:
         show(setting, PICTURED[args.recipe or "base-5-5"], args.out)
 
 

@@ -55,7 +55,7 @@ class Mixture:
         y = z - (1 - t) * self.centre  # as if the centre were 0
         split = (*self.modes.shape[:-2], -1)  # (N,); (S, N / S) where each seed has its own modes
         # The exponent without |y|^2, which is the same for all j: (1 - t) / var (y mu_j - (1 - t) |mu_j|^2 / 2)
-        logits = y.reshape(*split, 2) @ self.modes.mT  # (N, M)
+        logits = y.reshape(*split, z.shape[-1]) @ self.modes.mT  # (N, M)
         logits = logits - (1 - t).reshape(*split, 1) * self.modes.square().sum(-1)[..., None, :] / 2  # (N, M)
         logits = ((1 - t) / var).reshape(*split, 1) * logits  # (N, M)
         mu = (logits.softmax(-1) @ self.modes).reshape(z.shape)  # (N, 2)
@@ -72,7 +72,7 @@ class Mixture:
     def sample(self, n: int, rng: torch.Generator) -> Tensor:
         """n exact samples, (n, 2); modes (M, 2)."""
         chosen = self.modes[torch.randint(len(self.modes), (n,), generator=rng)]
-        return self.centre + chosen + self.sd * torch.randn(n, 2, generator=rng)
+        return self.centre + chosen + self.sd * torch.randn(chosen.shape, generator=rng)
 
 
 def ring(modes: int, radius: float, turn: float = 0.0) -> Tensor:
@@ -107,6 +107,7 @@ class Setting:
     below: bool = True  # step k's pictures are noised again up to sigma_k only, the noise that it has to remove
     told: bool = True  # the fake score is told k, and so learns each step's pictures and not their pool
     oracle: bool = False  # the fake score is computed from samples, not learned; T2I only
+    dims = 2  # numbers of a picture; no field, because only plane/dimension.py has others
 
     def mixture(self, teacher: str, category: str, source: Tensor) -> Mixture:
         """What a teacher, or the "truth", draws. source: (N, 2); only edits use it."""
@@ -148,11 +149,11 @@ class Setting:
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """noises (1, n, 2), or (4, n, 2) to re-noise; xi, source (n, 2); u (n,), uniform, for the time. Every recipe gets the
         same numbers in the same order, so rows are paired."""
-        noises, xi = torch.randn(2, 1, n, 2, generator=rng)
+        noises, xi = torch.randn(2, 1, n, self.dims, generator=rng)
         source = self.mixture("truth", "landscape", xi[0]).sample(n, rng)  # an edit changes a landscape
         u = torch.rand(n, generator=rng)
         if self.renoise:
-            noises = torch.cat([noises, torch.randn(len(SIGMAS) - 2, n, 2, generator=rng)])
+            noises = torch.cat([noises, torch.randn(len(SIGMAS) - 2, n, self.dims, generator=rng)])
         return noises, xi[0], source, u
 
 
@@ -163,7 +164,8 @@ class Network:
     """S networks at once: the base teacher's velocity plus an MLP whose last layer is zero at the start. A Model."""
 
     def __init__(self, setting: Setting, rng: torch.Generator):
-        sizes = [2 + 2 + 8 + len(TASKS) + 4 + 2, *[setting.width] * 3, 2]  # z, the base's v, t, category, step, source
+        inputs = 3 * setting.dims + 8 + len(TASKS) + 4  # z, the base's v, source; t; category; step
+        sizes = [inputs, *[setting.width] * 3, setting.dims]
         self.setting, self.weights, self.biases = setting, [], []
         for i, (inside, outside) in enumerate(zip(sizes, sizes[1:])):
             weight = torch.randn(setting.seeds, inside, outside, generator=rng)  # (S, inside, outside)
