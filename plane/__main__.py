@@ -24,7 +24,7 @@ from plane.tables import SWEEPS, TABLES, sweep, table
 from program.ranges import check_range
 from recipe import RECIPES
 
-UPDATES = {"claims": 10_000, "choices": 2000, "guidance": 2000, "dimension": 2000} | dict.fromkeys(
+UPDATES = {"claims": 10_000, "choices": 2000, "guidance": 2000, "dimension": 1000} | dict.fromkeys(
     [*SWEEPS, "lambdas"], 1000
 )
 PICTURED = RECIPES | {recipe.name: recipe for recipe in OURS.values()}  # what the picture's students may learn
