@@ -1,7 +1,7 @@
 """DMD where a picture is a point in the plane, and a teacher's velocity is a formula.
 
-flow.py, dmd.py and recipe.py are used as they are. For every category a teacher draws from a mixture of Gaussians, so no
-result holds the error of a teacher's network. The commands are in plane/__main__.py.
+It uses flow.py, dmd.py and recipe.py as they are. For every category a teacher draws from a mixture of Gaussians, so it has
+no errors but those that Setting gives it. The commands are in plane/__main__.py.
 
     S        seeds: students that train side by side, each with its own weights and draws, as one batched product
     N        samples of all seeds together, seed after seed; states are (N, 2)
@@ -62,7 +62,7 @@ class Mixture:
         return (t - (1 - t) * self.sd**2) / var * (y - (1 - t) * mu) - mu - self.centre
 
     def log_density(self, z: Tensor, t: Tensor) -> Tensor:
-        """log p_t(z) but for log(2 pi), (N,); modes (M, 2)."""
+        """log p_t(z) without the constant -log(2 pi), (N,); modes (M, 2)."""
         t = per_sample(t, z)  # (N, 1)
         var = (1 - t) ** 2 * self.sd**2 + t**2  # (N, 1)
         off = (z - (1 - t) * self.centre)[:, None] - (1 - t)[..., None] * self.modes  # (N, M, 2)
@@ -83,14 +83,17 @@ def ring(modes: int, radius: float, turn: float = 0.0) -> Tensor:
 
 @dataclass(frozen=True)
 class Setting:
-    """What there is to draw, how teachers err, and how students are trained: all numbers that a sweep may change. Ours."""
+    """What there is to draw, how teachers err, and how students are trained. A sweep may change any field. All numbers are
+    ours."""
+
+    dims = 2  # numbers of a picture. This is no field: plane/dimension.py alone has others
 
     blur: float = 2.0  # the base's standard deviation at text, in the truth's
     sharp: float = 0.5  # a specialist's standard deviation, in the truth's
     displaced: float = 0.5  # how far a specialist's modes are moved, in the truth's standard deviations
     open: float = 1.0  # radius of the circle of right answers to an edit; at 0 there is one answer
-    # The training is the same for all rows. Its numbers were chosen with seed 1, by how near a student of the base comes
-    # to its teacher (plane/tables.py, CHOICES).
+    # All rows are trained alike. These numbers were chosen with seed 1, by how close a student of the base comes to its
+    # teacher (plane/tables.py, CHOICES).
     seeds: int = 32
     seed: int = 0  # of all draws
     updates: int = 6000  # of the student
@@ -99,7 +102,7 @@ class Setting:
     lr: float = 1e-3
     fake_lr: float = 5e-3  # higher, because the fake score has to keep up with the student
     beta1: float = 0.0  # Adam's
-    tail: float = 0.1  # what draws are averaged weights, of about this share of the updates so far, the last ones
+    tail: float = 0.1  # students draw with averaged weights, of about the last tenth of the updates so far
     width: int = 64  # of the three hidden layers
     guidance: float = 1.0  # w of the teachers; 1 is off
     guided_above: bool = False  # what guidance adds is seen at times of its own, in [sigma_k, 0.98]
@@ -107,7 +110,6 @@ class Setting:
     below: bool = True  # step k's pictures are noised again up to sigma_k only, the noise that it has to remove
     told: bool = True  # the fake score is told k, and so learns each step's pictures and not their pool
     oracle: bool = False  # the fake score is computed from samples, not learned; T2I only
-    dims = 2  # numbers of a picture; no field, because only plane/dimension.py has others
 
     def mixture(self, teacher: str, category: str, source: Tensor) -> Mixture:
         """What a teacher, or the "truth", draws. source: (N, 2); only edits use it."""
@@ -143,12 +145,14 @@ class Setting:
 
     def teacher(self, specialised: bool = False) -> Model:
         """The base teacher; or the specialised ones, each for what it was made for."""
-        who = {"text": "text", "object": "edit", "style": "edit"} if specialised else {}
-        return lambda category, source: self.real_score({who.get(category, "base"): 1.0}, category, source)
+        teachers = {"text": "text", "object": "edit", "style": "edit"} if specialised else {}
+        return lambda category, source: self.real_score({teachers.get(category, "base"): 1.0}, category, source)
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """noises (1, n, 2), or (4, n, 2) to re-noise; xi, source (n, 2); u (n,), uniform, for the time. Every recipe gets the
-        same numbers in the same order, so rows are paired."""
+        """noises (1, n, 2), or (4, n, 2) to re-noise; xi, source (n, 2); u (n,), uniform, for the time.
+
+        Every recipe gets the same numbers in the same order, so rows are paired.
+        """
         noises, xi = torch.randn(2, 1, n, self.dims, generator=rng)
         source = self.mixture("truth", "landscape", xi[0]).sample(n, rng)  # an edit changes a landscape
         u = torch.rand(n, generator=rng)
@@ -161,7 +165,7 @@ class Setting:
 
 
 class Network:
-    """S networks at once: the base teacher's velocity plus an MLP whose last layer is zero at the start. A Model."""
+    """S networks at once, a Model: the base teacher's velocity plus an MLP whose last layer is zero at the start."""
 
     def __init__(self, setting: Setting, rng: torch.Generator):
         inputs = 3 * setting.dims + 8 + len(TASKS) + 4  # z, the base's v, source; t; category; step
@@ -174,7 +178,7 @@ class Network:
         self.parameters = [p.requires_grad_() for p in self.weights + self.biases]
 
     def __call__(self, category: str, source: Tensor, k: int | None = None) -> Velocity:
-        """The velocity with its condition bound to it. source: (N, 2). k: a fake score may be told the student's step."""
+        """The velocity under a condition. source: (N, 2). k: the student's step, which a fake score may be told."""
         base = self.setting.mixture("base", category, source)
         words = torch.zeros(len(source), len(TASKS) + 4)
         words[:, list(TASKS).index(category)] = 1
@@ -184,7 +188,8 @@ class Network:
         octaves = math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])
 
         def velocity(z: Tensor, t: Tensor) -> Tensor:
-            v, waves = base.velocity(z, t), per_sample(t, z) * octaves  # (N, 2), (N, 4)
+            v = base.velocity(z, t)  # (N, 2)
+            waves = per_sample(t, z) * octaves  # (N, 4)
             h = torch.cat([z, v, waves.sin(), waves.cos(), condition], dim=1)
             h = h.reshape(self.setting.seeds, -1, h.shape[1])  # (S, N / S, inputs)
             for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
@@ -197,17 +202,23 @@ class Network:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-def from_samples(drawing: Velocity, noises: Tensor, seeds: int) -> Mixture:
-    """The oracle: a narrow Gaussian around each of the student's fresh samples, of all its steps. noises: those of a
-    rollout, for each of the four k."""
+def from_samples(student: Velocity, noises: Tensor, seeds: int) -> Mixture:
+    """The oracle: a narrow Gaussian around each of the student's fresh samples, of all its steps.
+
+    noises: a rollout's, for each of the four steps, (4, 1 or 4, N, 2).
+    """
     with torch.no_grad():
-        points = [rollout(drawing, some, SIGMAS, k) for k, some in enumerate(noises)]
-    return Mixture(torch.cat([x.reshape(seeds, -1, 2) for x in points], dim=1), 0.1)
+        samples = [rollout(student, noises[k], SIGMAS, k) for k in range(len(noises))]  # (N, 2) each
+    modes = torch.cat([x_theta.reshape(seeds, -1, 2) for x_theta in samples], dim=1)  # (S, 4 N / S, 2)
+    return Mixture(modes, sd=0.1)
 
 
 def guided_above(round: Round) -> Velocity:
-    """The real score without guidance, plus what guidance adds to its clean picture where x_theta has other noise and a
-    time of its own: in [sigma_k, 0.98], where step k begins or earlier (Decoupled DMD)."""
+    """The real score with guidance from other noise than the round's own (Decoupled DMD).
+
+    x_theta is noised a second time, at a time in [sigma_k, 0.98], where step k begins or earlier. What guidance adds to the
+    clean picture there is added to it at every time of the round.
+    """
     real, sigma = round.real, round.sigmas[round.k]
     with torch.no_grad():
         x_theta = rollout(round.student, round.noises, round.sigmas, round.k)
@@ -232,7 +243,7 @@ def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[i
     }
 
     def make_round(name: str, number: int) -> tuple[Round, str, Tensor]:
-        """The draws of this update, and the three networks under their condition; the category, and the sources."""
+        """Draws, and the networks under this update's condition; then its category and sources."""
         _, category, _ = recipe.turn(number)
         noises, xi, source, u = setting.draw(setting.seeds * setting.batch, rng)
         k = int(torch.randint(10**6, (), generator=rng)) % (steps - lowest) + lowest
@@ -282,7 +293,7 @@ def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[i
         if setting.guided_above:
             round.real = guided_above(round)
         losses, _ = student_losses(round)
-        if recipe.first_step_weight:  # imitate the teacher's own four small steps to where the student's first one ends
+        if recipe.first_step_weight:  # imitate the teacher's four small steps to sigma 0.9, where step 0 ends
             real = setting.real_score(recipe.weights(0, steps, TASKS[category], category), category, source)
             first = first_step_losses(round.student, real, round.noises[0], TEACHER_SIGMAS[:5])  # (N,)
             losses = losses + recipe.first_step_weight * first
@@ -302,8 +313,8 @@ def measure(points: Tensor, truth: Mixture, seeds: int, rng: torch.Generator) ->
     """How good samples (N, 2) are; each (S,).
 
     precision: share within 3 standard deviations of a true mode. It looks at one picture at a time, as a judge does.
-    fine: share within 1 of them; 0.39 of exact samples, more if they are too narrow.
-    coverage: share of the modes that hold at least a quarter of their due.
+    fine: share within 1 standard deviation; 0.39 of exact samples, more if they are too narrow.
+    coverage: share of the modes that hold at least a quarter of the samples that they should.
     distance: energy distance to exact samples; 0 on average for the truth.
     """
     x = (points - truth.centre).reshape(seeds, -1, 2)  # (S, n, 2)
@@ -321,11 +332,12 @@ def measure(points: Tensor, truth: Mixture, seeds: int, rng: torch.Generator) ->
 
 @torch.no_grad()
 def evaluate(setting: Setting, model: Model, sigmas: list[float]) -> dict[str, dict[str, Tensor]]:
-    """category -> measures, of 400 samples a seed: the same noise, sources and exact samples for every model."""
+    """category -> measures, of 400 samples a seed. Every model gets the same noise, sources and exact samples."""
     rng, scores = torch.Generator().manual_seed(10**6), {}
     for category in TASKS:
         noises, _, source, _ = setting.draw(setting.seeds * 400, rng)
-        noises = noises if sigmas is SIGMAS else noises[:1]  # with many steps, as teachers have, Euler's method
+        if len(sigmas) > len(SIGMAS):  # a teacher's many steps follow Euler's method
+            noises = noises[:1]
         points = walk(model(category, source), noises, sigmas)
         scores[category] = measure(points, setting.mixture("truth", category, source), setting.seeds, rng)
     return scores
