@@ -293,7 +293,7 @@ def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[i
         if setting.guided_above:
             round.real = guided_above(round)
         losses, _ = student_losses(round)
-        if recipe.first_step_weight:  # imitate the teacher's four small steps to sigma 0.9, where step 0 ends
+        if recipe.first_step_weight:  # imitate the teacher's own four small steps to where the student's first one ends
             real = setting.real_score(recipe.weights(0, steps, TASKS[category], category), category, source)
             first = first_step_losses(round.student, real, round.noises[0], TEACHER_SIGMAS[:5])  # (N,)
             losses = losses + recipe.first_step_weight * first

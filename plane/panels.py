@@ -1,5 +1,7 @@
 """Pictures of the plane: samples, arrows, and the shade of what is right."""
 
+from statistics import mean
+
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -7,14 +9,16 @@ from torch import Tensor
 from plane.method import CATEGORIES, Mixture
 from scores.charts import curves
 
-FINE = 3  # a panel is drawn so many times too large, and then reduced: this makes edges smooth
+FINE = 3  # a panel is drawn this many times too large and then reduced, for smooth edges
 SIDE, HEAD = 400, 56  # pixels of a panel, and of the title above it
 BLUE, RED, GREEN, GREY, BLACK = "#1f5fb4", "#d0312d", "#1f8a4c", "#8c8c8c", "#202020"
 
 
 class Panel:
-    """A window on the plane, `edge` to each side of the origin. The shade is the density of truth, whose centre is (1, 2)
-    or 0. Points are (..., 2)."""
+    """A window on the plane, from -edge to edge. Points are (..., 2).
+
+    The shade is the density of truth, whose centre is (1, 2) or 0.
+    """
 
     def __init__(self, title: str, note: str, truth: Mixture, edge: float):
         self.image, self.edge = Image.new("RGB", (SIDE * FINE, (SIDE + HEAD) * FINE), "white"), edge
@@ -52,7 +56,7 @@ class Panel:
 
 
 def frame(step: int, samples: dict[str, Tensor], truths: dict[str, Mixture], source: Tensor) -> Image.Image:
-    """Of the animation: what students draw after so many updates, by category; the source of the edit is (1, 2)."""
+    """One frame of the animation: what students draw after `step` updates. source: of the edit, (1, 2)."""
     notes = {
         "portrait": "shade: where right samples are",
         "text": "many narrow modes",
@@ -66,11 +70,18 @@ def frame(step: int, samples: dict[str, Tensor], truths: dict[str, Mixture], sou
 
 
 def six_panels(
-    truth: Mixture, ways: dict[str, Tensor], early: int, corrections: tuple[list[Tensor], Tensor, Tensor], found: dict
+    truth: Mixture,
+    ways: dict[str, Tensor],
+    early: int,
+    corrections: tuple[list[Tensor], Tensor, Tensor],
+    history: dict[str, dict],
 ) -> Image.Image:
-    """Portraits. Above, three models: `ways` are the stops of their samples, (steps + 1, N, 2). Below, the DMD gradient after
-    `early` updates: of one sample, x, x_t, x0_real, x0_fake, (2,) each, and of all, g and x_theta, (N, 2); and what was
-    measured, {model: {updates: {category: measures}}}."""
+    """Portraits: three models above, the DMD gradient and the course of training below.
+
+    ways: model -> the stops of its samples, (steps + 1, N, 2).
+    corrections: after `early` updates. Of one sample x, x_t, x0_real, x0_fake, (2,) each; of all g and x_theta, (N, 2).
+    history: model -> updates -> category -> measures.
+    """
     notes = (
         "from noise (grey) to a sample (red); blue: other samples",
         "too few: many samples end between the shaded modes",
@@ -117,19 +128,21 @@ def six_panels(
 
     lines = {}
     for key, meaning in (("precision", "samples in a mode"), ("coverage", "modes that are drawn")):
-        for model, at in found.items():
-            means = [[scored[category][key] for category in CATEGORIES["t2i"]] for scored in at.values()]
-            lines[f"{key} ({meaning}): {model.lower()}"] = [(s, [sum(m) / len(m)]) for s, m in zip(at, means)]
+        for model, by_updates in history.items():
+            line = lines[f"{key} ({meaning}): {model.lower()}"] = []
+            for updates, scored in by_updates.items():
+                line.append((updates, [mean(scored[category][key] for category in CATEGORIES["t2i"])]))
     title = "6. As training goes on (landscape, portrait and text)"
     last = curves({title: lines}, "updates of the student", SIDE, 326)
     return tiled([*(panel.image.reduce(FINE) for panel in panels), last]).quantize(256, Image.Quantize.MAXCOVERAGE)
 
 
 def stacked(charts: list[dict], along: str) -> Image.Image:
-    """Rows of `curves` below each other; the panels of a row have one scale."""
+    """Rows of `curves`, one below the other. The panels of a row have the same scale."""
     images = []
     for panels in charts:
-        values = [y for lines in panels.values() for line in lines.values() for _, at_x in line for y in at_x]
+        lines = [line for by_name in panels.values() for line in by_name.values()]
+        values = [y for line in lines for _, interval in line for y in interval]
         images.append(curves(panels, along, SIDE, 300, log=True, reach=values))
     canvas = Image.new("RGB", (max(image.width for image in images), sum(image.height for image in images)), "white")
     for i, image in enumerate(images):
