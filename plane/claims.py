@@ -9,8 +9,6 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint.files import read_json, write_json
@@ -27,10 +25,12 @@ from plane.rows import (
     STEPS,
     UNTRAINED,
     Scores,
+    as_lines,
     average,
     cell,
     difference,
     ends,
+    from_lines,
     heading,
     untrained,
 )
@@ -58,7 +58,6 @@ FAKES = {  # pooled: the paper's, as far as it says
 BAND = 0.01  # an interval within [-BAND, BAND] excludes any larger effect
 FIRST = {EDITS_BASE: "base alone", "5:5": "step-wise", EDITS_SPECIAL: "specialised alone"}  # 5:5: they show the drift
 OTHERS = (BASE, STEPS, SPECIAL, E3, E1, E2, E4, FIRST_STEP, "9:1", "7:3", AVERAGE)
-KEPT = ("precision", "fine", "distance")  # of each row: all that claims need
 
 
 def trained(setting: Setting, fake: str, row: str) -> dict[str, dict]:
@@ -66,13 +65,8 @@ def trained(setting: Setting, fake: str, row: str) -> dict[str, dict]:
     looks_and_halves = {round(setting.updates * share / part) for share in SHARES for part in (1, 2)}
     by_look = {}
     for look, students, _ in train(replace(setting, **FAKES[fake]), ROWS[row], looks_and_halves):
-        scored = evaluate(setting, students, SIGMAS)
-        by_look[str(look)] = {c: {m: in_line(scored[c][m]) for m in KEPT} for c in TASKS}
+        by_look[str(look)] = as_lines(evaluate(setting, students, SIGMAS))
     return by_look
-
-
-def in_line(values: Tensor) -> str:
-    return " ".join(f"{value:.4g}" for value in values.tolist())
 
 
 def read_kept(path: Path, setting: Setting) -> dict[int, Scores]:
@@ -80,15 +74,15 @@ def read_kept(path: Path, setting: Setting) -> dict[int, Scores]:
     kept = read_json(path)
     if Setting(**kept["setting"]) != setting:
         raise ValueError(f"{path}: made with other settings; name another --out, or remove it")
-    return {
-        int(look): {c: {m: torch.tensor([*map(float, line.split())]) for m, line in scored[c].items()} for c in TASKS}
-        for look, scored in kept["looks"].items()
-    }
+    return {int(look): from_lines(lines) for look, lines in kept["looks"].items()}
 
 
 def word(differences: list[tuple[float, float]]) -> str:
-    """A claim's verdict, from (mean, half-width) of each of its parts. disagree: one part is below 0. no effect: one part is
-    within the band. agree: all parts are above 0. Else cannot tell. What is within the band counts as 0."""
+    """A claim's verdict, from (mean, half-width) of each of its parts. What is within the band counts as 0.
+
+    disagree: one part is below 0. no effect: one is within the band, and none below. agree: all are above 0. cannot tell:
+    everything else.
+    """
     small = [abs(mean) + half <= BAND for mean, half in differences]
     if any(mean < -half and not within for (mean, half), within in zip(differences, small)):
         return "disagree"
@@ -106,8 +100,7 @@ def looks(setting: Setting) -> list[int]:
 
 
 def claims(setting: Setting, out: Path) -> None:
-    """Trains what is not there yet, row by row, and after each row says what can be said. A row is one recipe under one
-    fake score, a file in OUT/rows. So a killed run loses one row at most, and rows of another machine count."""
+    """Trains the rows that have no file in OUT/rows yet, and reports after each. Rows of another machine count."""
     (out / "rows").mkdir(parents=True, exist_ok=True)
     teachers, kept, missing = {row: untrained(setting, row) for row in UNTRAINED}, {}, []
     for fake, row in [(fake, row) for rows in (FIRST, OTHERS) for fake in FAKES for row in rows]:
@@ -190,11 +183,10 @@ def drift_table(setting: Setting, kept: Kept) -> list[list[str]]:
         cells = []
         for look in looks(setting):
             scored = kept[fake, ROWS[row].name][look]
-            precision, distance = (
-                " / ".join(f"{average(scored, some, measure).mean():.3f}" for some in CATEGORIES.values())
-                for measure in ("precision", "distance")
-            )
-            cells.append(f"{precision} ({distance})")
+            by_task = {}  # measure -> "T2I / edits"
+            for measure in ("precision", "distance"):
+                by_task[measure] = " / ".join(f"{average(scored, c, measure).mean():.3f}" for c in CATEGORIES.values())
+            cells.append(f"{by_task['precision']} ({by_task['distance']})")
         lines.append([FIRST[row], fake, *cells])
     return lines
 
@@ -209,7 +201,7 @@ def drift_curves(setting: Setting, kept: Kept) -> list[dict]:
             for fake in [fake for fake in FAKES if (fake, ROWS[row].name) in kept]:
                 by_look = kept[fake, ROWS[row].name]
                 values = {look: average(by_look[look], [*TASKS], measure).tolist() for look in looks(setting)}
-                lines[fake] = [(look, ends(mean_over_seeds(some))) for look, some in values.items()]
+                lines[fake] = [(look, ends(mean_over_seeds(by_seed))) for look, by_seed in values.items()]
         charts.append({title: lines for title, lines in panel.items() if lines})
     return charts
 

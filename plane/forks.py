@@ -15,13 +15,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from checkpoint.files import digest, read_json, write_json
-from plane.claims import KEPT, in_line
-from plane.method import CATEGORIES, SIGMAS, TASKS, Setting, evaluate, train
-from plane.rows import EDITS_BASE, ROWS, Scores, average, cell
+from plane.method import CATEGORIES, SIGMAS, Setting, evaluate, train
+from plane.rows import EDITS_BASE, ROWS, as_lines, average, cell, from_lines
 from scores.pages import fill, open_page
 from scores.rows import markdown
 from scores.statistics import mean_over_seeds
@@ -88,8 +86,7 @@ def train_row(recipe: str, values: dict) -> dict:
     for look, students, _ in train(setting, ROWS[RECIPES[recipe]], {setting.updates // 5, setting.updates}):
         trained = time.process_time()
         seconds[str(look)] = trained - started
-        scored = evaluate(setting, students, SIGMAS)
-        looks[str(look)] = {c: {measure: in_line(scored[c][measure]) for measure in KEPT} for c in TASKS}
+        looks[str(look)] = as_lines(evaluate(setting, students, SIGMAS))
         started += time.process_time() - trained  # measuring does not count
     return {"looks": looks, "seconds": seconds}
 
@@ -156,20 +153,13 @@ def forks(seeds: int, updates: int, out: Path) -> None:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def scores_at(made: dict, look: str) -> Scores:
-    return {
-        category: {measure: torch.tensor([*map(float, line.split())]) for measure, line in measures.items()}
-        for category, measures in made["looks"][look].items()
-    }
-
-
 def gains(row: dict, other: dict, look: str) -> str:
     """Of precision at T2I and editing, then of the distance: row minus other, with paired intervals."""
     cells = []
     for measure in ("precision", "distance"):
         pairs = []
         for categories in CATEGORIES.values():
-            a, b = (average(scores_at(made, look), categories, measure) for made in (row, other))
+            a, b = (average(from_lines(made["looks"][look]), categories, measure) for made in (row, other))
             pairs.append(cell(mean_over_seeds((a - b).tolist())))
         cells.append(" / ".join(pairs))
     return "; ".join(cells)
@@ -178,7 +168,7 @@ def gains(row: dict, other: dict, look: str) -> str:
 def values(row: dict, look: str) -> str:
     cells = []
     for measure in ("precision", "distance"):
-        scored = scores_at(row, look)
+        scored = from_lines(row["looks"][look])
         means = [average(scored, categories, measure).mean().item() for categories in CATEGORIES.values()]
         cells.append(" / ".join(f"{mean:.3f}" for mean in means))
     return "; ".join(cells)

@@ -18,7 +18,9 @@ from scores.rows import markdown
 from scores.statistics import mean_over_seeds
 
 Scores = dict[str, dict[str, Tensor]]  # category -> measure -> (S,)
-MEASURES = {"score": "precision", "attributes": "precision", "fidelity": "fine", "coverage": "coverage"}  # of a part
+MEASURES = {"score": "precision", "attributes": "precision", "fidelity": "fine", "coverage": "coverage"}  # of a claim
+SHOWN = ("precision", "coverage", "distance")  # in a table's cell
+RECORDED = ("precision", "fine", "distance")  # in a row's file: all that claims need
 BASE, SPECIAL, AVERAGE, STEPS, REVERSED = "base only", "specialised only", "average", "step-wise", "reversed"
 LAST, EDITS_BASE, EDITS_SPECIAL = "last step alone", "5:5, base only", "5:5, specialised only"
 LAMBDAS = {LAST: (0, 0, 0, 1), "last three": (0, 0.5, 1, 1), "first step alone": (1, 0, 0, 0), REVERSED: (1, 0.5, 0, 0)}
@@ -31,14 +33,17 @@ ROWS = PAPERS | {"5:5": RECIPES["flash"]} | OURS
 UNTRAINED = (START, TEACHER, SPECIALISTS)
 
 
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
 def untrained(setting: Setting, row: str) -> Scores:
-    """Of the teachers, and of the base teacher in the students' four steps."""
+    """Scores of a teacher; START is the base teacher in the students' four steps."""
     return evaluate(setting, setting.teacher(row == SPECIALISTS), SIGMAS if row == START else TEACHER_SIGMAS)
 
 
 @cache
 def scores(setting: Setting, row: str) -> Scores:
-    """Of a row after all updates of its students, which are trained first."""
+    """Scores of a row. Students are trained first."""
     if row in UNTRAINED:
         return untrained(setting, row)
     if row.endswith(HALFWAY):
@@ -46,11 +51,27 @@ def scores(setting: Setting, row: str) -> Scores:
     return of_recipe(setting, ROWS[row].name)
 
 
-@cache
+@cache  # two rows may share one recipe
 def of_recipe(setting: Setting, name: str) -> Scores:
-    (recipe, *_) = (recipe for recipe in ROWS.values() if recipe.name == name)
+    recipe = next(recipe for recipe in ROWS.values() if recipe.name == name)
     ((_, students, _),) = train(setting, recipe, {setting.updates})
     return evaluate(setting, students, SIGMAS)
+
+
+def as_lines(scored: Scores) -> dict[str, dict[str, str]]:
+    """category -> recorded measure -> the values of all seeds in one line, as a row's file keeps them."""
+    lines = {}
+    for category, measures in scored.items():
+        lines[category] = {name: " ".join(f"{v:.4g}" for v in measures[name].tolist()) for name in RECORDED}
+    return lines
+
+
+def from_lines(lines: dict[str, dict[str, str]]) -> Scores:
+    """What as_lines wrote."""
+    scored = {}
+    for category, measures in lines.items():
+        scored[category] = {name: torch.tensor([float(v) for v in line.split()]) for name, line in measures.items()}
+    return scored
 
 
 def average(scored: Scores, categories: list[str], measure: str) -> Tensor:
@@ -59,12 +80,19 @@ def average(scored: Scores, categories: list[str], measure: str) -> Tensor:
 
 
 def difference(row: Scores, other: Scores, part: Above, by: str = "precision") -> tuple[float, float]:
-    """By how much row is better than other, and the half-width of the interval; by "precision" (or what the part asks for
-    in its place) or by "distance"."""
+    """By how much row is better than other, and the half-width of the interval.
+
+    by: "precision", for which a part may ask for another measure of single pictures; or "distance".
+    """
     measure = MEASURES[part.part] if by == "precision" else by
     categories = CATEGORIES[part.bench] if part.category == "average" else [part.category]
     gain = average(row, categories, measure) - average(other, categories, measure)  # (S,)
-    return mean_over_seeds((-gain if by == "distance" else gain).tolist())  # the smaller the distance, the better
+    if by == "distance":
+        gain = -gain  # the smaller the distance, the better
+    return mean_over_seeds(gain.tolist())
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def label(part: Above) -> str:
@@ -75,8 +103,12 @@ def cell(difference: tuple[float, float]) -> str:
     return f"{difference[0]:+.3f} ± {difference[1]:.3f}"
 
 
+def values_cell(measures: dict[str, float]) -> str:
+    return " / ".join(f"{measures[name]:.3f}" for name in SHOWN)
+
+
 def ends(difference: tuple[float, float]) -> list[float]:
-    """Of an interval, with its middle; one seed has none."""
+    """An interval as a curve takes it: low end, mean, high end. One seed has a mean alone."""
     mean, half = difference
     return [mean - half, mean, mean + half] if half < float("inf") else [mean]
 
@@ -87,11 +119,14 @@ def heading(setting: Setting) -> str:
 
 def means(scored: Scores) -> dict[str, dict[str, float]]:
     """category -> measures, averaged over seeds."""
-    return {category: {m: some.mean().item() for m, some in scored[category].items()} for category in scored}
+    averages = {}
+    for category, measures in scored.items():
+        averages[category] = {name: values.mean().item() for name, values in measures.items()}
+    return averages
 
 
 def write(place: Path, title: str, tables: list[list[list[str]]], result: dict) -> None:
-    """PLACE.md, a title and tables whose first row is the head; and PLACE.json, the same with all digits."""
+    """PLACE.md: a title, and tables whose first row is the head. PLACE.json: the result with all digits."""
     text = "\n\n".join([title, *map(markdown, tables)])
     place.with_suffix(".md").write_text(text + "\n")
     write_json(place.with_suffix(".json"), result)

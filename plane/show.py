@@ -9,7 +9,7 @@ from dmd import dmd_gradient
 from flow import Velocity, add_noise, euler, predict_x0
 from plane import panels
 from plane.method import SIGMAS, TASKS, TEACHER_SIGMAS, Setting, evaluate, train
-from plane.rows import heading, means, write
+from plane.rows import heading, means, values_cell, write
 from recipe import Recipe
 
 
@@ -84,7 +84,6 @@ def show(setting: Setting, recipe: Recipe, out: Path) -> None:
     result = {name: by_updates[updates] for name, by_updates in history.items()}
     lines = [["model", *TASKS]]
     for name, scored in result.items():
-        triples = [(scored[c]["precision"], scored[c]["coverage"], scored[c]["distance"]) for c in TASKS]
-        lines.append([name, *(" / ".join(f"{value:.3f}" for value in triple) for triple in triples)])
+        lines.append([name, *map(values_cell, scored.values())])
     title = f"{heading(setting)[:-1]}: precision / coverage / energy distance to exact samples."
     write(out / "dmd", title, [lines], result)

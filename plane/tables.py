@@ -17,6 +17,7 @@ from plane.rows import (
     BASE,
     EDITS_BASE,
     LAMBDAS,
+    SHOWN,
     SPECIAL,
     STEPS,
     average,
@@ -26,6 +27,7 @@ from plane.rows import (
     heading,
     label,
     scores,
+    values_cell,
     write,
 )
 from scores import charts
@@ -82,7 +84,6 @@ SWEEPS = {  # a knob of Setting: its values, and the differences to look at
 def table(name: str, setting: Setting, out: Path) -> None:
     """Students of several settings side by side, with seed 1: no claim sees the draws that chose a setting."""
     setting, lines, result = replace(setting, seed=1), [], {}
-    measures = ("precision", "coverage", "distance")
     for students, (row, changes) in tqdm(TABLES[name].items(), name):
         started = time.process_time()
         scored = scores(replace(setting, **changes), row)
@@ -91,12 +92,9 @@ def table(name: str, setting: Setting, out: Path) -> None:
             first = scored
         result[students], cells = {"seconds": seconds}, []
         for task, categories in CATEGORIES.items():
-            result[students][task] = {m: average(scored, categories, m).mean().item() for m in measures}
-            above = difference(scored, first, Above(row, "", bench=task))
-            cells += [
-                " / ".join(f"{mean:.3f}" for mean in result[students][task].values()),
-                cell(above) if lines else "",
-            ]
+            result[students][task] = {m: average(scored, categories, m).mean().item() for m in SHOWN}
+            gain = cell(difference(scored, first, Above(row, "", bench=task))) if lines else ""
+            cells += [values_cell(result[students][task]), gain]
         lines.append([students, f"{seconds:.0f}", *cells])
     head = ["students", "seconds", "T2I", "above the first", "edits", "above the first"]
     title = f"# {name}\n\n{heading(setting)} Precision / coverage / energy distance; differences in precision."
@@ -104,16 +102,16 @@ def table(name: str, setting: Setting, out: Path) -> None:
 
 
 def sweep(knob: str, setting: Setting, out: Path) -> None:
-    """Differences of rows along a knob, as a table and as curves; above 0 row is better. The shadow is the interval."""
+    """Differences of rows along a knob, as a table and as curves. Above 0 row is better. The shade is the interval."""
     values, parts = SWEEPS[knob]
     lines, curves, result = [["row - other", "measure", *(f"{v:g}" for v in values)]], {}, {}
     for part in tqdm(parts, knob):
         for by in ("precision", "distance"):
             settings = [replace(setting, **{knob: value}) for value in values]
-            found = [difference(scores(s, part.row), scores(s, part.other), part, by) for s in settings]
-            lines.append([label(part), by, *map(cell, found)])
-            result[f"{label(part)}, {by}"] = [(value, *pair) for value, pair in zip(values, found)]
-            line = [(value, ends(pair)) for value, pair in zip(values, found)]
+            gains = [difference(scores(s, part.row), scores(s, part.other), part, by) for s in settings]
+            lines.append([label(part), by, *map(cell, gains)])
+            result[f"{label(part)}, {by}"] = [(value, *pair) for value, pair in zip(values, gains)]
+            line = [(value, ends(pair)) for value, pair in zip(values, gains)]
             curves.setdefault(f"Difference in {by}, above 0 is better", {})[label(part)] = line
     charts.chart(curves, out / f"{knob}.png", along=knob)
     write(out / knob, f"# {knob}\n\n{heading(setting)}", [lines], result)

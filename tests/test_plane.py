@@ -10,10 +10,11 @@ from PIL import Image
 import dmd
 import recipe
 from dmd import Round, rollout
-from flow import add_noise, renoise_times, score_from_velocity
-from plane import claims, rows, tables
+from flow import add_noise, renoise_times, score_from_velocity, student_sigmas
+from plane import claims, dimension, rows, tables
 from plane import method as plane_method
 from plane.__main__ import main
+from plane.dimension import World
 from plane.method import Mixture, Network, Setting, evaluate, from_samples, measure, ring, train
 
 
@@ -51,6 +52,31 @@ def test_modes_of_each_seed():
     for seed in range(3):
         mine = slice(4 * seed, 4 * seed + 4)
         torch.testing.assert_close(together[mine], Mixture(modes[seed], 0.2).velocity(z[mine], t[mine]))
+
+
+@pytest.mark.parametrize("apart", [1.0, 3.0])
+def test_in_more_dimensions_the_modes_plane_has_the_planes_velocity_and_across_is_one_gaussian(apart):
+    flat, wide = World(apart=apart), World(apart=apart, dims=8)
+    rng, t = torch.Generator().manual_seed(0), torch.linspace(0.05, 1, 20)
+    z, source = torch.randn(20, 8, generator=rng), torch.zeros(20, 2)
+    for category in plane_method.CATEGORIES["t2i"]:
+        v = wide.mixture("base", category, source).velocity(z, t)
+        base = flat.mixture("base", category, source)
+        torch.testing.assert_close(dimension.project(v), base.velocity(dimension.project(z), t), atol=1e-5, rtol=1e-4)
+        off, v_off = (x - dimension.embed(dimension.project(x), 8) for x in (z, v))
+        gaussian = Mixture(torch.zeros(1, 8), base.sd).velocity(off, t)
+        torch.testing.assert_close(v_off, gaussian, atol=1e-5, rtol=1e-4)
+        if apart == 1:
+            plain = Setting().mixture("base", category, source).velocity(z[:, :2], t)
+            torch.testing.assert_close(base.velocity(z[:, :2], t), plain, atol=0.0, rtol=0.0)
+
+
+def test_in_more_dimensions_many_steps_draw_exact_samples():
+    world = World(seeds=2, dims=4, apart=2.0)
+    scored = dimension.scores(world, world.teacher(), student_sigmas(300), renoise=False)["landscape"]
+    assert scored["precision"].mean().item() == pytest.approx(1 - math.exp(-4.5), abs=0.01)
+    assert scored["across"].mean().item() == pytest.approx(1, abs=0.05)
+    assert abs(scored["distance"].mean().item()) < 0.02
 
 
 def test_student_starts_as_the_base_teacher():
@@ -214,6 +240,9 @@ def test_table_and_sweep_with_tiny_numbers(tmp_path, capsys, monkeypatch):
     few = ["--seeds", "2", "--updates", "2", "--out", str(tmp_path)]
     main(["--experiment", "guidance", *few])
     main(["--experiment", "oracle", *few])
+    monkeypatch.setattr(dimension, "WORLDS", ((4, 1.5),))
+    main(["--experiment", "dimension", *few])
+    assert "| 4 " in (tmp_path / "dimension.md").read_text()
     main(["--experiment", "sharp", *few, "--seeds", "1"])  # one seed has no interval
     assert "± inf" in (tmp_path / "sharp.md").read_text() and (tmp_path / "sharp.png").exists()
     table = json.loads((tmp_path / "guidance.json").read_text())
