@@ -1,13 +1,13 @@
 """The plane's commands: one picture of the whole method in two dimensions, and the paper's claims there.
 
-    python -m plane                            trains students, prints a table, draws a picture and an animation
+    python -m plane                            trains students: a table, a picture, an animation (show.py)
     python -m plane --recipe flash             the same under other teachers; --help has more choices (docs/evening.md)
-    python -m plane --experiment claims        the paper's claims along one training, under three fake scores
-    python -m plane --experiment NAME          choices, guidance, lambdas: students in a table; or a sweep along a knob
-    python -m plane --experiment dimension     re-noising against Euler's method in 2, 8 and 64 dimensions
-    python -m plane --forks                    each patch of forks/ against the unchanged code
+    python -m plane --experiment claims        the paper's claims along one training, under three fake scores (claims.py)
+    python -m plane --experiment dimension     re-noising against Euler's method in 2 to 512 dimensions (dimension.py)
+    python -m plane --experiment NAME          choices, guidance, lambdas, or a sweep along a knob (tables.py)
+    python -m plane --forks                    each patch of forks/ against the unchanged code (forks.py)
 
-plane/method.py is the method, show.py the first command, claims.py the second, tables.py the third, forks.py the fourth.
+The method itself is plane/method.py.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.forks and args.experiment:
         parser.error("--forks and --experiment are two commands; give one")
-    asked = {"fake_updates": args.fake_updates, "guidance": args.guidance, "below": args.below, "told": args.told}
-    choices = {field: value for field, value in asked.items() if value is not None}
+    given = {"fake_updates": args.fake_updates, "guidance": args.guidance, "below": args.below, "told": args.told}
+    choices = {field: value for field, value in given.items() if value is not None}
     if (args.experiment or args.forks) and (choices or args.recipe):
         parser.error("tables have students of their own: leave out --recipe and the other options of the picture")
     if args.forks:

@@ -132,15 +132,16 @@ def differences(parts: list[Above], fake: str, look: int, teachers: dict[str, Sc
 
 def report(setting: Setting, teachers: dict[str, Scores], kept: Kept, out: Path) -> None:
     """claims.md, claims.json, claims.png and drift.png, of the rows that are there."""
-    found = {claim: {} for claim in CLAIMS}  # claim -> fake score -> updates -> pairs
+    by_claim = {claim: {} for claim in CLAIMS}  # claim -> fake score -> updates -> pairs
     for claim, parts in CLAIMS.items():
         for fake in FAKES:
-            with suppress(KeyError):
-                found[claim][fake] = {look: differences(parts, fake, look, teachers, kept) for look in looks(setting)}
+            with suppress(KeyError):  # a row is not there yet
+                by_look = {look: differences(parts, fake, look, teachers, kept) for look in looks(setting)}
+                by_claim[claim][fake] = by_look
     when = {name: round(setting.updates * share) for name, share in WHEN.items()}
 
     result = {"seeds": setting.seeds, "updates": when, "claims": {}}
-    for claim, by_fake in found.items():
+    for claim, by_fake in by_claim.items():
         verdicts = {}
         for fake, by_look in by_fake.items():
             verdicts[fake] = {name: word(by_look[look]) for name, look in when.items()}
@@ -153,12 +154,12 @@ def report(setting: Setting, teachers: dict[str, Scores], kept: Kept, out: Path)
             fake: [(look, *min(pairs), word(pairs)) for look, pairs in by_look.items()]
             for fake, by_look in by_fake.items()
         }
-        for claim, by_fake in found.items()
+        for claim, by_fake in by_claim.items()
         if not claim.startswith("(Ours)")
     }
     small_panels(points).save(out / "claims.png", optimize=True)
     title = f"# claims\n\n{heading(setting)} Verdicts by precision; of a claim with several parts the weakest is shown."
-    page = [title, "![claims over updates](claims.png)", markdown(claim_table(found, when))]
+    page = [title, "![claims over updates](claims.png)", markdown(claim_table(by_claim, when))]
     if any(ROWS[row].name == name for row in FIRST for _, name in kept):
         panels.stacked(drift_curves(setting, kept), "updates of the student").save(out / "drift.png", optimize=True)
         page += ["Students at 5:5. Distance and precision are means of all categories:", "![drift](drift.png)"]
@@ -166,9 +167,9 @@ def report(setting: Setting, teachers: dict[str, Scores], kept: Kept, out: Path)
     (out / "claims.md").write_text("\n\n".join([*page, markdown(premises(teachers))]) + "\n")
 
 
-def claim_table(found: dict[str, dict[str, dict[int, Pairs]]], when: dict[str, int]) -> list[list[str]]:
+def claim_table(by_claim: dict[str, dict[str, dict[int, Pairs]]], when: dict[str, int]) -> list[list[str]]:
     lines = [["claim", *(f"{fake}, {name}" for fake in FAKES for name in when)]]
-    for claim, by_fake in found.items():
+    for claim, by_fake in by_claim.items():
         cells = []
         for fake in FAKES:
             pairs_at = [by_fake[fake][look] for look in when.values()] if fake in by_fake else []

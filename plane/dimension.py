@@ -136,4 +136,4 @@ def dimension(setting: Setting, out: Path) -> None:
             lines.append([f"{dims}", f"{apart:.3g}", name, *cells])
             result[f"D {dims}, apart {apart:.3g}, {name}"] = averages
     legend = "Precision / coverage / distance / width across the modes; then re-noising minus Euler."
-    write(out / "dimension", f"# dimension\n\n{heading(setting)} {legend}", [lines], result)
+    write(out / "dimension", f"# dimension\n\n{heading(setting)} {legend}", lines, result)

@@ -125,9 +125,9 @@ def means(scored: Scores) -> dict[str, dict[str, float]]:
     return averages
 
 
-def write(place: Path, title: str, tables: list[list[list[str]]], result: dict) -> None:
-    """PLACE.md: a title, and tables whose first row is the head. PLACE.json: the result with all digits."""
-    text = "\n\n".join([title, *map(markdown, tables)])
+def write(place: Path, title: str, table: list[list[str]], result: dict) -> None:
+    """PLACE.md: a title, and a table whose first row is the head. PLACE.json: the result with all digits."""
+    text = f"{title}\n\n{markdown(table)}"
     place.with_suffix(".md").write_text(text + "\n")
     write_json(place.with_suffix(".json"), result)
     print(f"{text}\n\nwritten to {place.with_suffix('.md')}")

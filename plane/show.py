@@ -86,4 +86,4 @@ def show(setting: Setting, recipe: Recipe, out: Path) -> None:
     for name, scored in result.items():
         lines.append([name, *map(values_cell, scored.values())])
     title = f"{heading(setting)[:-1]}: precision / coverage / energy distance to exact samples."
-    write(out / "dmd", title, [lines], result)
+    write(out / "dmd", title, lines, result)

@@ -98,7 +98,7 @@ def table(name: str, setting: Setting, out: Path) -> None:
         lines.append([students, f"{seconds:.0f}", *cells])
     head = ["students", "seconds", "T2I", "above the first", "edits", "above the first"]
     title = f"# {name}\n\n{heading(setting)} Precision / coverage / energy distance; differences in precision."
-    write(out / name, title, [[head, *lines]], result)
+    write(out / name, title, [head, *lines], result)
 
 
 def sweep(knob: str, setting: Setting, out: Path) -> None:
@@ -114,4 +114,4 @@ def sweep(knob: str, setting: Setting, out: Path) -> None:
             line = [(value, ends(pair)) for value, pair in zip(values, gains)]
             curves.setdefault(f"Difference in {by}, above 0 is better", {})[label(part)] = line
     charts.chart(curves, out / f"{knob}.png", along=knob)
-    write(out / knob, f"# {knob}\n\n{heading(setting)}", [lines], result)
+    write(out / knob, f"# {knob}\n\n{heading(setting)}", lines, result)
