@@ -223,17 +223,20 @@ def test_xi_moves_along_the_path():
     assert add_noise(source, xi, t).shape == source.shape and 0.02 <= t.min() and t.max() <= 0.98
 
 
-def test_verdicts():
-    assert claims.word([(0.3, 0.1), (0.2, 0.1)]) == "agree"
-    assert claims.word([(0.3, 0.1), (0.05, 0.1)]) == "cannot tell"
-    assert claims.word([(0.3, 0.1), (-0.2, 0.1)]) == "disagree"
-
-
-def test_an_interval_within_the_band_is_no_effect():
-    assert claims.word([(0.004, 0.003)]) == "no effect"  # above 0, but too small to count
-    assert claims.word([(0.3, 0.1), (-0.002, 0.001)]) == "no effect"
-    assert claims.word([(0.008, 0.003)]) == "agree"  # the effect may be larger than the band
-    assert claims.word([(-0.3, 0.1), (-0.002, 0.001)]) == "disagree"
+@pytest.mark.parametrize(
+    "parts, verdict",
+    [
+        ([(0.3, 0.1), (0.2, 0.1)], "agree"),
+        ([(0.3, 0.1), (0.05, 0.1)], "cannot tell"),
+        ([(0.3, 0.1), (-0.2, 0.1)], "disagree"),
+        ([(0.004, 0.003)], "no effect"),  # above 0, but too small to count
+        ([(0.3, 0.1), (-0.002, 0.001)], "no effect"),
+        ([(0.008, 0.003)], "agree"),  # the effect may be larger than the band
+        ([(-0.3, 0.1), (-0.002, 0.001)], "disagree"),
+    ],
+)
+def test_a_verdict_follows_the_rules_written_down(parts, verdict):
+    assert claims.word(parts) == verdict
 
 
 def test_table_and_sweep_with_tiny_numbers(tmp_path, capsys, monkeypatch):
