@@ -51,7 +51,16 @@ from data.prompts import Prompt
 from judges import rubrics
 from judges.cases import check_folder, describe, file_measures, notes_in, open_chats, read_cases, several_name
 from sample import Pipeline
-from scores.measures import colour_measures, edit_measures, mean_distance, measures_table, pixels
+from scores.measures import (
+    EDIT_NUMBERS,
+    colour_measures,
+    colours,
+    mean_distance,
+    measure_edit,
+    measures_table,
+    pixels,
+    summary_of_edits,
+)
 from scores.rows import check_place, machine, markdown, read_row, without_cases, write_row
 from scores.statistics import averages, interval_over_cases
 from toy import judge, world
@@ -110,7 +119,10 @@ def evaluate(
             if each:
                 row[f"{bench}_each"] = scores
             row[f"{bench}_diversity"] = diversity(pipeline, sampler, bench, only)
-    row |= toy_measures(row, shown)
+    measures, of_cases = toy_measures(row, shown)
+    row |= measures
+    for bench in benches if each else ():
+        row[f"{bench}_each"] |= of_cases[bench]
     row["seconds_per_image"] = seconds / count
     return row, shown
 
@@ -122,7 +134,7 @@ def parts_of(verdicts: dict[str, list[judge.Verdict]]) -> CaseScores:
 
 def summary(bench: str, scores: CaseScores) -> dict:
     """A bench's part of a row: the means of score, compliance, attributes and fidelity, and the score's interval."""
-    means = {bench if part == "score" else f"{bench}_{part}": averages(scores[part]) for part in scores}
+    means = {bench if part == "score" else f"{bench}_{part}": averages(scores[part]) for part in PARTS}
     return means | {f"{bench}_interval": interval_over_cases(scores["score"])}
 
 
@@ -146,27 +158,35 @@ def diversity(pipeline: Pipeline, sampler: Sampler, bench: str, only: tuple[str,
     return {"distance": averages(distances), "modes": averages(modes), "of": samples}
 
 
-def toy_measures(row: dict, shown: dict[str, list[Image.Image]]) -> dict:
-    """The measures that need no judge, of a row's pictures."""
-    edits, drawings, left_out = [], [], 0
+def toy_measures(row: dict, shown: dict[str, list[Image.Image]]) -> tuple[dict, dict[str, CaseScores]]:
+    """The measures that need no judge, of a row's pictures; and by bench those of every single case, None where an edit has
+    no unchanged parts."""
+    edits, drawings, left_out = {}, {}, 0
     for title, pictures in shown.items():
         bench, category = title.split()
         if bench == "t2i":
-            drawings += pictures
+            drawings[category] = [pixels(picture) for picture in pictures]
         elif category in IN_PLACE:
-            edits += zip(world.bench(bench, category, len(pictures)), pictures)
+            cases = world.bench(bench, category, len(pictures))
+            pairs = [(pixels(case.images[-1]), pixels(picture)) for case, picture in zip(cases, pictures)]
+            edits[category] = [measure_edit(source, edited) for source, edited in pairs]
         else:
             left_out += len(pictures)
     measured = {}
     if edits:
-        measured |= edit_measures(((pixels(case.images[-1]), pixels(picture)) for case, picture in edits), left_out)
+        measured |= summary_of_edits([edit for of_category in edits.values() for edit in of_category], left_out)
     if drawings:
-        measured |= colour_measures(map(pixels, drawings))
+        measured |= colour_measures(drawing for of_category in drawings.values() for drawing in of_category)
     variety = {}
     for bench, key in (("t2i", "distance"), ("edit", "edit_distance")):
         if f"{bench}_diversity" in row:
             variety[key] = row[f"{bench}_diversity"]["distance"]["average"]
-    return measured | {"variety": variety}
+    of_cases = {"t2i": {}, "edit": {}}
+    for place, name in enumerate(("saturation", "contrast")):
+        of_cases["t2i"][name] = {c: [colours(drawing)[place] for drawing in drawings[c]] for c in drawings}
+    for name in EDIT_NUMBERS:
+        of_cases["edit"][name] = {c: [edit[name] if edit else None for edit in edits[c]] for c in edits}
+    return measured | {"variety": variety}, of_cases
 
 
 def score_toy(options: EvalOptions) -> None:

@@ -1,6 +1,7 @@
 """Students and their scores, in a folder that several commands use: finished ones are reused."""
 
 import fcntl
+from functools import cache
 from pathlib import Path
 
 from checkpoint.files import digest, read_json, write_json
@@ -20,12 +21,10 @@ def hold(folder: Path) -> object:
 
 
 def check_settings(folder: Path, settings: dict, device: str) -> dict:
-    """What everything in the folder was made with, from its settings.json, which the first command writes.
+    """What all students in the folder were made with, from its settings.json, which the first command writes.
 
-    "judge" is added: a hash of the judge, so that no table mixes two. So is "dtype", the faster one, which is measured once.
-    ValueError if the folder was made with other settings.
+    "dtype" is added, the faster one, which is measured once. ValueError if the folder was made with other settings.
     """
-    settings = settings | {"judge": judge_version()}
     file = folder / "settings.json"
     if not file.exists():
         write_json(file, {"dtype": faster_dtype(device)} | settings)
@@ -35,6 +34,14 @@ def check_settings(folder: Path, settings: dict, device: str) -> dict:
     return before
 
 
+def row_name(model: str, cases: dict[str, int]) -> str:
+    """The name of a row's file. It has the judge's version: a changed judge scores every student again, and no table mixes
+    two judges. Students do not depend on the judge."""
+    return f"{model}-{'-'.join(map(str, cases.values()))}-judge-{judge_version()}.json"
+
+
+@cache
 def judge_version() -> str:
+    """A hash of the sources of the picture world and of its judge."""
     sources = b"".join(Path(module.__file__).read_bytes() for module in (judge, world))
-    return digest(sources)[:16]
+    return digest(sources)[:8]

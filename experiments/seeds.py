@@ -8,6 +8,8 @@ Each student is a complete run of train.py, in RUNS/NAME/seedN, with the compari
 the scores of every case. Finished students and rows are reused, so a killed command resumes.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +18,46 @@ import eval as evaluation
 import flow
 import train
 from checkpoint.files import read_json, write_json
-from experiments.kept import check_settings, hold
+from experiments.kept import check_settings, hold, judge_version, row_name
 from experiments.options import SeedsOptions
 from program.options import flag
 from sample import Pipeline
 from scores.rows import check_place, markdown, scores_of_cases, without_cases
-from scores.statistics import difference_of_models
+from scores.statistics import difference_of_models, resampled_difference, seeds_half
 from toy.draw import default_sampler, open_checkpoint, teacher_samplers
 from training.options import TrainOptions
 
 TITLES = {"t2i": "T2I", "edit": "editing"}
 PARTS = ("score", "compliance", "fidelity")
+VARIETY = ("modes", "distance")  # eval.diversity
+LEAST_MEASURED = 6  # cases with a value, for a measure that needs no judge
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure that needs no judge (scores/measures.py), of all cases of a bench."""
+
+    title: str
+    bench: str
+    part: str  # of the row's BENCH_each
+    statistic: Callable[[np.ndarray], float] = np.median  # of the cases that have a value, (N,)
+
+
+def share_above_a_latent_pixel(shifts: np.ndarray) -> float:
+    return float((shifts > 16).mean())
+
+
+MEASURES = (
+    Measure("edits: shift, pixels", "edit", "shift"),
+    Measure("edits: share above 16 pixels", "edit", "shift", share_above_a_latent_pixel),
+    Measure("edits: shift to the right, pixels", "edit", "right"),
+    Measure("edits: shift down, pixels", "edit", "down"),
+    Measure("edits: scale, %", "edit", "scale"),
+    Measure("edits: colour drift, CIELAB", "edit", "drift"),
+    Measure("edits: change of chroma, %", "edit", "chroma"),
+    Measure("T2I: saturation, CIELAB", "t2i", "saturation", np.mean),
+    Measure("T2I: contrast, CIELAB", "t2i", "contrast", np.mean),
+)
 
 
 def run(options: SeedsOptions, words: list[str]) -> dict:
@@ -54,9 +85,16 @@ def run(options: SeedsOptions, words: list[str]) -> dict:
         others = teacher_rows(folder, teacher, job.student_steps, cases) | minus
     models = others | {row["name"]: [row] for row in rows} | {"mean": rows}
     differences = {name: differences_from(rows, other) for name, other in others.items()}
+    measures = measures_of(rows, others)
     tables = [scores_table(models), categories_table(models), differences_table(differences)]
+    tables += [measures_table(measures, "models"), measures_table(measures, "students minus")]
     text = "\n\n".join([f"# {options.name}", about(result), *tables])
-    result |= {"rows": [without_cases(row) for row in rows], "differences": differences}
+    result |= {
+        "judge": judge_version(),
+        "rows": [without_cases(row) for row in rows],
+        "differences": differences,
+        "measures": measures,
+    }
     write_json(file, result)
     file.with_suffix(".md").write_text(text + "\n")
     print(f"{text}\nwritten to {file} and {file.with_suffix('.md')}")
@@ -74,7 +112,7 @@ def student_options(words: list[str]) -> TrainOptions:
 
 
 def row_file(folder: Path, seed: int, cases: dict[str, int]) -> Path:
-    return folder / f"seed{seed}" / f"row-{'-'.join(map(str, cases.values()))}.json"
+    return folder / f"seed{seed}" / row_name("row", cases)
 
 
 def student_row(folder: Path, words: list[str], seed: int, cases: dict[str, int]) -> dict:
@@ -106,48 +144,85 @@ def teacher_rows(folder: Path, teacher: Pipeline, steps: int, cases: dict[str, i
     logged, rows = evaluation.recorded(Path(teacher.directory), cases), {}
     for sampler in teacher_samplers(teacher, flow.student_sigmas(steps)):
         name = sampler.name.replace(" ", "-").replace(",", "")
-        file = folder / f"{name}-{'-'.join(map(str, cases.values()))}.json"
-        if sampler.name not in logged and not file.exists():
+        file = folder / row_name(name, cases)
+        if sampler.name in logged and "shift" in logged[sampler.name]["edit_each"]:  # older logs have no measures
+            rows[sampler.name] = [logged[sampler.name]]
+            continue
+        if not file.exists():
             row, _ = evaluation.evaluate(teacher, sampler, list(cases), cases, each=True)
             write_json(file, row)
-        rows[sampler.name] = [logged[sampler.name] if sampler.name in logged else read_json(file)]
+        rows[sampler.name] = [read_json(file)]
     return rows
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def differences_from(rows: list[dict], others: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+def differences_from(rows: list[dict], others: list[dict]) -> dict[str, dict[str, dict[str, float | None]]]:
     """bench -> part -> the mean difference of the students from other models, and half the width of its 95% interval."""
     differences = {}
     for bench in TITLES:
         differences[bench] = {}
         for part in PARTS:
             a, b = (scores_of_cases(models, bench, part) for models in (rows, others))
-            mean, half = difference_of_models(a, b)
-            differences[bench][part] = {"mean": mean, "half": half}
+            differences[bench][part] = interval(*difference_of_models(a, b))
+        for name in VARIETY:
+            a, b = (variety_of_seeds(models, bench, name) for models in (rows, others))
+            half = seeds_half(a, b) if len(a) > 1 else None  # one seed says nothing about others
+            differences[bench][name] = interval(float(a.mean() - b.mean()), half)
     return differences
+
+
+def interval(mean: float | None, half: float | None) -> dict[str, float | None]:
+    return {"mean": mean, "half": half}
+
+
+def variety_of_seeds(rows: list[dict], bench: str, name: str) -> np.ndarray:
+    """(seeds,)"""
+    return np.array([row[f"{bench}_diversity"][name]["average"] for row in rows])
+
+
+def measures_of(rows: list[dict], others: dict[str, list[dict]]) -> dict[str, dict[str, dict]]:
+    """title -> "models" -> model -> the measure with its interval, and "students minus" -> model -> the difference."""
+    measures = {}
+    for measure in MEASURES:
+        models = {"mean": rows} | others
+        values = {name: scores_of_cases(models[name], measure.bench, measure.part) for name in models}
+        zero = np.zeros_like(values["mean"][:1])
+        measures[measure.title] = {
+            "models": {name: measured_difference(values[name], zero, measure) for name in models},
+            "students minus": {name: measured_difference(values["mean"], values[name], measure) for name in others},
+        }
+    return measures
+
+
+def measured_difference(a: np.ndarray, b: np.ndarray, measure: Measure) -> dict[str, float | None]:
+    """Of two models' values, (seeds, categories, cases) each. None where a seed has too few."""
+    fewest = min(int((~np.isnan(values)).sum(axis=(1, 2)).min()) for values in (a, b))
+    return interval(*(resampled_difference(a, b, measure.statistic) if fewest >= LEAST_MEASURED else (None, None)))
 
 
 def about(result: dict) -> str:
     job = f"`train.py {result['train.py']}`".replace(" `", "`")
     counts = " and ".join(f"{count} cases a category at {TITLES[bench]}" for bench, count in result["cases"].items())
     chance = "seeds and cases" if len(result["seeds"]) > 1 else "cases alone"
-    return f"{job}, seeds {', '.join(map(str, result['seeds']))}; {counts}. ± is a 95% interval over {chance}."
+    seeds = ", ".join(map(str, result["seeds"]))
+    return (
+        f"{job}, seeds {seeds}; {counts}. ± is a 95% interval over {chance}; of modes and distance over seeds alone. "
+        "Shift, scale, colour drift and chroma are medians over the edits with unchanged parts (scores/measures.py)."
+    )
 
 
 def scores_table(models: dict[str, list[dict]]) -> str:
     """Markdown: a line for each model, averaged over its seeds."""
     head, lines = [""], []
     for title in TITLES.values():
-        head += [title, "compliance", "fidelity", "modes", "distance"]
+        head += [title, *PARTS[1:], *VARIETY]
     for name, rows in models.items():
         line = [name]
         for bench in TITLES:
             line += [f"{scores_of_cases(rows, bench, part).mean():.3f}" for part in PARTS]
-            for measure in ("modes", "distance"):
-                mean = np.mean([row[f"{bench}_diversity"][measure]["average"] for row in rows])
-                line.append(f"{mean:.3f}")
+            line += [f"{variety_of_seeds(rows, bench, measure).mean():.3f}" for measure in VARIETY]
         lines.append(line)
     return markdown([head, *lines])
 
@@ -164,8 +239,26 @@ def categories_table(models: dict[str, list[dict]]) -> str:
 
 def differences_table(differences: dict[str, dict]) -> str:
     """Markdown: a line for each of the other models."""
-    lines = [["students minus", *(word for title in TITLES.values() for word in (title, "compliance", "fidelity"))]]
+    parts = (*PARTS, *VARIETY)
+    lines = [["students minus", *(word for title in TITLES.values() for word in (title, *parts[1:]))]]
     for name, of_benches in differences.items():
-        numbers = [of_benches[bench][part] for bench in TITLES for part in PARTS]
-        lines.append([name, *(f"{number['mean']:+.3f} ± {number['half']:.3f}" for number in numbers)])
+        numbers = [of_benches[bench][part] for bench in TITLES for part in parts]
+        lines.append([name, *(signed(number) for number in numbers)])
+    return markdown(lines)
+
+
+def signed(difference: dict[str, float | None]) -> str:
+    half = "" if difference["half"] is None else f" ± {difference['half']:.3f}"
+    return f"{difference['mean']:+.3f}{half}"
+
+
+def measures_table(measures: dict[str, dict[str, dict]], of: str) -> str:
+    """Markdown: a line for each measure that needs no judge. of: "models" or "students minus"."""
+    names = list(next(iter(measures.values()))[of])
+    lines = [[of, *names]]
+    for title, of_measure in measures.items():
+        numbers = [of_measure[of][name] for name in names]
+        sign = "+" if of == "students minus" else ""
+        cells = ["-" if n["mean"] is None else f"{n['mean']:{sign}.3f} ± {n['half']:.3f}" for n in numbers]
+        lines.append([title, *cells])
     return markdown(lines)

@@ -24,7 +24,7 @@ from checkpoint.files import aside, read_json, write_json
 from data.encode import How, encode_prompts
 from data.pool import Pool
 from experiments.claims import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above, Experiment
-from experiments.kept import check_settings, hold
+from experiments.kept import check_settings, hold, judge_version, row_name
 from experiments.options import TableOptions
 from model import Condition, MMDiT
 from sample import Pipeline
@@ -60,8 +60,8 @@ class Students:
     settings.json                       what all of it was made with; other settings need another folder
     RECIPE-4nfe-100steps-seed0/         a run of train.py's
         stages/000050/                  the student's weights after so many steps
-        stages/000050-t2i-192.json      its row on one bench with so many cases in a category
-    base-teacher-80nfe-t2i-192.json     the row of a teacher
+        stages/000050-t2i-192-judge-1a2b3c4d.json     its row on one bench with so many cases in a category
+    base-teacher-80nfe-t2i-192-judge-1a2b3c4d.json    the row of a teacher
     conditions/                         the encoded prompts
 
     The rows are all that a table needs of the seeds after the first. Their weights may be removed; and rows that were made
@@ -113,7 +113,7 @@ class Students:
     def student_row(self, recipe: str, seed: int, step: int, tasks: tuple[str, ...], bench: str, cases: int) -> dict:
         """The row of a student after so many steps. It is trained only if neither row nor weights are there."""
         place = self.place(recipe, seed, step)
-        file = place.with_name(f"{place.name}-{bench}-{cases}.json")
+        file = place.with_name(row_name(f"{place.name}-{bench}", {bench: cases}))
         if not file.exists():
             pipeline = self.opened(self.weights(recipe, seed, step, tasks))
             self.score(file, pipeline, self.few_steps(f"{recipe}, step {step}"), bench, cases)
@@ -122,7 +122,7 @@ class Students:
     def teacher_row(self, sampler: Sampler, bench: str, cases: int) -> dict:
         """The row of one of the `teachers`."""
         name = sampler.name.replace(" ", "-").replace(",", "")
-        file = self.folder / f"{name}-{sampler.nfe}nfe-{bench}-{cases}.json"
+        file = self.folder / row_name(f"{name}-{sampler.nfe}nfe-{bench}", {bench: cases})
         if not file.exists():
             self.score(file, self.opened(None), sampler, bench, cases)
         return read_json(file)
@@ -268,7 +268,11 @@ def run(name: str, options: TableOptions) -> dict:
     labels, means = [TEACHER, SPECIALISTS, START, *experiment.rows], {}
     for bench in experiment.paper:
         means[bench] = {label: averaged(bench, measured.rows[label, bench]) for label in labels}
-    result |= {"made_with": students.settings, "rows": {label: {} for label in labels}, "claims": []}
+    result |= {
+        "made_with": students.settings | {"judge": judge_version()},
+        "rows": {label: {} for label in labels},
+        "claims": [],
+    }
     for label in labels:
         for bench in experiment.paper:
             result["rows"][label] |= means[bench][label]

@@ -29,6 +29,7 @@ LEAST = 8  # windows that have to agree, of GRID x GRID; between unrelated pictu
 FLAT = 0.01  # a window whose grey values scatter by less shows nothing that could be followed
 RECOLOURED = 20.0  # a window whose mean colour differs by more was changed by the edit
 LARGEST_ZOOM = 0.15  # that windows can follow by themselves; beyond, the scale of the whole picture is tried first
+EDIT_NUMBERS = ("shift", "right", "down", "scale", "drift", "chroma")  # of one edit, see measure_edit
 LOW_PASS = 0.15  # cycles a pixel: above it, interpolation and autoencoders distort phases
 
 
@@ -214,23 +215,37 @@ def mean_distance(pictures: list[np.ndarray]) -> float:
 # ---- a row's part ----------------------------------------------------------------------------------------------------
 
 
+def measure_edit(source: np.ndarray, edited: np.ndarray) -> dict[str, float] | None:
+    """The numbers of one edit: shift, right and down in pixels, scale and chroma in percent, drift in CIELAB. None: it has
+    no unchanged parts. Both pictures have one size."""
+    moved = motion(source, edited)
+    if moved is None:
+        return None
+    down, right = (float(pixels) for pixels in moved.shift)
+    drift, chroma = colour_drift(source, edited, moved)
+    scale = 100 * (moved.scale - 1)
+    shift = float(np.hypot(down, right))
+    return {"shift": shift, "right": right, "down": down, "scale": scale, "drift": drift, "chroma": chroma}
+
+
 def edit_measures(edits: Iterable[tuple[np.ndarray, np.ndarray]], left_out: int = 0) -> dict:
-    """A row's keys for edits, each (source, edited picture) of one size. Medians over the cases with unchanged parts, and the
-    ends of their 95% intervals; None where there is no such case. left_out: further cases, known to have no such parts."""
-    of, motions, drifts = left_out, [], []
-    for source, edited in edits:
-        of += 1
-        if of_case := motion(source, edited):
-            motions.append(of_case)
-            drifts.append(colour_drift(source, edited, of_case))
-    shifts = [np.hypot(*of_case.shift) for of_case in motions]  # in pixels
-    zooms = [100 * (of_case.scale - 1) for of_case in motions]
-    right, down = ([of_case.shift[axis] for of_case in motions] for axis in (1, 0))
+    """A row's keys for edits, each (source, edited picture) of one size. left_out: see summary_of_edits."""
+    return summary_of_edits([measure_edit(source, edited) for source, edited in edits], left_out)
+
+
+def summary_of_edits(edits: list[dict[str, float] | None], left_out: int = 0) -> dict:
+    """A row's keys, from what measure_edit gives for each edit. Medians over the cases with unchanged parts, and the ends of
+    their 95% intervals; None where there is no such case. left_out: further cases, known to have no such parts."""
+    measured = [edit for edit in edits if edit is not None]
+
+    def numbers(name: str) -> list[float]:
+        return [edit[name] for edit in measured]
+
+    shifts, zooms, distances, chroma = (numbers(name) for name in ("shift", "scale", "drift", "chroma"))
     shift = {"median_px": middle(shifts), "interval_px": median_interval(shifts)}
-    shift |= {"median_xy": [middle(right), middle(down)]}
+    shift |= {"median_xy": [middle(numbers("right")), middle(numbers("down"))]}
     shift |= {"over_16px": float(np.mean(np.array(shifts) > 16)) if shifts else None}
-    shift |= {"measured": len(motions), "of": of}
-    distances, chroma = [distance for distance, _ in drifts], [change for _, change in drifts]
+    shift |= {"measured": len(measured), "of": left_out + len(edits)}
     colour = {"median_lab": middle(distances), "interval_lab": median_interval(distances)}
     colour |= {"chroma_percent": middle(chroma), "interval_chroma": median_interval(chroma)}
     scale = {"median_percent": middle(zooms), "interval_percent": median_interval(zooms)}

@@ -15,10 +15,12 @@ from checkpoint.files import digest, may_write, read_json, write_json
 def scores_of_cases(rows: list[dict], bench: str, part: str, category: str = "average") -> np.ndarray:
     """(seeds, categories, cases): one part of a score, such as "fidelity", of every case, from the rows of a model's seeds.
 
-    The rows hold the numbers of single cases, under BENCH_each. category: one alone, or "average" for all.
+    The rows hold the numbers of single cases, under BENCH_each; NaN stands for none. category: one alone, or "average" for
+    all.
     """
     of_rows = [row[f"{bench}_each"][part] for row in rows]
-    return np.array([[scores[c] for c in (scores if category == "average" else [category])] for scores in of_rows])
+    chosen = list(of_rows[0]) if category == "average" else [category]
+    return np.array([[scores[name] for name in chosen] for scores in of_rows], dtype=float)
 
 
 def machine(device: torch.device) -> str:

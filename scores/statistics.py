@@ -4,18 +4,20 @@
     mean_over_cases, median_interval      one number for each case of one kind
     mean_over_seeds          one number for each seed: another run would have ended elsewhere
     difference_of_models     two models on the same cases, with one or several seeds each: both kinds of chance
+    resampled_difference     the same for what is not a mean, such as a median
 
 Each function gives half the width of a 95% interval. Every interval holds at 95% by itself, not all of them together:
 of twenty comparisons, one is wrong by chance.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 # Student's t at 97.5%, by degrees of freedom from 1 on. It serves where few seeds are averaged.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
+RESAMPLED = 1000  # sets of cases
 NORMAL = 1.96  # the same for a normal distribution. It serves where many cases are averaged.
 
 
@@ -74,13 +76,37 @@ def difference_of_models(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     two of them the interval is over cases alone. Cases: those of a and b are the same, so it is their differences that
     scatter, in each category.
     """
-    seeds = [model.mean(axis=(1, 2)) for model in (a, b) if len(model) > 1]
-    from_seeds = sum(means.var(ddof=1) / len(means) for means in seeds) ** 0.5
-    freedom = sum(len(means) - 1 for means in seeds)
+    from_seeds = seeds_half(a.mean(axis=(1, 2)), b.mean(axis=(1, 2)))
     pairs = a.mean(axis=0) - b.mean(axis=0)  # (categories, cases)
     from_cases = (pairs.var(axis=1, ddof=1) / pairs.shape[1]).sum() ** 0.5 / len(pairs)
-    t = student_t(freedom) if freedom else 0.0
-    return float(a.mean() - b.mean()), math.hypot(t * from_seeds, NORMAL * from_cases)
+    return float(a.mean() - b.mean()), math.hypot(from_seeds, NORMAL * from_cases)
+
+
+def seeds_half(a: np.ndarray, b: np.ndarray) -> float:
+    """Half the width of the interval of mean(a) - mean(b), over the seeds of two models, one number for each seed."""
+    several = [means for means in (a, b) if len(means) > 1]
+    freedom = sum(len(means) - 1 for means in several)
+    return student_t(freedom) * sum(means.var(ddof=1) / len(means) for means in several) ** 0.5 if several else 0.0
+
+
+def resampled_difference(a: np.ndarray, b: np.ndarray, statistic: Callable[[np.ndarray], float]) -> tuple[float, float]:
+    """`difference_of_models` for a statistic of all cases that is not their mean, such as a median.
+
+    a, b: (seeds, categories, cases), NaN where a case has no value. statistic: of one seed's values, (N,). The part of the
+    cases is the scatter of the difference when the cases of each category are drawn again, with replacement (bootstrap). The
+    same cases are drawn for both models and all seeds.
+    """
+
+    def of_seeds(model: np.ndarray) -> np.ndarray:  # (seeds,)
+        return np.array([statistic(values[~np.isnan(values)]) for values in model])
+
+    _, categories, cases = a.shape
+    rng, differences = np.random.default_rng(0), []
+    for _ in range(RESAMPLED):
+        drawn = np.arange(categories)[:, None], rng.integers(cases, size=(categories, cases))
+        differences.append(of_seeds(a[:, *drawn]).mean() - of_seeds(b[:, *drawn]).mean())
+    from_seeds, from_cases = seeds_half(of_seeds(a), of_seeds(b)), float(np.std(differences))
+    return float(of_seeds(a).mean() - of_seeds(b).mean()), math.hypot(from_seeds, NORMAL * from_cases)
 
 
 def agreement(differences: list[tuple[float, float]]) -> str:

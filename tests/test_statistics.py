@@ -13,6 +13,7 @@ from scores.statistics import (
     mean_over_cases,
     mean_over_seeds,
     median_interval,
+    resampled_difference,
 )
 
 
@@ -56,6 +57,18 @@ def test_difference_of_models_of_known_numbers():
     b = np.array([[[0.0, 1.0], [0.0, 0.0]]])  # only cases scatter
     assert difference_of_models(b, 0 * b) == pytest.approx((0.25, 1.96 * (0.5 / 2) ** 0.5 / 2))
     assert difference_of_models(b, b) == (0, 0)
+
+
+def test_a_resampled_mean_has_the_interval_of_a_mean_and_a_median_holds_its_own():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(0.3, 1, (3, 1, 200)), rng.normal(0, 1, (1, 1, 200))
+    mean, half = resampled_difference(a, b, np.mean)
+    assert (mean, half) == pytest.approx(difference_of_models(a, b), rel=0.1)
+    normal = rng.normal(5, 1, (1, 1, 400))
+    normal[..., ::4] = np.nan  # cases without a value do not count
+    middle, half = resampled_difference(normal, np.zeros_like(normal), np.median)
+    assert middle == pytest.approx(np.nanmedian(normal)) and abs(middle - 5) < half
+    assert half == pytest.approx(1.96 * (np.pi / 2 / 300) ** 0.5, rel=0.35)  # of a normal distribution's median
 
 
 def test_intervals_decide_whether_a_claim_holds():
