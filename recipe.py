@@ -210,6 +210,9 @@ RECIPES = {
         # The default, what the paper ends with: ratio 5:5 (section 5) and step-wise routing (section 4). Its composition
         # is not published; ours: every category, equally.
         Recipe("flash", (5, 5), rules=STEP_WISE),
+        # Ours: the same ratio without step-wise routing.
+        Recipe("base-5-5", (5, 5)),
+        Recipe("specialised-5-5", (5, 5), rules=SPECIALISED_ONLY),
     ]
 }
 

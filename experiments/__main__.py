@@ -8,10 +8,12 @@ def main(argv: list[str] | None = None) -> None:
     name, options, words = parse(argv)
     edges.spin_briefly()
     # After the command line: --help and a mistyped flag do not wait for torch.
-    from experiments import records, seeds, tables
+    from experiments import long, records, seeds, tables
 
     if name == "seeds":
         seeds.run(options, words)
+    elif name == "long":
+        long.run(options)
     elif name == "record":
         records.run(options, words)
     else:

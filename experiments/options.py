@@ -3,6 +3,7 @@
   python -m experiments composition        which prompts              section 3, table 1
   python -m experiments teachers           which teacher, when        section 4, table 2; section 6.1
   python -m experiments mixture            how many edits             section 5, tables 3 and 4
+  python -m experiments long               six times as long: teachers, noise levels, edits
   python -m experiments seeds -- --steps 400        the main job, or one with other options of train.py, seed by seed
   python -m experiments record --name NAME --changed "WHAT" -- --lr 0.001        the same, as a row of results/records.md
 
@@ -56,7 +57,22 @@ class RecordOptions(SeedsOptions):
     records: Path = option(Path("results/records.json"), "file of all rows; a .md beside it has the tables")
 
 
+@dataclass
+class LongOptions(Options):
+    """The options of `long`."""
+
+    checkpoint: Path = option(TOY, "folder in the published layout: the teachers")
+    seeds: int = option(5, "students a row", "[1, 100]")
+    steps: int = option(600, "updates of a student, which is scored six times on the way", "[2, 100000]")
+    cases: tuple[int, ...] = option(
+        (96, 48), "held-out cases in a category of T2I, and in a family of edits", "[2, 1e5]"
+    )
+    out: Path = option(Path("results/long"), "folder of rows, tables and curves")
+    runs: Path = option(Path("runs/long"), "folder of students and scores, which are kept")
+
+
 JOBS = {"seeds": SeedsOptions, "record": RecordOptions}  # one job of train.py over several seeds
+KINDS = dict.fromkeys(EXPERIMENTS, TableOptions) | {"long": LongOptions} | JOBS
 
 
 def parse(argv: list[str] | None = None) -> tuple[str, Options, list[str]]:
@@ -65,9 +81,10 @@ def parse(argv: list[str] | None = None) -> tuple[str, Options, list[str]]:
     if name in ("-h", "--help"):
         print(__doc__.strip())
         raise SystemExit(0)
-    if name not in (*EXPERIMENTS, *JOBS):
-        raise ValueError(f"{name[:60]!r}: expected is {', '.join(EXPERIMENTS)}, {' or '.join(JOBS)}")
+    if name not in KINDS:
+        *names, last = KINDS
+        raise ValueError(f"{name[:60]!r}: expected is {', '.join(names)} or {last}")
     own, rest = words, []
     if name in JOBS and "--" in words:
         own, rest = words[: words.index("--")], words[words.index("--") + 1 :]
-    return name, options.parse(own, JOBS.get(name, TableOptions), __doc__), rest
+    return name, options.parse(own, KINDS[name], __doc__), rest

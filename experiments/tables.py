@@ -6,168 +6,34 @@ agree, disagree, or cannot tell. Finished students and scores are reused, so a k
 """
 
 import math
-import shutil
 from collections import defaultdict
-from copy import copy
-from dataclasses import asdict, dataclass, replace
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 import eval as evaluation
-import flow
-import recipe as recipes
-import train
-from checkpoint.files import aside, read_json, write_json
-from data.encode import How, encode_prompts
-from data.pool import Pool
+from checkpoint.files import read_json, write_json
 from experiments.claims import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above, Experiment
-from experiments.kept import check_settings, hold, judge_version, row_name
+from experiments.kept import hold, judge_version
 from experiments.options import TableOptions
-from model import Condition, MMDiT
-from sample import Pipeline
+from experiments.students import STUDENT, Students, stages
 from scores.charts import chart
 from scores.rows import check_place, markdown, scores_of_cases
 from scores.statistics import agreement, difference_of_models
 from toy import world
-from toy.draw import RESOLUTION, Sampler, default_sampler, draw_cases, open_checkpoint
+from toy.draw import draw_cases
 from toy.figures import contact_sheet
-from training.options import TrainOptions
-from training.run import find_teachers, open_run, whole_checkpoints
 
-# One optimisation for all rows of all tables. It is the main job's with smaller and fewer updates, so that the three tables
-# take an evening, and without decay, because a run is made in stages and each stage would end with it.
-STUDENT = TrainOptions(decay=0.0, batch=12)
 TIMES = 5  # so many times as long are the rows that ask what happens later
-# Prompts in a category or family. Two categories have twice as many as one, as in the paper.
-POOL = {"t2i": 512, "edit": 256}
 STAGES = 4  # a student is scored after each quarter of its steps
 PLANE = Path(__file__).parents[1] / "results" / "plane" / "claims.json"  # the verdicts of plane/claims.py
 
 
-@cache
-def encoded(folder: Path, checkpoint: Path, device: str, tasks: tuple[str, ...]) -> Pool:
-    """The prompts that all students of a table learn from, encoded. They are kept in the folder."""
-    prompts = list(world.prompts({task: POOL[task] for task in tasks}, seed=0, targets=False))
-    return encode_prompts(folder, prompts, checkpoint, How(RESOLUTION), device)
-
-
-class Students:
-    """The students of all tables, their teachers, and what these score, in one folder:
-
-    settings.json                       what all of it was made with; other settings need another folder
-    RECIPE-4nfe-100steps-seed0/         a run of train.py's
-        stages/000050/                  the student's weights after so many steps
-        stages/000050-t2i-192-judge-1a2b3c4d.json     its row on one bench with so many cases in a category
-    base-teacher-80nfe-t2i-192-judge-1a2b3c4d.json    the row of a teacher
-    conditions/                         the encoded prompts
-
-    The rows are all that a table needs of the seeds after the first. Their weights may be removed; and rows that were made
-    on another machine, put here with its settings.json, are not made again.
-    """
-
-    def __init__(self, folder: Path, checkpoint: Path, steps: int, nfe: int):
-        self.folder, self.checkpoint, self.steps, self.nfe = folder, checkpoint, steps, nfe
-        self.pipeline = open_checkpoint(checkpoint)
-        self.sigmas, self.conditions = flow.student_sigmas(nfe), {}
-        own = "checkpoint prompts recipe out teacher student_steps steps seed resume device dtype compile".split()
-        student = {name: value for name, value in asdict(STUDENT).items() if name not in own}
-        digest = world.digest(world.prompts({"t2i": 4, "edit": 4}, seed=0, targets=False))
-        settings = {
-            "weights": evaluation.fingerprint_with_teachers(checkpoint),
-            "student": student,
-            "pool": POOL,
-            "world": digest,
-        }
-        self.settings = check_settings(folder, settings, str(self.pipeline.device))
-
-    def stages(self, longer: bool = False) -> list[int]:
-        """After how many steps a student is scored. longer: on its way to TIMES as many steps."""
-        steps = TIMES * self.steps if longer else self.steps
-        return sorted({math.ceil(steps * i / STAGES) for i in range(1, STAGES + 1)})
-
-    def place(self, recipe: str, seed: int, step: int) -> Path:
-        """The folder of a student's weights after so many steps."""
-        return self.folder / f"{recipe}-{self.nfe}nfe-{self.steps}steps-seed{seed}" / "stages" / f"{step:06d}"
-
-    def weights(self, recipe: str, seed: int, step: int, tasks: tuple[str, ...]) -> Path:
-        """The same folder. Where it is missing, the student is trained up to this step, from its last checkpoint on."""
-        place = self.place(recipe, seed, step)
-        if place.exists():
-            return place
-        run = place.parents[1]
-        print(f"{run.name}: to step {step}", flush=True)
-        args = replace(STUDENT, checkpoint=self.checkpoint, recipe=recipe, out=run, seed=seed, steps=step)
-        args = replace(args, student_steps=self.nfe, dtype=self.settings["dtype"])
-        args, state = open_run(replace(args, resume=(run / "args.json").exists()))
-        pool = encoded(self.folder / "conditions", self.checkpoint, str(self.pipeline.device), tasks)
-        student = train.train(args, pool, state)
-        with aside(place) as part:
-            shutil.copytree(student / "transformer", part)
-        for old in whole_checkpoints(run)[:-1]:  # 70 MB each
-            shutil.rmtree(old)
-        return place
-
-    def student_row(self, recipe: str, seed: int, step: int, tasks: tuple[str, ...], bench: str, cases: int) -> dict:
-        """The row of a student after so many steps. It is trained only if neither row nor weights are there."""
-        place = self.place(recipe, seed, step)
-        file = place.with_name(row_name(f"{place.name}-{bench}", {bench: cases}))
-        if not file.exists():
-            pipeline = self.opened(self.weights(recipe, seed, step, tasks))
-            self.score(file, pipeline, self.few_steps(f"{recipe}, step {step}"), bench, cases)
-        return read_json(file)
-
-    def teacher_row(self, sampler: Sampler, bench: str, cases: int) -> dict:
-        """The row of one of the `teachers`."""
-        name = sampler.name.replace(" ", "-").replace(",", "")
-        file = self.folder / row_name(f"{name}-{sampler.nfe}nfe-{bench}", {bench: cases})
-        if not file.exists():
-            self.score(file, self.opened(None), sampler, bench, cases)
-        return read_json(file)
-
-    def score(self, file: Path, pipeline: Pipeline, sampler: Sampler, bench: str, cases: int) -> None:
-        for category in evaluation.CATEGORIES[bench]:  # before the clock runs: only the first row would pay for it
-            benched = world.bench(bench, category, cases)
-            self.condition([case.prompt for case in benched], [case.images for case in benched])
-        row, _ = evaluation.evaluate(pipeline, sampler, [bench], {bench: cases}, each=True)
-        write_json(file, row)
-
-    def few_steps(self, name: str) -> Sampler:
-        """The students' sampler."""
-        return Sampler(name, self.sigmas, renoise=STUDENT.sampler == "renoise")
-
-    def opened(self, weights: Path | None) -> Pipeline:
-        """The checkpoint with these weights in it (None: its own)."""
-        pipeline = copy(self.pipeline)
-        pipeline.condition = self.condition
-        if weights:
-            pipeline.mmdit = MMDiT.from_pretrained(weights, device=self.pipeline.device).eval()
-        return pipeline
-
-    def condition(self, prompts: list[str], images: list[list[Image.Image]]) -> Condition:
-        """In place of the pipeline's own. All students get the same cases, and encoding a source takes longer than drawing
-        four steps, so each condition is kept."""
-        key = (*prompts, *(image.tobytes() for row in images for image in row))
-        if key not in self.conditions:
-            self.conditions[key] = self.pipeline.condition(prompts, images)
-        return self.conditions[key]
-
-    @cached_property
-    def teachers(self) -> dict[str, Sampler]:
-        """The rows that need no training. A specialised teacher draws its own categories, the base all others."""
-        full = default_sampler(TEACHER, self.pipeline, 40, self.pipeline.guidance)
-        folders = find_teachers(replace(STUDENT, checkpoint=self.checkpoint))
-        networks = {name: self.opened(folder).mmdit for name, folder in folders.items()}
-        routing, drawn_by = recipes.find("specialised-only"), {}
-        for bench, categories in evaluation.CATEGORIES.items():
-            for category in categories:
-                (name,) = routing.weights(0, 4, bench, category)
-                if name in networks:
-                    drawn_by[bench, category] = networks[name]
-        specialists = replace(full, name=SPECIALISTS, specialists=drawn_by)
-        return {TEACHER: full, SPECIALISTS: specialists, START: self.few_steps(START)}
+def length(row: str, steps: int) -> int:
+    """The steps of a row's students."""
+    return TIMES * steps if row.endswith(LONGER) else steps
 
 
 # ---- the scores of one table -----------------------------------------------------------------------------------------
@@ -190,20 +56,21 @@ def measure(students: Students, experiment: Experiment, seeds: int) -> Measured:
             measured.rows[label, bench] = [row]
     claimed = {row for parts in experiment.claims.values() for part in parts for row in (part.row, part.other)}
     for label, recipe in experiment.rows.items():
-        stages = students.stages(longer=label.endswith(LONGER))
-        half, end = stages[(len(stages) - 1) // 2], stages[-1]
+        steps = stages(length(label, students.steps), STAGES)
+        half, end = steps[(len(steps) - 1) // 2], steps[-1]
         whole = {end, half} if label + HALFWAY in claimed else {end}  # scored on all cases, not on the curve's few
         rows = defaultdict(list)  # (step, bench) -> rows of all seeds
         for seed in range(seeds):
-            for step in stages:
+            student = replace(STUDENT, recipe=recipe, seed=seed)
+            for step in steps:
                 for bench in tasks:
                     cases = evaluation.CASES[bench] if step in whole else few_cases(bench)
-                    row = students.student_row(recipe, seed, step, tasks, bench, cases)
+                    row = students.student_row(student, step, tasks, bench, cases)
                     rows[step, bench].append(row)
         for bench in tasks:
             measured.rows[label, bench], measured.rows[label + HALFWAY, bench] = rows[end, bench], rows[half, bench]
             line = [(0, on_curve(measured.rows[START, bench], bench))]
-            line += [(step, on_curve(rows[step, bench], bench)) for step in stages]
+            line += [(step, on_curve(rows[step, bench], bench)) for step in steps]
             measured.curve[bench + LONGER if label.endswith(LONGER) else bench][label] = line
             mean = np.mean([row[bench]["average"] for row in rows[end, bench]])
             print(f"{label}: {bench} {mean:.3f}", flush=True)
@@ -309,8 +176,8 @@ def pictures(students: Students, experiment: Experiment) -> dict[str, dict[str, 
     for label in (TEACHER, START, *experiment.rows):
         weights, sampler = None, students.teachers.get(label) or students.few_steps(label)
         if label in experiment.rows:
-            end = students.stages(longer=label.endswith(LONGER))[-1]
-            weights = students.weights(experiment.rows[label], 0, end, tasks)
+            student = replace(STUDENT, recipe=experiment.rows[label], seed=0)
+            weights = students.weights(student, length(label, students.steps), tasks)
         pipeline, drawn[label] = students.opened(weights), {}
         for bench in tasks:
             seeds = list(range(evaluation.SHOWN[bench]))

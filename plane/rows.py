@@ -13,7 +13,7 @@ from torch import Tensor
 from checkpoint.files import write_json
 from experiments.claims import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above
 from plane.method import CATEGORIES, SIGMAS, TEACHER_SIGMAS, Setting, evaluate, train
-from recipe import RECIPES, SPECIALISED_ONLY, Recipe, routing
+from recipe import RECIPES, Recipe, routing
 from scores.rows import markdown
 from scores.statistics import mean_over_seeds
 
@@ -25,8 +25,7 @@ BASE, SPECIAL, AVERAGE, STEPS, REVERSED = "base only", "specialised only", "aver
 LAST, EDITS_BASE, EDITS_SPECIAL = "last step alone", "5:5, base only", "5:5, specialised only"
 LAMBDAS = {LAST: (0, 0, 0, 1), "last three": (0, 0.5, 1, 1), "first step alone": (1, 0, 0, 0), REVERSED: (1, 0.5, 0, 0)}
 OURS = {row: Recipe(row, (10, 0), rules=routing(*LAMBDAS[row])) for row in LAMBDAS}
-OURS[EDITS_BASE] = Recipe("base-5-5", (5, 5))
-OURS[EDITS_SPECIAL] = Recipe("specialised-5-5", (5, 5), rules=SPECIALISED_ONLY)
+OURS |= {EDITS_BASE: RECIPES["base-5-5"], EDITS_SPECIAL: RECIPES["specialised-5-5"]}
 # Rows of the picture world's tables, by recipe: two of them may be one student.
 PAPERS = {row: RECIPES[name] for table in EXPERIMENTS.values() for row, name in table.rows.items()}
 ROWS = PAPERS | {"5:5": RECIPES["flash"]} | OURS

@@ -18,9 +18,9 @@ import recipe
 import train
 from checkpoint.files import read_json
 from experiments import __main__ as command
-from experiments import kept, seeds, tables
+from experiments import kept, long, seeds, students, tables
 from experiments.claims import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above
-from experiments.options import JOBS
+from experiments.options import JOBS, KINDS
 from model import MMDiT
 from networks.vae import VAE
 from plane import __main__ as plane
@@ -44,9 +44,10 @@ def tiny(monkeypatch, toy_checkpoint, tmp_path) -> Path:
         for parameter in model.parameters():
             parameter.data *= 1 + 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
         model.save_pretrained(checkpoint / "teachers" / name)
-    student = replace(tables.STUDENT, batch=2, micro_batch=2, fake_updates=1, warmup=0, panel_every=100)
-    monkeypatch.setattr(tables, "STUDENT", student)
-    monkeypatch.setattr(tables, "POOL", {"t2i": 3, "edit": 2})
+    small = dict(batch=2, micro_batch=2, fake_updates=1, warmup=0, panel_every=100)
+    for module in (students, tables, long):
+        monkeypatch.setattr(module, "STUDENT", replace(students.STUDENT, **small))
+    monkeypatch.setattr(students, "POOL", {"t2i": 3, "edit": 2})
     monkeypatch.setattr(watch, "draw_pictures", lambda *_: None)
     monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": world.CATEGORIES, "edit": ("object", "style")})
     monkeypatch.setattr(evaluation, "CASES", {"t2i": 2, "edit": 2})
@@ -58,7 +59,7 @@ def tiny(monkeypatch, toy_checkpoint, tmp_path) -> Path:
     monkeypatch.setattr(judge, "fit_free", lambda picture, case: tuple(picture.mean((0, 1)).round(1)))
     monkeypatch.setattr(draw.Sampler, "nfe", property(lambda self: len(self.sigmas) - 1))
     full = draw.default_sampler
-    monkeypatch.setattr(tables, "default_sampler", lambda name, pipeline, steps, w: full(name, pipeline, 3, w))
+    monkeypatch.setattr(students, "default_sampler", lambda name, pipeline, steps, w: full(name, pipeline, 3, w))
     return checkpoint
 
 
@@ -80,7 +81,7 @@ def run(tiny: Path, name: str, *words: str) -> tuple[dict, str]:
     return read_json(out / "table.json"), (out / "table.md").read_text()
 
 
-def students(tiny: Path) -> dict[str, int]:
+def trained(tiny: Path) -> dict[str, int]:
     """name -> when its weights were written."""
     stages = (tiny.parent / "runs").glob("*/stages/000002")
     return {path.parent.parent.name: (path / "config.json").stat().st_mtime_ns for path in stages}
@@ -98,11 +99,11 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     monkeypatch.setattr(train, "train", killed)
     with pytest.raises(SystemExit):
         run(tiny, "composition", "--seeds", "2", "--nfe", "2")
-    early = students(tiny)
+    early = trained(tiny)
     assert len(early) == 3 * 2
     monkeypatch.setattr(train, "train", real)
     result, table = run(tiny, "composition", "--seeds", "2", "--nfe", "2")
-    assert early.items() <= students(tiny).items() and len(students(tiny)) == 5 * 2
+    assert early.items() <= trained(tiny).items() and len(trained(tiny)) == 5 * 2
     check(tiny, "composition", result, table, count=2)
     assert [row["nfe"] for row in result["rows"].values()] == [3, 3, 2] + [2] * 5
 
@@ -114,9 +115,9 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     monkeypatch.setattr(train, "train", real)
 
     # E5 is "base only" of the next table: four more students. One seed: no verdicts.
-    before = students(tiny)
+    before = trained(tiny)
     result, table = run(tiny, "teachers", "--seeds", "1", "--nfe", "2")
-    assert before.items() <= students(tiny).items() and len(students(tiny)) == 5 + 4
+    assert before.items() <= trained(tiny).items() and len(trained(tiny)) == 5 + 4
     check(tiny, "teachers", result, table, count=1)
     assert {claim["verdict"] for claim in result["claims"]} == {"cannot tell"} and "nothing can be told" in table
     by_name = {label: row["t2i"] for label, row in result["rows"].items()}
@@ -124,9 +125,9 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     assert by_name[SPECIALISTS]["portrait"] == by_name[TEACHER]["portrait"]  # ... and only there
 
     # Step-wise teachers without edits are 10:0, which now is scored on edits too, from its kept weights.
-    before = students(tiny)
+    before = trained(tiny)
     result, table = run(tiny, "mixture", "--seeds", "1", "--nfe", "2")
-    assert before.items() <= students(tiny).items() and len(students(tiny)) == len(before) + 4
+    assert before.items() <= trained(tiny).items() and len(trained(tiny)) == len(before) + 4
     check(tiny, "mixture", result, table, count=1)
 
     # Again: the same table, and no picture judged.
@@ -183,18 +184,83 @@ def check(tiny: Path, name: str, result: dict, table: str, count: int) -> None:
 
 
 def test_a_student_in_stages_is_the_student_of_one_run(tiny):
-    students = tables.Students(tiny.parent / "runs", tiny, 3, 2)
-    stages = students.stages()
-    assert stages == [1, 2, 3]
-    folders = [students.weights("step-wise", 1, step, ("t2i",)) for step in stages]
-    args = replace(tables.STUDENT, checkpoint=tiny, recipe="step-wise", out=tiny.parent / "whole", seed=1, steps=3)
-    args, state = train.open_run(replace(args, student_steps=2, dtype=students.settings["dtype"]))
-    pool = tables.encoded(students.folder / "conditions", tiny, "cpu", ("t2i",))
+    some = students.Students(tiny.parent / "runs", tiny, 3, 2)
+    assert students.stages(3, 4) == [1, 2, 3]
+    student = replace(students.STUDENT, recipe="step-wise", seed=1)
+    folders = [some.weights(student, step, ("t2i",)) for step in (1, 2, 3)]
+    args = replace(student, checkpoint=tiny, out=tiny.parent / "whole", steps=3)
+    args, state = train.open_run(replace(args, student_steps=2, dtype=some.settings["dtype"]))
+    pool = students.encoded(some.folder / "conditions", tiny, "cpu", ("t2i",))
     whole = train.train(args, pool, state) / "transformer"
     networks = [MMDiT.from_pretrained(folder).state_dict() for folder in (*folders, whole)]
     assert all(torch.equal(networks[-1][key], networks[-2][key]) for key in networks[-1])
     for a, b in pairwise(networks[:3]):
         assert any(not torch.equal(a[key], b[key]) for key in a)
+
+
+def test_long_rows_resume_and_are_reused_on_any_machine(tiny, tmp_path, monkeypatch, capsys):
+    """Two rows of two looks. The command is killed within the second row: it goes on at the look that is missing."""
+    names = ("step-wise", "step-wise, below")
+    monkeypatch.setattr(long, "ROWS", {name: long.ROWS[name] for name in names})
+    monkeypatch.setattr(long, "DIFFERENCES", [names[::-1]])
+
+    def run_long(runs: str, *words: str, cases: str = "2") -> str:
+        own = ["long", "--checkpoint", str(tiny), "--steps", "2", "--cases", cases, "2", "--out", str(tmp_path / "out")]
+        command.main([*own, "--runs", str(tmp_path / runs), *words])
+        return (tmp_path / "out" / "README.md").read_text()
+
+    real, updates = train.train, []
+
+    def killed(args, pool, state):
+        updates.append((args.renoise_times, args.seed, args.steps))
+        if updates[-1] == ("below", 0, 2):
+            raise SystemExit(143)
+        return real(args, pool, state)
+
+    monkeypatch.setattr(train, "train", killed)
+    with pytest.raises(SystemExit):
+        run_long("runs", "--seeds", "1")
+    monkeypatch.setattr(train, "train", lambda *words: (updates.append(words[0].steps), real(*words))[1])
+    text = run_long("runs", "--seeds", "1")
+    assert updates == [("pooled", 0, 1), ("pooled", 0, 2), ("below", 0, 1), ("below", 0, 2), 2]
+    pooled, below = (
+        read_json(tmp_path / "out" / "rows" / f"flash-{times}-seed0.json") for times in ("pooled", "below")
+    )
+    a, b = (row["looks"]["2"]["edit"]["score"]["average"] for row in (pooled, below))
+    assert a != b and f"{b - a:+.3f}" in text and "±" not in text  # one seed says nothing about others
+
+    # Elsewhere, with the rows' files alone, nothing is trained. A second seed is.
+    monkeypatch.setattr(train, "train", None)
+    assert run_long("elsewhere", "--seeds", "1") == text
+    monkeypatch.setattr(train, "train", real)
+    assert "±" in run_long("elsewhere", "--seeds", "2")
+    for bench in ("t2i", "edit"):
+        with Image.open(tmp_path / "out" / f"{bench}.png") as image:
+            assert image.width > 2000
+
+    with pytest.raises(ValueError, match="seed0.json: made with other cases; remove it, or name another --out"):
+        run_long("elsewhere", cases="3")
+
+
+def test_two_commands_do_not_train_the_same_long_row(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "train", None)
+    monkeypatch.setattr(long, "ROWS", {"step-wise": ("flash", "pooled")})
+    monkeypatch.setattr(long, "DIFFERENCES", [])
+    with kept.hold(tmp_path / "runs" / "locks" / "flash-pooled-seed0"):
+        command.main(
+            [
+                "long",
+                "--seeds",
+                "1",
+                "--checkpoint",
+                str(tiny),
+                "--runs",
+                str(tmp_path / "runs"),
+                "--out",
+                str(tmp_path),
+            ]
+        )
+    assert not (tmp_path / "rows").exists()
 
 
 def test_seeds_with_tiny_numbers(tiny, tmp_path, monkeypatch, capsys):
@@ -282,11 +348,11 @@ def page_commands(program: str) -> list[list[str]]:
 
 def test_the_pages_commands_are_commands():
     commands = [command.parse(words) for words in page_commands("experiments")]
-    assert {name for name, _, _ in commands} == {*EXPERIMENTS, *JOBS}
+    assert {name for name, _, _ in commands} == {*KINDS}
     for name, options, words in commands:
         if name in JOBS:
             seeds.student_options(words)
-        else:
+        elif name in EXPERIMENTS:
             assert options.seeds == (7 if name == "mixture" else 5)  # as the tables say
 
 
@@ -295,11 +361,13 @@ def test_every_file_of_the_results_comes_from_a_command_or_stands_on_a_page():
     for name, options, _ in map(command.parse, page_commands("experiments")):
         if name == "seeds" and options.json:
             made.add(str(options.json))
-        elif name not in JOBS:
+        elif name in EXPERIMENTS:
             made |= {f"results/{name}/{file}" for file in ("table.md", "table.json", "sheet.png", "curve.png")}
     for name in plane.UPDATES:  # python -m plane --experiment NAME --out results/plane
         made |= {f"results/plane/{name}.{ending}" for ending in ("md", "json", "png")}
     made |= {f"results/plane/rows/{ROWS[row].name}-{fake}.json" for row in (*FIRST, *OTHERS) for fake in FAKES}
+    rows = {long.row_file(Path("results/long"), name, seed) for name in long.ROWS for seed in range(5)}
+    made |= {*map(str, rows), *(f"results/long/{file}" for file in ("README.md", "t2i.png", "edit.png"))}
     made |= {"results/plane/drift.png"}  # python -m plane --experiment claims
     made |= {f"results/plane/dmd.{ending}" for ending in ("md", "json", "png", "gif")}  # python -m plane
     made |= {f"results/main/comparison.{ending}" for ending in ("md", "json", "png")}  # python train.py
@@ -315,13 +383,14 @@ def test_students_in_two_tables_have_one_recipe():
     base, e5 = (recipe.find(name).resolve(data, ["text", "edit"]) for name in ("base-only", "e5-all"))
     assert base == replace(e5, name="base-only")
     used = {name for plan in EXPERIMENTS.values() for name in plan.rows.values()}
+    used |= {name for name, _ in long.ROWS.values()}
     assert used | {"base-only"} == recipe.RECIPES.keys()
 
 
 def test_no_benched_prompt_is_trained_on():
     """Captions name all attributes, so this compares combinations; that edits keep away too is shown in test_world.py."""
     for category in world.CATEGORIES:
-        trained = {p.prompt for p in world.training_prompts("t2i", category, tables.POOL["t2i"], 0, targets=False)}
+        trained = {p.prompt for p in world.training_prompts("t2i", category, students.POOL["t2i"], 0, targets=False)}
         benched = {case.prompt for case in world.bench("t2i", category, evaluation.CASES["t2i"])}
         assert len(benched) > 20 and not trained & benched
 
