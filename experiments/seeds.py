@@ -8,8 +8,6 @@ Each student is a complete run of train.py, in RUNS/NAME/seedN, with the compari
 the scores of every case. Finished students and rows are reused, so a killed command resumes.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,45 +17,18 @@ import flow
 import train
 from checkpoint.files import read_json, write_json
 from experiments.kept import check_settings, hold, judge_version, row_name
+from experiments.measures import interval, measured_edits, measures_of, measures_table
 from experiments.options import SeedsOptions
 from program.options import flag
 from sample import Pipeline
 from scores.rows import check_place, markdown, scores_of_cases, without_cases
-from scores.statistics import difference_of_models, resampled_difference, seeds_half
+from scores.statistics import difference_of_models, seeds_half
 from toy.draw import default_sampler, open_checkpoint, teacher_samplers
 from training.options import TrainOptions
 
 TITLES = {"t2i": "T2I", "edit": "editing"}
 PARTS = ("score", "compliance", "fidelity")
 VARIETY = ("modes", "distance")  # eval.diversity
-LEAST_MEASURED = 6  # cases with a value, for a measure that needs no judge
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A measure that needs no judge (scores/measures.py), of all cases of a bench."""
-
-    title: str
-    bench: str
-    part: str  # of the row's BENCH_each
-    statistic: Callable[[np.ndarray], float] = np.median  # of the cases that have a value, (N,)
-
-
-def share_above_a_latent_pixel(shifts: np.ndarray) -> float:
-    return float((shifts > 16).mean())
-
-
-MEASURES = (
-    Measure("edits: shift, pixels", "edit", "shift"),
-    Measure("edits: share above 16 pixels", "edit", "shift", share_above_a_latent_pixel),
-    Measure("edits: shift to the right, pixels", "edit", "right"),
-    Measure("edits: shift down, pixels", "edit", "down"),
-    Measure("edits: scale, %", "edit", "scale"),
-    Measure("edits: colour drift, CIELAB", "edit", "drift"),
-    Measure("edits: change of chroma, %", "edit", "chroma"),
-    Measure("T2I: saturation, CIELAB", "t2i", "saturation", np.mean),
-    Measure("T2I: contrast, CIELAB", "t2i", "contrast", np.mean),
-)
 
 
 def run(options: SeedsOptions, words: list[str]) -> dict:
@@ -88,7 +59,7 @@ def run(options: SeedsOptions, words: list[str]) -> dict:
     measures = measures_of(rows, others)
     tables = [scores_table(models), categories_table(models), differences_table(differences)]
     tables += [measures_table(measures, "models"), measures_table(measures, "students minus")]
-    text = "\n\n".join([f"# {options.name}", about(result), *tables])
+    text = "\n\n".join([f"# {options.name}", about(result), *tables, measured_edits(rows)])
     result |= {
         "judge": judge_version(),
         "rows": [without_cases(row) for row in rows],
@@ -173,33 +144,9 @@ def differences_from(rows: list[dict], others: list[dict]) -> dict[str, dict[str
     return differences
 
 
-def interval(mean: float | None, half: float | None) -> dict[str, float | None]:
-    return {"mean": mean, "half": half}
-
-
 def variety_of_seeds(rows: list[dict], bench: str, name: str) -> np.ndarray:
     """(seeds,)"""
     return np.array([row[f"{bench}_diversity"][name]["average"] for row in rows])
-
-
-def measures_of(rows: list[dict], others: dict[str, list[dict]]) -> dict[str, dict[str, dict]]:
-    """title -> "models" -> model -> the measure with its interval, and "students minus" -> model -> the difference."""
-    measures = {}
-    for measure in MEASURES:
-        models = {"mean": rows} | others
-        values = {name: scores_of_cases(models[name], measure.bench, measure.part) for name in models}
-        zero = np.zeros_like(values["mean"][:1])
-        measures[measure.title] = {
-            "models": {name: measured_difference(values[name], zero, measure) for name in models},
-            "students minus": {name: measured_difference(values["mean"], values[name], measure) for name in others},
-        }
-    return measures
-
-
-def measured_difference(a: np.ndarray, b: np.ndarray, measure: Measure) -> dict[str, float | None]:
-    """Of two models' values, (seeds, categories, cases) each. None where a seed has too few."""
-    fewest = min(int((~np.isnan(values)).sum(axis=(1, 2)).min()) for values in (a, b))
-    return interval(*(resampled_difference(a, b, measure.statistic) if fewest >= LEAST_MEASURED else (None, None)))
 
 
 def about(result: dict) -> str:
@@ -207,10 +154,7 @@ def about(result: dict) -> str:
     counts = " and ".join(f"{count} cases a category at {TITLES[bench]}" for bench, count in result["cases"].items())
     chance = "seeds and cases" if len(result["seeds"]) > 1 else "cases alone"
     seeds = ", ".join(map(str, result["seeds"]))
-    return (
-        f"{job}, seeds {seeds}; {counts}. ± is a 95% interval over {chance}; of modes and distance over seeds alone. "
-        "Shift, scale, colour drift and chroma are medians over the edits with unchanged parts (scores/measures.py)."
-    )
+    return f"{job}, seeds {seeds}; {counts}. ± is a 95% interval over {chance}; of modes and distance over seeds alone."
 
 
 def scores_table(models: dict[str, list[dict]]) -> str:
@@ -250,15 +194,3 @@ def differences_table(differences: dict[str, dict]) -> str:
 def signed(difference: dict[str, float | None]) -> str:
     half = "" if difference["half"] is None else f" ± {difference['half']:.3f}"
     return f"{difference['mean']:+.3f}{half}"
-
-
-def measures_table(measures: dict[str, dict[str, dict]], of: str) -> str:
-    """Markdown: a line for each measure that needs no judge. of: "models" or "students minus"."""
-    names = list(next(iter(measures.values()))[of])
-    lines = [[of, *names]]
-    for title, of_measure in measures.items():
-        numbers = [of_measure[of][name] for name in names]
-        sign = "+" if of == "students minus" else ""
-        cells = ["-" if n["mean"] is None else f"{n['mean']:{sign}.3f} ± {n['half']:.3f}" for n in numbers]
-        lines.append([title, *cells])
-    return markdown(lines)
