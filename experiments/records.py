@@ -70,7 +70,11 @@ def make_row(result: dict, changed: str, commit: str, updates: int, passes: list
     """From what `seeds.run` returned. A score is the mean of T2I and editing, its half-width one of the mean over seeds."""
     scores = {bench: [row[bench]["average"] for row in result["rows"]] for bench in seeds.TITLES}
     mean, half = mean_over_seeds([sum(pair) / 2 for pair in zip(*scores.values(), strict=True)])
-    teacher = result["differences"]["teacher"]
+    minus = {}
+    for name in ("teacher", result["minus"]):
+        if name:
+            of_benches = result["differences"][name]
+            minus[f"minus {name}"] = {bench: of_benches[bench]["score"] for bench in seeds.TITLES}
     return {
         "name": result["name"],
         "changed": changed,
@@ -81,7 +85,7 @@ def make_row(result: dict, changed: str, commit: str, updates: int, passes: list
         "passes": round(sum(passes) / len(passes)),
         "score": {"mean": mean, "half": half},
         **{bench: sum(numbers) / len(numbers) for bench, numbers in scores.items()},
-        "minus teacher": {bench: teacher[bench]["score"] for bench in seeds.TITLES},
+        **minus,
     }
 
 

@@ -62,6 +62,7 @@ def run(options: SeedsOptions, words: list[str]) -> dict:
     text = "\n\n".join([f"# {options.name}", about(result), *tables, measured_edits(rows)])
     result |= {
         "judge": judge_version(),
+        "minus": options.minus,
         "rows": [without_cases(row) for row in rows],
         "differences": differences,
         "measures": measures,

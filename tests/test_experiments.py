@@ -340,6 +340,7 @@ def page_commands(program: str) -> list[list[str]]:
         *(ROOT / "docs").glob("*.md"),
         *(ROOT / "results").rglob("*.md"),
         ROOT / "toy/README.md",
+        ROOT / "forks/README.md",
     ]
     lines = [line for page in pages for line in page.read_text().splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("    ") and f"python -m {program}" in line]

@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from checkpoint.files import read_json
+from experiments import records
 from model import MMDiT
 from plane import forks
 from plane.__main__ import main
@@ -254,6 +256,25 @@ def test_forks_resume_and_leave_the_pages_own_words(tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit):
         main([*words[:4], "6", *words[5:]])
     assert "remove it, or name another --out" in capsys.readouterr().err
+
+
+def test_the_pages_scores_of_pictures_are_those_of_the_records():
+    page = (forks.PATCHES / "README.md").read_text().split("## In pictures")[1]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    names = {"unchanged": "main", "below": "below", "[told](told.patch)": "told"}
+    rows = {row["name"]: row for row in read_json(forks.ROOT / "results" / "records.json")["rows"]}
+    assert [line[0] for line in lines[2:]] == [*names]
+    for fork, *cells in lines[2:]:
+        if row := rows.get(names[fork]):
+            score, minus = row["score"], row.get("minus main", {})
+            expected = [
+                f"{score['mean']:.3f} ± {score['half']:.3f}",
+                *(f"{row[bench]:.3f}" for bench in forks.CATEGORIES),
+            ]
+            expected += [records.number(minus[bench]) if minus else "" for bench in forks.CATEGORIES]
+            assert cells == expected
+        else:
+            assert set(cells) == {"not run"}
 
 
 # ---- trained: slow ---------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ ROOT = records.Path(records.__file__).parents[1]
 def result(name: str, t2i: list[float], edit: list[float], minus: float) -> dict:
     """As seeds.run returns it: three students' averages, and their difference from the teacher."""
     rows = [{"t2i": {"average": a}, "edit": {"average": b}} for a, b in zip(t2i, edit, strict=True)]
-    teacher = {bench: {"score": {"mean": minus, "half": 0.02}} for bench in ("t2i", "edit")}
-    return {"name": name, "train.py": "--lr 0.1", "seeds": [0, 1, 2], "rows": rows, "differences": {"teacher": teacher}}
+    gain = {bench: {"score": {"mean": minus, "half": 0.02}} for bench in ("t2i", "edit")}
+    students = {"name": name, "train.py": "--lr 0.1", "seeds": [0, 1, 2], "minus": "main"}
+    return students | {"rows": rows, "differences": {"teacher": gain, "main": gain}}
 
 
 @pytest.fixture
@@ -44,6 +45,7 @@ def test_a_row_has_the_mean_of_both_tasks_with_its_interval_and_the_passes_of_it
     assert row["score"]["mean"] == pytest.approx(0.55) and row["t2i"] == pytest.approx(0.6)
     assert row["score"]["half"] == pytest.approx(4.30 * 0.1 / 3**0.5)
     assert (row["passes"], row["updates"], row["commit"]) == (4001, 7, "abc1234")
+    assert row["minus main"] == row["minus teacher"] == dict.fromkeys(("t2i", "edit"), {"mean": -0.01, "half": 0.02})
     page = (tmp_path / "records.md").read_text()
     assert "**0.550** ± 0.248" in page and "what first is (`--lr 0.1`)" in page and "No row has reached it." in page
 
