@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn
 
+from program import waiting
+
 STOPPED = "stopped by Ctrl-C"
 STATUSES = {KeyboardInterrupt: 130, ValueError: 2, OSError: 2, FloatingPointError: 1}
 
@@ -23,21 +25,11 @@ def run(module: str, parse: Callable[[], object]) -> NoReturn:
     with ends(name):
         with leaves_at_once(name):
             args = parse()
-            spin_briefly()
+            waiting.spin_briefly()
             work = import_module(module).run
+            waiting.make_room()
         work(args)
     sys.exit()
-
-
-def spin_briefly() -> None:
-    """Let torch's threads wait for each other by spinning for a short time only, unless the user has set how they wait.
-
-    A thread that spins keeps its core from whoever it waits for. By default it spins so long that beside one other busy
-    program an update of the main job takes 50 times as long: results/README.md has the measurement. Called before torch
-    is imported, because its threads read this once.
-    """
-    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 @contextmanager

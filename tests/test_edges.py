@@ -1,6 +1,5 @@
 """How a program begins and ends, tried with one whose work is imported slowly."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -8,8 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-from program import edges
 
 SLOW = """
 import sys
@@ -96,14 +93,3 @@ def test_at_work_ctrl_c_is_an_exception_that_tidies_up(start):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 130 and out.strip() == "tidied"
-
-
-@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "passive"}, {"GOMP_SPINCOUNT": "7"}])
-def test_how_threads_wait_is_set_unless_the_user_has_set_it(monkeypatch, given):
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in given.items():
-        monkeypatch.setenv(name, value)
-    edges.spin_briefly()
-    expected = given or {"GOMP_SPINCOUNT": "10000"}
-    assert {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ} == expected
