@@ -292,8 +292,6 @@ def encode(options: TrainOptions) -> Pool:
     else:
         from toy.world import prompts_for  # a run on your own prompts does not need the toy
 
-        if options.resolution != 128:
-            raise ValueError(f"--resolution {options.resolution}: the toy's own prompts have 128; give --prompts FILE")
         prompts = prompts_for(recipe, options.pool, options.seed, targets=flows)
     recipe.resolve(recipes.categories(prompts), ())  # what is missing is said before the encoding
     counts = Counter(f"{prompt.task} {prompt.category}" for prompt in prompts)
@@ -344,6 +342,7 @@ def run(options: TrainOptions) -> None:
     if options.plan:
         options = fill_defaults(options)
         return say(plan.describe(options, recipe, options.gpus or ranks(), find_teachers(options)))
+    presets.check_size(options)
     with joined():
         options, state = open_run(options)
         pool = encode(options)

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from checkpoint.files import digest, file_digests
-from program.edges import parse_json
+from program.edges import parse_json, short
 
 TASKS = ("t2i", "edit")
 KEYS = ("task", "category", "prompt", "images", "target")
@@ -85,16 +85,16 @@ def parse_line(line: bytes, folder: Path) -> Prompt:
     if type(row) is not dict:
         raise ValueError("a line must be a JSON object")
     if unknown := row.keys() - KEYS:
-        raise ValueError(f"unknown key {sorted(unknown)}; known are {', '.join(KEYS)}")
+        raise ValueError(f"unknown key {short(sorted(unknown))}; known are {', '.join(KEYS)}")
     for key in ("task", "category", "prompt"):
         if key not in row:
             raise ValueError(f"{key!r} is missing")
     images = row.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
-        raise ValueError(f"'images' must be a list of paths, not {images!r}")
+        raise ValueError(f"'images' must be a list of paths, not {short(images)}")
     for key, text in [*((key, row[key]) for key in row if key != "images"), *(("images", image) for image in images)]:
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{key!r} must be a text that is not empty, not {text!r}")
+            raise ValueError(f"{key!r} must be a text that is not empty, not {short(text)}")
         if half := re.search("[\ud800-\udfff]", text):
             raise ValueError(f"{key!r} has half of a character, {half[0]!r} (a lone surrogate); write the whole one")
         if len(text) > LONGEST:
@@ -103,7 +103,7 @@ def parse_line(line: bytes, folder: Path) -> Prompt:
             raise ValueError(f"{key!r} has {taken[0]}, which stands for a picture; remove it")
 
     if row["task"] not in TASKS:
-        raise ValueError(f"'task' must be one of {TASKS}, not {row['task']!r}")
+        raise ValueError(f"'task' must be one of {TASKS}, not {short(row['task'])}")
     if row["task"] == "edit" and not images:
         raise ValueError("an edit needs its source pictures in 'images'")
     if row["task"] == "t2i" and images:
@@ -118,10 +118,14 @@ def parse_line(line: bytes, folder: Path) -> Prompt:
 def picture_at(folder: Path, name: str) -> Path:
     """The picture of this name, or of the same one in other bytes: é is one letter, or e and its accent. Systems that
     copied the file may have changed that. ValueError: neither is there."""
+    shown = folder / name if len(name) <= 255 else short(name)
     for spelled in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
-        if (folder / spelled).is_file():
-            return folder / spelled
-    raise ValueError(f"no picture at {folder / name}")
+        try:
+            if (folder / spelled).is_file():
+                return folder / spelled
+        except OSError as error:  # a name that is too long, say
+            raise ValueError(f"no picture at {shown}: {error.strerror}") from None
+    raise ValueError(f"no picture at {shown}")
 
 
 def prompts_fingerprint(files: Iterable[str | Path]) -> str:

@@ -95,7 +95,7 @@ def parse_json(text: str | bytes) -> object:
         content = dict(pairs)
         if len(content) < len(pairs):
             keys = [key for key, _ in pairs]
-            raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice")
+            raise ValueError(f"key {short(next(k for k in keys if keys.count(k) > 1))} is given twice")
         return content
 
     try:

@@ -116,7 +116,14 @@ PROMPT_LINES = [
     (EDIT | {"images": [1]}, "'images' must be a list"),
     (EDIT | {"images": ["pictures/a.png", "pictures/c.png"]}, r"no picture at .*pictures/c.png"),
     (EDIT | {"target": "pictures"}, "no picture at .*pictures"),
-    (EDIT | {"images": ["x" * 300]}, "File name too long"),
+    (EDIT | {"images": ["x" * 300]}, "no picture at 'x{59}...: File name too long"),
+    (EDIT | {"images": ["x/" * 1500]}, r"no picture at '(x/){29}x\.\.\.$"),
+    (EDIT | {"images": ["x" * 200]}, "no picture at /.*/x{200}$"),  # a path of the usual length is not cut
+    (EDIT | {"images": {"a": "x" * 3000}}, r"'images' must be a list of paths, not .*\.\.\.$"),
+    (T2I | {"target": ["x" * 3000]}, r"'target' must be a text that is not empty, not .*\.\.\.$"),
+    (T2I | {"task": "x" * 3000}, r"'task' must be one of .*\.\.\.$"),
+    (T2I | {"x" * 3000: 1}, r"unknown key .*\.\.\.; known are"),
+    ('{"%s": 1, "%s": 2}' % (("x" * 3000,) * 2), r"key 'x*\.\.\. is given twice"),
     (EDIT | {"images": ["a\0b.png"]}, "no picture at"),
     (EDIT | {"images": ["pictures/a.png"] * 11}, "11 pictures in 'images'"),
     (r'{"task": "t2i", "category": "a", "prompt": "cat \ud83d"}', "'prompt' has half of a character"),
@@ -756,7 +763,8 @@ TRAIN_MISSING = [(part, f"copy/{part}") for part in ("scheduler", "processor", "
 
 def toy_prompts(given, words: str | list[str]) -> None:
     """The toy's own prompts, for a checkpoint of another size."""
-    train.main(["--checkpoint", str(given.checkpoint), "--out", str(given.folder / "run"), *words])
+    plain = ["--checkpoint", str(given.checkpoint), "--out", str(given.folder / "run")]
+    untouched(given, lambda: train.main([*plain, *filled(given, words)]))
 
 
 def target(given, line: dict) -> None:
@@ -885,7 +893,8 @@ TABLE = {
     exporting: EXPORTS,
     eval_command: EVAL_COMMANDS,
     train_missing: TRAIN_MISSING,
-    toy_prompts: [([], "--resolution 96: the toy's own prompts have 128")],
+    toy_prompts: [("", "--resolution 96: the toy's own prompts have 128"),
+                  ("--resolution 64", "--resolution 64: the toy's own prompts have 128")],
     target: [(T2I, "has no target")],
     train_command: TRAIN_COMMANDS,
     flags: FLAGS,

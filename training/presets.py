@@ -59,3 +59,12 @@ def of_run(options: TrainOptions) -> dict:
     own |= defaults(options.objective, parameters, options.lora_rank)
     processes = options.gpus or int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets it
     return own | divisible(own["batch"], own["micro_batch"], processes)
+
+
+def check_size(options: TrainOptions) -> None:
+    """ValueError where a run without --prompts, so on the toy's own, is for pictures of another size than theirs."""
+    from checkpoint.layout import read_index  # imports torch
+
+    resolution = options.resolution or read_index(options.checkpoint)["resolution"]
+    if not options.prompts and resolution != 128:
+        raise ValueError(f"--resolution {resolution}: the toy's own prompts have 128; give --prompts FILE")
