@@ -12,11 +12,11 @@ from checkpoint.layout import UNBENT, Scheduler, check_sigmas, how_it_draws, rea
 from checkpoint.lora import factorise, is_named, layers_of, write_lora
 from checkpoint.weights import check_finite
 
-FROZEN = ("vae", "text_encoder", "processor")  # what a student shares with its base
+FROZEN = ("vae", "text_encoder", "processor")  # a student has these from its base
 
 
 def check_base(base: Path) -> None:
-    """ValueError or FileNotFoundError unless the folder has all parts of a checkpoint, which `export` will need."""
+    """ValueError or FileNotFoundError if a part of the checkpoint is missing that `export` will need."""
     read_index(base)
     read_json(base / "scheduler" / "scheduler_config.json")
     for name in (*FROZEN, "transformer"):
@@ -34,10 +34,14 @@ def export(
     stochastic: bool = True,
     bend: Scheduler = UNBENT,
 ) -> None:
-    """Write a few-step student as the family publishes them: `model`, its `sigmas` (without the final 0), and a scheduler
-    that bends these as `bend` does; by default not at all. `stochastic`: it draws by flow.renoise, else by flow.euler; a
-    short README.md says so, too. Encoder, VAE and processor are copied from the base checkpoint, or linked to it: 18 GB less for the published ones, and
-    the folder is whole only as long as the base stays where it is.
+    """Write a few-step student as a checkpoint in the published layout.
+
+    model        its MMDiT; encoder, VAE and processor come from the base checkpoint
+    sigmas       the times at which it draws, without the final 0
+    link         link to the base's files instead of copying them. This saves 18 GB for the published ones, but the
+                 student then needs its base to stay where it is
+    stochastic   it draws by flow.renoise, else by flow.euler
+    bend         how the scheduler bends the sigmas; by default not at all
 
     ValueError, before anything is written: the folder has something in it, or the model is not finite.
     """
@@ -73,37 +77,36 @@ def export_lora(
     rank: int,
     exact: Collection[str] = (),
 ) -> str:
-    """Write what a full student changed in its base as the nearest LoRA of `rank`, with the times that it draws at, and
-    layers with a name of `exact` in theirs as whole changes. Returns what to tell of it.
+    """Write the LoRA of `rank` that is nearest to what a full student changed in its base. Its header has the times at
+    which the student draws. Layers that are named by `exact` are written as whole changes. Returns a summary to print.
 
-    ValueError: the networks have other sizes, a name is in no layer's, or the times depend on the picture's size.
+    ValueError: the networks differ in size, a name fits no layer, or the times depend on the picture's size.
     """
     if scheduler.use_dynamic_shifting:
-        raise ValueError(
-            f"{out}: a LoRA's header has no place for a dynamic shift of {sigmas}; --export a folder instead"
-        )
+        problem = f"a LoRA's header has no place for a dynamic shift of {sigmas}"
+        raise ValueError(f"{out}: {problem}; --export a folder instead")
     for name in exact:
         if not any(is_named(layer, [name]) for layer in layers_of(student)):
-            raise ValueError(
-                f"--exact {name}: no layer has this in its name; proj_out or attn.norm_q would be such names"
-            )
+            problem = "no layer has this in its name"
+            raise ValueError(f"--exact {name}: {problem}; proj_out or attn.norm_q would be such names")
     weight = next(student.parameters())
     base = type(student).from_pretrained(Path(base_directory) / "transformer", weight.dtype, weight.device)
     if base.config != student.config:
         raise ValueError(f"--base {base_directory}: its transformer has another size than the student's")
     lora, kept = factorise(base, student, rank, exact)
-    check_finite({f"{name}.{part}": t for name, pair in lora.items() for part, t in zip("AB", pair)}, str(out))
+    for name, (a, b, _) in lora.items():
+        check_finite({f"{name}.A": a, f"{name}.B": b}, str(out))
     times = scheduler.sigmas(sigmas, tokens=1)[:-1]  # a static shift is done here
     write_lora(out, lora, times, stochastic=scheduler.stochastic_sampling, exact=exact)
     size = Path(out).stat().st_size / 1e6
     whole = f" and {', '.join(exact)} whole" if exact else ""
-    told = f"{out}: rank {rank}{whole}, {kept:.1%} of what the student changed, {size:.1f} MB"
-    return f"{told}\n{how_it_draws(times, scheduler.stochastic_sampling)}"
+    summary = f"{out}: rank {rank}{whole}, {kept:.1%} of what the student changed, {size:.1f} MB"
+    return f"{summary}\n{how_it_draws(times, scheduler.stochastic_sampling)}"
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy what is visible in a folder. New files and folders get new ones' permissions: a base is often read-only, and
-    what is read-only can neither be finished nor removed."""
+    """Copy what is visible in a folder, but not its permissions: a base is often read-only, and a read-only copy could
+    neither be finished nor removed."""
     target.mkdir()
     for path in visible(source):
         if path.is_dir():

@@ -1,7 +1,7 @@
-"""Files: what may be written where, which files count, what they hold; and JSON objects and configs, read strictly. Torch
-is not imported here.
+"""Files: what may be written where, which files of a folder count, hashes, and strict reading of JSON and configs.
 
 Writing has two steps. `may_write` decides before the work begins. `aside` writes a file or folder whole or not at all.
+Torch is not imported here.
 """
 
 import hashlib
@@ -19,40 +19,40 @@ from typing import get_args, get_origin
 
 from program.edges import parse_json, short
 
-# ---- What may be written where ---------------------------------------------------------------------------------------
+# ---- Writing ---------------------------------------------------------------------------------------------------------
 
 
 def may_write(path: str | Path, overwrite: bool = False, folder: bool = False) -> None:
-    """Decide whether `path` may be written, and try whether it can be. Folders above it are created.
+    """Check that `path` may be written, and that it can be. Folders above it are created.
 
-    what stands there              it is replaced
+    what is there                  may it be replaced?
     nothing, or an empty folder    yes
     a file                         with `overwrite`
     a folder with anything in it   never
 
-    ValueError or OSError say what is in the way.
+    ValueError or OSError say what is in the way. folder: `path` will be a folder.
     """
     path = Path(path)
     if path.is_dir() and (not folder or any(path.iterdir())):
         raise ValueError(f"{path}: is a folder with something in it; name another place")
     if path.is_file() and (folder or not overwrite):
         raise ValueError(f"{path}: exists; name another{'' if folder else ', or give --overwrite'}")
-    with aside(path) as part:  # a trial: nothing is written, so nothing is renamed
-        part.touch()
-        part.unlink()
+    with aside(path) as trial:  # removed at once, so nothing is renamed
+        trial.touch()
+        trial.unlink()
 
 
-PART = ".qwen-image-flash.part"  # how the names end that `aside` uses
+PART = ".qwen-image-flash.part"  # the end of the names that `aside` uses
 
 
 @contextmanager
 def aside(path: str | Path, writer: str = "") -> Iterator[Path]:
-    """Within, write a file or a folder at the path that is given. Afterwards it takes the place of `path`, which is no
+    """Within, write a file or a folder at the path that is yielded. Afterwards it replaces `path`, which must not be a
     folder with anything in it.
 
-    After an error, Ctrl-C or a full disk nothing of it is left and `path` is as before. OSError names `path`. The name
-    used beside it is ours alone; a killed run's leftovers are removed by the next one that writes to `path`. writer: a
-    name of its own for each process, where several may write to `path` at once.
+    After an error, Ctrl-C or a full disk nothing of it is left, and `path` is as before. An OSError names `path`. What a
+    killed run leaves is removed by the next one that writes to `path`. writer: a name for this process, where several
+    may write to `path` at once.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}{writer}{PART}")
@@ -65,7 +65,7 @@ def aside(path: str | Path, writer: str = "") -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error})") from None
     finally:
-        with suppress(OSError):  # the first error is the one to be told
+        with suppress(OSError):  # the first error is the one to report
             remove(part)
 
 
@@ -77,51 +77,53 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-# ---- What a folder and a file hold -----------------------------------------------------------------------------------
+# ---- What a folder and a file contain --------------------------------------------------------------------------------
 
-KEPT = ".digests.json"  # the usual name of the file that `file_digests` keeps
+KEPT = ".digests.json"  # the usual name of the file in which `file_digests` keeps its results
 SETTLED = 2  # seconds after which another change surely gets another time stamp
 
 
 def visible(folder: Path) -> list[Path]:
-    """What a folder holds, sorted; nothing where there is none. Passed over is what other programs leave everywhere: names
-    that begin with a dot (downloaders, notebooks, macOS), and those of Windows."""
+    """The contents of a folder, sorted; nothing if it does not exist. Left out is what other programs leave everywhere:
+    names that begin with a dot (downloaders, notebooks, macOS), and those of Windows."""
     return sorted(path for path in folder.glob("[!.]*") if path.name.lower() not in ("thumbs.db", "desktop.ini"))
 
 
 def digest(content: bytes | str) -> str:
-    """A hash of the content, 64 letters. It is SHA-256, for which processors have instructions."""
+    """SHA-256 of the content, 64 letters. Processors have instructions for it."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def file_digests(files: list[Path], kept: Path | None = None) -> list[str]:
     """The `digest` of each file's whole content.
 
-    kept: a JSON file for the digests. A file that has not changed since is not read again: its size, both time stamps and
-    inode are as they were. A damaged or missing `kept`, or one that cannot be written, only costs time.
+    kept: a JSON file for the results. A file is not read again while its size, both time stamps and its inode stay the
+    same. A `kept` that is damaged, missing or cannot be written only costs time.
     """
-    known = read_kept(kept) if kept else {}
+    known = read_kept(kept) if kept else {}  # path -> "MARK DIGEST"
+    now = dict(known)
 
-    def look(file: Path) -> tuple[str, str, bool]:
-        stat, now = file.stat(), time.time()
+    def digest_of(file: Path) -> str:
+        stat, place, started = file.stat(), str(file.resolve()), time.time()
         mark = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-        before, _, content = known.get(str(file.resolve()), "").rpartition(" ")
-        if before != mark:
+        known_mark, _, content = known.get(place, "").rpartition(" ")
+        if known_mark != mark:
             with open(file, "rb") as opened:
                 content = hashlib.file_digest(opened, "sha256").hexdigest()
-        return mark, content, max(stat.st_mtime, stat.st_ctime) < now - SETTLED
+        if max(stat.st_mtime, stat.st_ctime) < started - SETTLED:
+            now[place] = f"{mark} {content}"
+        return content
 
     with ThreadPoolExecutor(8) as threads:
-        looks = list(threads.map(look, files))
-    now = known | {str(file.resolve()): f"{mark} {content}" for file, (mark, content, old) in zip(files, looks) if old}
+        digests = list(threads.map(digest_of, files))
     if kept and now != known:
         with suppress(OSError):
             write_json(kept, {"files": now, "checksum": digest(json.dumps(now))})
-    return [content for _, content, _ in looks]
+    return digests
 
 
 def read_kept(kept: Path) -> dict[str, str]:
-    """What `file_digests` kept; empty where there is nothing, or where it is damaged."""
+    """What `file_digests` kept; empty if it is missing or damaged."""
     with suppress(OSError, ValueError):
         content = read_json(kept)
         if content.get("checksum") == digest(json.dumps(content.get("files"))):
@@ -153,8 +155,8 @@ def write_json(path: str | Path, content: dict) -> None:
 
 
 def config_from_json(cls: type, path: str | Path):
-    """Build the dataclass `cls` from a JSON file with exactly its fields as keys, else ValueError. Keys that begin with
-    "_" are notes of the library that wrote it."""
+    """Build the dataclass `cls` from a JSON file that has exactly its fields as keys, else ValueError. Keys that begin
+    with "_" are ignored: they are notes of the library that wrote the file."""
     content = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
     for key in content:
         if key not in cls.__dataclass_fields__:
@@ -163,9 +165,9 @@ def config_from_json(cls: type, path: str | Path):
 
 
 def build_config(cls: type, content: dict, where: str):
-    """The dataclass `cls` from a dictionary that holds at least its fields; lists become tuples.
+    """Build the dataclass `cls` from a dictionary that has at least its fields. Lists become tuples.
 
-    Every value must have its field's type, and be what the class allows; `where` begins the message of a ValueError.
+    ValueError, beginning with `where`: a field is missing, has another type, or a value that the class rejects.
     """
     values = {}
     for entry in fields(cls):
@@ -185,11 +187,14 @@ def build_config(cls: type, content: dict, where: str):
 def has_type(value: object, kind: type) -> bool:
     """Whether a JSON value has the type of a field: int, float (an int will do), bool, str, tuple[...], A | None."""
     if isinstance(kind, UnionType):
-        return any(has_type(value, one) for one in get_args(kind))
+        return any(has_type(value, member) for member in get_args(kind))
     if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            return False
         kinds = get_args(kind)
-        kinds = kinds[:1] * len(value) if kinds[-1] is ... and isinstance(value, list) else kinds
-        return isinstance(value, list) and len(value) == len(kinds) and all(map(has_type, value, kinds))
+        if kinds[-1] is ...:
+            kinds = kinds[:1] * len(value)
+        return len(value) == len(kinds) and all(map(has_type, value, kinds))
     return type(value) in ((int, float) if kind is float else (kind,))
 
 

@@ -1,8 +1,8 @@
-"""What a checkpoint's small files say: model_index.json, the scheduler's config, the sigmas; which of its files are read,
-and their fingerprint; and devices."""
+"""What a checkpoint's small files say: model_index.json, the scheduler's config, the sigmas. Which of its files are read,
+and their fingerprint. And devices."""
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import flow
 from checkpoint.files import build_config, digest, file_digests, read_json, visible
 from checkpoint.weights import finite
 from program.edges import notice, short
-from program.ranges import Ranged, within
+from program.ranges import Ranged, only, within
 
 # Sides of pictures are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels.
 MULTIPLE = 32
@@ -22,9 +22,9 @@ PARTS = ("scheduler", "transformer", "vae", "text_encoder", "processor")  # a ch
 
 @dataclass
 class Scheduler(Ranged):
-    """scheduler/scheduler_config.json: how a list of sigmas is bent before it is used, and how they are walked.
+    """scheduler/scheduler_config.json: how a list of sigmas is bent, and which sampler walks along it.
 
-    The published values bend it towards noise. A few-step student's file leaves it as it is.
+    The published values bend it towards noise. A few-step student's file does not bend it.
     """
 
     use_dynamic_shifting: bool = True  # the more target tokens, the longer the steps stay near noise
@@ -35,30 +35,37 @@ class Scheduler(Ranged):
     max_image_seq_len: int = within(8192, "[1, 1048576]")
     shift_terminal: float | None = within(None, "[0, 1)")  # the last sigma before 0; published: 0.02
     stochastic_sampling: bool = False  # drawn by flow.renoise, else by flow.euler
-    # The class has more keys. No checkpoint of this family uses them.
-    num_train_timesteps: int = 1000
-    time_shift_type: str = "exponential"
-    invert_sigmas: bool = False
-    use_karras_sigmas: bool = False
-    use_exponential_sigmas: bool = False
-    use_beta_sigmas: bool = False
+    # No checkpoint of this family uses the other keys of diffusers' class.
+    num_train_timesteps: int = only(1000)
+    time_shift_type: str = only("exponential")
+    invert_sigmas: bool = only(False)
+    use_karras_sigmas: bool = only(False)
+    use_exponential_sigmas: bool = only(False)
+    use_beta_sigmas: bool = only(False)
 
     def __post_init__(self):
         super().__post_init__()
-        for key in fields(self)[8:]:
-            if vars(self)[key.name] != key.default:
-                raise ValueError(f"{key.name} is {short(vars(self)[key.name])}; only {key.default!r} is implemented")
         if self.base_image_seq_len >= self.max_image_seq_len:
             raise ValueError(f"base_image_seq_len is {self.base_image_seq_len}; it must be below max_image_seq_len")
 
     def sigmas(self, steps: int | list[float], tokens: int) -> list[float]:
-        """For a target of `tokens` tokens, from a number of steps or from given sigmas; the final 0 is included.
+        """The bent sigmas for a picture of `tokens` tokens, from a number of steps or from given sigmas. The final 0 is
+        included.
 
-        ValueError: the file's values make no schedule for a target of this size.
+        ValueError: the file's values make no schedule for a picture of this size.
         """
-        bend = {f.name: getattr(self, f.name) for f in fields(self)[:7]}
         try:
-            sigmas = flow.teacher_sigmas(steps, tokens, **bend)
+            sigmas = flow.teacher_sigmas(
+                steps,
+                tokens,
+                use_dynamic_shifting=self.use_dynamic_shifting,
+                shift=self.shift,
+                base_shift=self.base_shift,
+                max_shift=self.max_shift,
+                base_image_seq_len=self.base_image_seq_len,
+                max_image_seq_len=self.max_image_seq_len,
+                shift_terminal=self.shift_terminal,
+            )
         except (OverflowError, ZeroDivisionError):
             sigmas = []
         check_sigmas(sigmas[:-1], f"scheduler_config.json at {tokens} tokens")
@@ -76,39 +83,40 @@ def choose_schedule(
     sigmas: list[float] | None,
     shift: str | float,
 ) -> tuple[Scheduler, list[float] | None]:
-    """By which times, and how, a checkpoint draws with LoRAs: (the scheduler that bends them, the times before it).
+    """The times at which a checkpoint draws with LoRAs: (the scheduler that bends them, the times before it does).
 
-    own                 the checkpoint's sample_sigmas. They pass through its scheduler, whatever that does to them
-    students            few-step students' LoRA files: their times, which nothing bends, and whether they re-noise
-    sigmas, shift       times that the user gave (without the final 0), and how they are bent: "dynamic" as the
-                        checkpoint's scheduler does, but without its terminal stretch; a number, statically; "none"
+    own                 the checkpoint's sample_sigmas; its scheduler bends them, if it bends at all
+    students            LoRA files of few-step students: their times, which nothing bends, and whether they re-noise
+    sigmas, shift       times that the user gave (without the final 0), and how they are bent: "dynamic" like the
+                        checkpoint's scheduler, but without its terminal stretch; a number, statically; "none"
     """
     schedules = list(students.values())
     if sigmas is None and any(schedule != schedules[0] for schedule in schedules):
         times = [times for times, _ in schedules]
         raise ValueError(f"the LoRA files have schedules of their own, {times}; choose one by sigmas")
     if students:
-        scheduler = replace(scheduler, stochastic_sampling=schedules[0][1])
+        students_times, renoises = schedules[0]
+        scheduler = replace(scheduler, stochastic_sampling=renoises)
     if sigmas is not None:
         check_sigmas(sigmas, "sigmas")
-        bend = 1.0 if isinstance(shift, str) else shift
-        scheduler = replace(scheduler, use_dynamic_shifting=shift == "dynamic", shift=bend, shift_terminal=None)
+        factor = 1.0 if isinstance(shift, str) else shift
+        scheduler = replace(scheduler, use_dynamic_shifting=shift == "dynamic", shift=factor, shift_terminal=None)
         return scheduler, sigmas
     if students:
-        times = schedules[0][0]
-        notice(f"schedule {times}", f"{', '.join(map(str, students))}: draws in {len(times)} steps at {times}")
-        return replace(scheduler, use_dynamic_shifting=False, shift=1.0, shift_terminal=None), times
+        files, count = ", ".join(map(str, students)), len(students_times)
+        notice(f"schedule {students_times}", f"{files}: draws in {count} steps at {students_times}")
+        return replace(scheduler, use_dynamic_shifting=False, shift=1.0, shift_terminal=None), students_times
     if own is not None and scheduler.shift_terminal:
         notice(
             f"terminal {directory}",
             f"{directory}: its scheduler's shift_terminal moves the last of the sample_sigmas {own} to "
-            f"{scheduler.shift_terminal}; drawn so. If its student was trained without, give --sigmas and --shift",
+            f"{scheduler.shift_terminal}. If its student was trained without it, give --sigmas and --shift",
         )
     return scheduler, own
 
 
 def check_sigmas(sigmas: list[float], name: str) -> list[float]:
-    """The sigmas as they are, or a ValueError that names their origin."""
+    """The sigmas as floats, or a ValueError that begins with `name`."""
     numbers = isinstance(sigmas, (list, tuple)) and sigmas and all(type(s) in (int, float) for s in sigmas)
     if not numbers or not all(a > b for a, b in pairwise([*sigmas, 0.0])) or sigmas[0] > 1:
         raise ValueError(f"{name}: {short(sigmas)} is no schedule; it must fall within (0, 1], without the final 0")
@@ -117,14 +125,14 @@ def check_sigmas(sigmas: list[float], name: str) -> list[float]:
 
 @dataclass
 class Drawing(Ranged):
-    """Two keys of model_index.json, with what their absence means."""
+    """Two optional keys of model_index.json."""
 
     resolution: int = within(1024, f"[{MULTIPLE}, 4096]")  # side of a picture's area, in pixels
     guidance: float = within(1.0, "[1, 1e6]")  # the teacher's; 1 is off
 
 
 def how_it_draws(sigmas: list[float], stochastic: bool, bend: Scheduler = UNBENT) -> str:
-    """What the user of a student has to know, in words: for a folder's README.md, a LoRA's header and the terminal."""
+    """How a student must be drawn, in words: for a folder's README.md, a LoRA's header and the terminal."""
     bent = (bend.use_dynamic_shifting, bend.shift, bend.shift_terminal) != (False, 1.0, None)
     times = f"{sigmas}{', which its scheduler shifts' if bent else ''}"
     steps = f"Draws in {len(sigmas)} step{'s' * (len(sigmas) > 1)} at the times {times}, without guidance,"
@@ -137,7 +145,7 @@ def how_it_draws(sigmas: list[float], stochastic: bool, bend: Scheduler = UNBENT
 
 
 def read_index(directory: str | Path) -> dict:
-    """model_index.json, checked; the three optional keys are filled in with what their absence means."""
+    """model_index.json, checked, with the defaults of the three optional keys."""
     path = Path(directory) / "model_index.json"
     index = {"sample_sigmas": None} | asdict(Drawing()) | read_json(path)
     if index.get("_class_name") != "QwenImage21Pipeline":
@@ -154,18 +162,18 @@ def read_index(directory: str | Path) -> dict:
 
 def check_parts(directory: Path, mmdit, vae, encoder) -> None:
     """The three networks' configs against each other; ValueError names the numbers that must be equal."""
-    for what, one, other in (
+    for numbers, first, second in (
         ("transformer in_channels and out_channels", mmdit.in_channels, mmdit.out_channels),
         ("transformer in_channels and vae z_dim", mmdit.in_channels, vae.z_dim),
         ("transformer context_in_dim and text_encoder hidden_size", mmdit.context_in_dim, encoder.text.hidden_size),
         ("pixels to a latent pixel: 16 and 2^levels of vae dim_mult", 16, vae.factor),
     ):
-        if one != other:
-            raise ValueError(f"{directory}: {what} are {one} and {other}; they must be equal")
+        if first != second:
+            raise ValueError(f"{directory}: {numbers} are {first} and {second}; they must be equal")
 
 
 def open_device(name: str | torch.device) -> torch.device:
-    """A device that torch can compute on here, tried; ValueError otherwise."""
+    """The device, if torch can compute on it here; else ValueError."""
     try:
         tried = torch.zeros(1, device=name)
         tried.item()  # "meta" has no values
@@ -175,8 +183,8 @@ def open_device(name: str | torch.device) -> torch.device:
 
 
 def files_read(place: Path) -> list[Path]:
-    """The files at a place that are read: of a checkpoint model_index.json and the files of its PARTS, of another folder
-    its configs and weights, of a file itself. Nothing else of a folder counts, and its teachers/ are places of their own."""
+    """The files that a run reads at a place. Of a checkpoint: model_index.json and the files of its PARTS, but not its
+    teachers/, which are places of their own. Of another folder: configs and weights. Of a file: itself."""
     if place.is_file():
         return [place]
     if (place / "model_index.json").is_file():
@@ -191,8 +199,8 @@ def teachers_in(checkpoint: Path) -> dict[str, Path]:
 
 
 def fingerprint(*places: Path, kept: Path | None = None) -> str:
-    """16 letters that change with any byte that is read at these places, and with nothing else: not with the places' own
-    names, nor with time stamps. kept: see `file_digests`."""
+    """16 letters that depend on every byte that is read at these places and on the names of files inside them, but not on
+    the places' own names or on time stamps. kept: see `file_digests`."""
     files = [(place, file) for place in places for file in files_read(place)]
     digests = file_digests([file for _, file in files], kept)
     names = [f"{places.index(place)} {file.relative_to(place).as_posix()}" for place, file in files]
@@ -200,7 +208,7 @@ def fingerprint(*places: Path, kept: Path | None = None) -> str:
 
 
 def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A network's output as it is; ValueError, with the dtype that may help, where it is not finite."""
+    """A network's output, unchanged. Where it is not finite, a ValueError suggests another dtype."""
     if not finite(values):
         wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
         advice = f"--dtype {wider} may help" if wider else "the checkpoint or a LoRA is damaged, or its scale too large"

@@ -1,6 +1,6 @@
 """Weights: safetensors files, read and written.
 
-Reading is strict: the files hold exactly the tensors of a network, or one error names the file and the tensor.
+Reading is strict: if the files do not hold exactly the tensors of the network, an error names the file and the tensor.
 """
 
 import os
@@ -28,25 +28,33 @@ def load_weights(
 ) -> None:
     """Fill `module`, built on the meta device, from `{stem}.safetensors` or the shards in `{stem}.safetensors.index.json`.
 
-    The files must hold exactly the module's tensors in its shapes, but for those whose whole name matches a regular
-    expression in `skip`, and finite values. Tensors are mapped from disk and placed one by one: at its peak, memory holds
-    the module and one tensor. On the meta device, which holds no values, the files are only checked.
+    The files must hold exactly the module's tensors, in its shapes and with finite values. Tensors are ignored if their
+    whole name matches a regular expression in `skip`. They are mapped from disk and placed one by one: at its peak,
+    memory holds the module and one tensor. On the meta device, which holds no values, the files are only checked.
     """
-    directory = Path(directory)
+    files = files_of_tensors(module, Path(directory), stem, skip)
+    if torch.device(device).type == "meta":
+        return
+    for name in module.state_dict():
+        # Opened anew for each tensor: pages of a mapped file count as our memory until it is closed.
+        with open_weights(files[name]) as file:
+            tensor = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)  # a copy: the file may change
+        if not finite(tensor):
+            raise ValueError(f"{files[name]}: {name} holds values that are not finite in {dtype}; the file is damaged")
+        owner, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+        setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+
+
+def files_of_tensors(module: nn.Module, directory: Path, stem: str, skip: tuple[str, ...]) -> dict[str, Path]:
+    """The file of each tensor, by its name. ValueError or FileNotFoundError: see `load_weights`."""
     single, index = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.is_file() == index.is_file():
         raise FileNotFoundError(f"{directory}: one of {single.name} and {index.name} is expected, not both or neither")
-    listed = {}  # {tensor: file name}, from the index
-    if index.is_file():
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not listed:
-            raise ValueError(f"{index}: weight_map is missing or empty")
-    for name, file in listed.items():
-        # As text, without resolving links: download caches keep shards as links that lead elsewhere.
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{index}: puts {name} into {short(file)}, which is no .safetensors file of its folder")
-
-    wanted, found = module.state_dict(), {}  # {tensor: file name}, from the files
+    listed = read_weight_map(index) if index.is_file() else {}  # tensor -> file name, by the index
+    found = {}  # tensor -> file name, by the files
+    expected = module.state_dict()
     for file_name in sorted(set(listed.values())) or [single.name]:
         path = directory / file_name
         with open_weights(path) as file:
@@ -54,37 +62,40 @@ def load_weights(
                 found[name] = file_name
                 if any(re.fullmatch(pattern, name) for pattern in skip):
                     continue
-                if name not in wanted:
+                if name not in expected:
                     raise ValueError(f"{path}: tensor {name} is unknown to {type(module).__name__}")
-                shape, expected = list(file.get_slice(name).get_shape()), list(wanted[name].shape)
-                if shape != expected:
-                    raise ValueError(f"{path}: {name} has shape {shape}, but by the config {expected}")
-                if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
-                    raise ValueError(f"{path}: {name} has the type {kind}; one of {', '.join(FLOATS)} is expected")
-    if listed and (wrong := listed.items() ^ found.items()):
+                stored = file.get_slice(name)
+                shape, dtype = list(stored.get_shape()), stored.get_dtype()
+                if shape != list(expected[name].shape):
+                    by_config = list(expected[name].shape)
+                    raise ValueError(f"{path}: {name} has shape {shape}, but by the config {by_config}")
+                if dtype not in FLOATS:
+                    raise ValueError(f"{path}: {name} has the type {dtype}; one of {', '.join(FLOATS)} is expected")
+    wrong = listed.items() ^ found.items() if listed else ()
+    if wrong:
         name = min(wrong)[0]
         raise ValueError(f"{index}: puts {name} into {listed.get(name)}, but it is in {found.get(name)}")
-    if missing := wanted.keys() - found.keys():
+    missing = expected.keys() - found.keys()
+    if missing:
         place = index if listed else single
         raise ValueError(f"{place}: tensor {min(missing)} is missing ({len(missing)} in all)")
+    return {name: directory / file_name for name, file_name in found.items()}
 
-    if torch.device(device).type == "meta":
-        return
-    for name in wanted:
-        # Opened anew for each tensor: what was read of a mapped file counts as ours until it closes.
-        path = directory / found[name]
-        with open_weights(path) as file:
-            tensor = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)  # a copy: the file may change
-        if not finite(tensor):
-            raise ValueError(f"{path}: {name} holds values that are not finite in {dtype}; the file is damaged")
-        owner, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(owner)
-        is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
-        setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """The index of a network in shards: tensor -> file name. Else ValueError."""
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index}: weight_map is missing or empty")
+    for name, file in listed.items():
+        # As text, without resolving links: download caches keep shards as links that lead elsewhere.
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index}: puts {name} into {short(file)}, which is no .safetensors file of its folder")
+    return listed
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether all values are finite. By the extremes: that takes a tenth of the time of a copy, and no memory."""
+    """Whether all values are finite. Looking at both extremes takes a tenth of the time of isfinite, and no memory."""
     return not tensor.numel() or all(end.isfinite().item() for end in tensor.detach().aminmax())
 
 
@@ -96,7 +107,7 @@ def check_finite(tensors: dict[str, Tensor], what: str) -> None:
 
 
 def open_weights(path: Path):
-    """A safetensors file, mapped; ValueError where it is none or not whole."""
+    """Open a safetensors file, mapped into memory. ValueError if it is damaged or of another kind."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -104,9 +115,11 @@ def open_weights(path: Path):
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, `notes` in its header, with the permissions of any other new file: the library's own
-    are the owner's alone, whatever the umask. Its bytes are forced to the disk, or after a power cut a file that is
-    renamed next could have its name without them. OSError names the file."""
+    """Write a safetensors file with `notes` in its header. OSError names the file.
+
+    It has the permissions of any other new file; the library alone would make it private. Its bytes are forced to the
+    disk. Otherwise a file that is renamed next could, after a power cut, have its new name but no content.
+    """
     try:
         path.unlink(missing_ok=True)
         path.touch()

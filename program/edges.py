@@ -16,29 +16,28 @@ STATUSES = {KeyboardInterrupt: 130, ValueError: 2, OSError: 2, FloatingPointErro
 
 
 def run(module: str, parse: Callable[[], object]) -> NoReturn:
-    """Run a program: parse the command line, import `module`, and call its run(args).
+    """Run a program: parse the command line, import `module`, and call its run(options).
 
-    A script calls this about itself before its own imports. So --help and a mistyped flag do not wait for torch, and
-    Ctrl-C is one line while it is being imported, too.
+    A script calls this with its own name, before its other imports. So --help and a mistyped flag do not wait for torch,
+    and Ctrl-C prints one line even during the import.
     """
     name = f"{module}.py"
     with ends(name):
         with leaves_at_once(name):
-            args = parse()
+            options = parse()
             waiting.spin_briefly()
             work = import_module(module).run
             waiting.make_room()
-        work(args)
+        work(options)
     sys.exit()
 
 
 @contextmanager
 def ends(name: str) -> Iterator[None]:
-    """Within, the program `name` ends as all of ours do. Ctrl-C is one line and status 130; ValueError and OSError are one
-    line and status 2; FloatingPointError is one line and status 1. Other exceptions are faults of the program and keep
-    their traceback."""
+    """Within, errors end the program `name` with one line and a status: 130 for Ctrl-C, 2 for ValueError and OSError, 1
+    for FloatingPointError. Other exceptions are faults of the program and keep their traceback."""
     for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="backslashreplace")  # a terminal may not have the letters of every prompt
+        stream.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a prompt
     try:
         yield
     except tuple(STATUSES) as error:
@@ -49,8 +48,8 @@ def ends(name: str) -> Iterator[None]:
 
 @contextmanager
 def leaves_at_once(name: str) -> Iterator[None]:
-    """Within, Ctrl-C ends the program without an exception, which a library that is being imported could swallow. Nothing
-    may be open that has to be tidied up."""
+    """Within, Ctrl-C ends the program at once. An exception could be swallowed by a library that is being imported.
+    Nothing may be open that needs closing."""
 
     def leave(number, frame) -> None:
         say(name, STOPPED)
@@ -64,9 +63,10 @@ def leaves_at_once(name: str) -> Iterator[None]:
 
 
 def say(name: str, text: str) -> None:
-    """A line on stderr; of the processes of torchrun the first one says it."""
+    """Print a line on stderr. Under torchrun only the first process does."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{name}: {text}", file=sys.__stderr__, flush=True)  # torch.distributed swaps sys.stderr for a buffer
+        # To the real one: torch.distributed replaces sys.stderr by a buffer.
+        print(f"{name}: {text}", file=sys.__stderr__, flush=True)
 
 
 _said: set[str] = set()
@@ -89,7 +89,7 @@ def short(value: object) -> str:
 
 
 def parse_json(text: str | bytes) -> object:
-    """A JSON value. ValueError also for a key that is given twice, and for nesting too deep to be read."""
+    """A JSON value. A key that is given twice, and nesting that is too deep, are a ValueError, too."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         content = dict(pairs)

@@ -10,10 +10,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from program import options
-from program.options import TOY, Options, flag, option
+from program.options import TOY, Options, check_use, flag, option
 
-# What a flag is for, as its `use` says it. The second and the third are flags themselves.
-USES = {"toy": "the toy world's benches", "prompts": "--prompts", "table": "--table"}
+USES = {"toy": "the toy world's benches", "prompts": "--prompts", "table": "--table"}  # what the program does
+
+
+def for_prompts(default, text: str, within: str | None = None):
+    return option(default, f"with --prompts: {text}", within, use="prompts")
+
+
+def for_judge(default, text: str, within: str | None = None):
+    return option(default, f"with --judge: {text}", within, use="prompts")
 
 
 @dataclass
@@ -34,49 +41,33 @@ class EvalOptions(Options):
     bench: str = option("all", "which of the toy world's", "t2i | edit | all", use="toy")
     cases: int | None = option(None, "in each category; default: 192 of t2i, 96 of edit", "[2, 100000]", use="toy")
 
-    list: bool = option(
-        False, "with --prompts: print each case with its picture's name and do nothing else", use="prompts"
-    )
-    pictures: Path | None = option(
-        None, "with --prompts: a folder: judge these, which something else drew", use="prompts"
-    )
-    variety: int = option(
-        1, "with --prompts: pictures of each case, NAME.png, NAME-1.png, ...", "[1, 1000]", use="prompts"
-    )
-    reference: Path | None = option(
-        None, "with --prompts: a folder of another model's pictures, to compare colours with", use="prompts"
-    )
-    seed: int = option(0, "with --prompts: of the pictures' noise", "[0, 9e18]", use="prompts")
-    offload: bool = option(
-        False, "with --prompts: the networks take turns on the GPU: half the memory, slower", use="prompts"
-    )
-    name: str | None = option(None, "with --prompts: the model's name in tables; default: that of --out", use="prompts")
-    judge: tuple[str, ...] = option(
-        (), "with --prompts: chat endpoints, such as http://localhost:8000/v1", use="prompts"
-    )
-    judge_model: tuple[str, ...] = option((), "with --judge: names of the models there", use="prompts")
-    judge_key: tuple[str, ...] = option(
-        (), "with --judge: environment variables with the endpoints' keys; default: JUDGE_API_KEY", use="prompts"
-    )
-    parallel: int = option(8, "with --judge: questions under way at once", "[1, 1000]", use="prompts")
-    timeout: float = option(
-        180.0, "with --judge: seconds in which an endpoint may send nothing", "(0, 86400]", use="prompts"
-    )
+    # With --prompts.
+    list: bool = for_prompts(False, "print each case with its picture's name and do nothing else")
+    pictures: Path | None = for_prompts(None, "a folder: judge these pictures, which something else drew")
+    variety: int = for_prompts(1, "pictures of each case, NAME.png, NAME-1.png, ...", "[1, 1000]")
+    reference: Path | None = for_prompts(None, "a folder of another model's pictures, to compare colours with")
+    seed: int = for_prompts(0, "of the pictures' noise", "[0, 9e18]")
+    offload: bool = for_prompts(False, "the networks take turns on the GPU: half the memory, slower")
+    name: str | None = for_prompts(None, "the model's name in tables; default: that of --out")
+    judge: tuple[str, ...] = for_prompts((), "chat endpoints, such as http://localhost:8000/v1")
+    judge_model: tuple[str, ...] = for_judge((), "names of the models there")
+    judge_key: tuple[str, ...] = for_judge((), "environment variables with the endpoints' keys; default: JUDGE_API_KEY")
+    parallel: int = for_judge(8, "questions under way at once", "[1, 1000]")
+    timeout: float = for_judge(180.0, "seconds in which an endpoint may send nothing", "(0, 86400]")
 
 
 def check(args: EvalOptions) -> None:
-    """ValueError names the flag that is wrong, that is missing, or that is not for what was asked."""
+    """ValueError names the flag that is wrong, that is missing, or that has no effect in what was asked for."""
     if args.prompts and args.table:
         raise ValueError("--prompts and --table: give one of them")
     asked = "prompts" if args.prompts else "table" if args.table else "toy"
-    for f in fields(args):
-        value, use = getattr(args, f.name), f.metadata["use"]
-        if value != f.default and use and asked not in use.split():
-            uses = " and ".join(USES[name] for name in use.split())
-            raise ValueError(f"{flag(f.name)} is for {uses}, not for {USES[asked]}")
+    check_use(args, asked, USES)
+    for entry in fields(args):
+        value = getattr(args, entry.name)
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str | Path) and not (str(text).strip() and str(text).isprintable()):
-                raise ValueError(f"{flag(f.name)}: {str(text)[:60]!r} is empty, or has letters that cannot be shown")
+                shown = f"{flag(entry.name)}: {str(text)[:60]!r}"
+                raise ValueError(f"{shown} is empty, or has letters that cannot be shown")
     if args.prompts and not (args.list or args.out):
         raise ValueError("--prompts needs --out DIR, for pictures and answers")
     if args.prompts and not args.judge and (args.judge_model or args.judge_key):

@@ -1,4 +1,4 @@
-"""Ranges: which values a field may have. Its range stands beside its default, for configs and for options alike."""
+"""Ranges: which values a field may have, for configs and options alike. The range stands beside the default."""
 
 from dataclasses import dataclass, field, fields
 
@@ -6,26 +6,35 @@ from program.edges import short
 
 
 def within(default, interval: str):
-    """A field of a `Ranged` dataclass whose number (or numbers) must lie in an interval, as in "[1, 512]" or "(0, inf)"."""
+    """A field of a `Ranged` dataclass. Its number, or each of its numbers, must lie in the interval, such as "[1, 512]"
+    or "(0, inf)"."""
     return field(default=default, metadata={"within": interval})
+
+
+def only(default):
+    """A field of a `Ranged` dataclass that has one possible value: what another one asks for is not implemented."""
+    return field(default=default, metadata={"only": True})
 
 
 @dataclass
 class Ranged:
-    """A dataclass that holds no value outside of its fields' ranges, else ValueError. None is always allowed. Without a
-    range a whole number is at least 0 and below 2^31, and any other number finite."""
+    """A dataclass whose values lie in their fields' ranges, else ValueError. None is always allowed. Without a range,
+    an integer must be at least 0 and below 2^31, and any other number finite."""
 
     def __post_init__(self):
         for entry in fields(self):
-            values = getattr(self, entry.name)
-            for value in values if isinstance(values, tuple | list) else (values,):
-                default = {int: "[0, 2147483648)", float: "(-inf, inf)"}.get(type(value))
-                if value is not None and (allowed := entry.metadata.get("within") or default):
-                    check_range(self.called(entry.name), value, allowed)
+            value = getattr(self, entry.name)
+            if entry.metadata.get("only") and value != entry.default:
+                raise ValueError(f"{entry.name} is {short(value)}; only {entry.default!r} is implemented")
+            for number in value if isinstance(value, tuple | list) else (value,):
+                default = {int: "[0, 2147483648)", float: "(-inf, inf)"}.get(type(number))
+                allowed = entry.metadata.get("within") or default
+                if number is not None and allowed:
+                    check_range(self.called(entry.name), number, allowed)
 
     @staticmethod
     def called(name: str) -> str:
-        """A field's name in an error."""
+        """The name of a field in an error message."""
         return name
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SHARED = (FloatingPointError, ValueError, OSError)  # the errors that a run expects, and that all ranks raise together
+SHARED = (FloatingPointError, ValueError, OSError)  # the expected errors, which all ranks raise together
 
 
 def rank() -> int:
@@ -25,7 +25,8 @@ def ranks() -> int:
 @contextmanager
 def joined() -> Iterator[None]:
     """Within, the processes that torchrun started are one group. A single process needs none."""
-    if outermost := "RANK" in os.environ and not dist.is_initialized():
+    outermost = "RANK" in os.environ and not dist.is_initialized()
+    if outermost:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on "cuda" is this process's own
         # Two hours, because ranks wait while rank 0 writes a student. Objects are sent by gloo, tensors by nccl.
@@ -35,8 +36,8 @@ def joined() -> Iterator[None]:
         yield
     except Exception as error:
         if outermost and not isinstance(error, SHARED):
-            # The others wait in an exchange that this rank will not reach. Leaving without a goodbye ends them too:
-            # their next exchange fails, and torchrun stops who still waits for a GPU.
+            # The others wait in an exchange that this rank will not reach. An abrupt exit ends them, too: their exchange
+            # fails, and torchrun stops those that still wait for a GPU.
             traceback.print_exc()
             print(f"rank {rank()}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -47,7 +48,7 @@ def joined() -> Iterator[None]:
 
 
 def all_gather(mine) -> list:
-    """This value of every rank, on every rank."""
+    """The values of all ranks, in their order, on every rank."""
     values = [mine] * ranks()
     if ranks() > 1:
         dist.all_gather_object(values, mine)
@@ -56,14 +57,15 @@ def all_gather(mine) -> list:
 
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
-    """All ranks leave this at the same time, and an error of one (of the kinds in SHARED) is an error of all: else the
-    others would wait in their next exchange, for ever, or take an update without it."""
+    """All ranks leave this together, and a SHARED error of one is raised on all. Otherwise the others would wait for it in
+    their next exchange for ever, or take an update without it."""
     error = None
     try:
         yield
     except SHARED as caught:
         error = caught
-    if errors := list(filter(None, all_gather(error))):
+    errors = [other for other in all_gather(error) if other]
+    if errors:
         raise error or errors[0]
 
 
@@ -81,6 +83,9 @@ def say(text: str) -> None:
 
 
 def average_over_ranks(tensors: list[Tensor]) -> None:
-    for tensor in tensors if ranks() > 1 else ():
+    """Replace each tensor by its mean over the ranks."""
+    if ranks() == 1:
+        return
+    for tensor in tensors:
         dist.all_reduce(tensor)
         tensor /= ranks()

@@ -8,16 +8,18 @@ examples:
   python sample.py --checkpoint student --base base --export student.safetensors              make a folder a LoRA
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from program import options
-from program.options import TOY, Options, flag, option
+from program.options import TOY, Options, check_use, option
 from program.ranges import check_range
 
-DRAW = "drawing, and --export draws nothing"
-FOLDER = "--export of a folder"
-LORA = "--export OUT.safetensors, a LoRA"
+USES = {  # what the program does
+    "draw": "drawing",
+    "folder": "--export of a folder",
+    "lora": "--export OUT.safetensors, a LoRA",
+}
 
 
 @dataclass
@@ -36,27 +38,30 @@ class SampleOptions(Options):
     offload: bool = option(False, "keep on the device only the network at work")
     compile: bool = option(False, "torch.compile the MMDiT: minutes at first, then faster")
 
-    prompt: str | None = option(None, "what to draw, or how to edit", use=DRAW)
-    image: tuple[str, ...] = option((), "sources of an edit: any format that Pillow reads, and HEIC with the package "
-                                    "pillow-heif", use=DRAW)  # fmt: skip
-    prompt_file: str | None = option(None, "JSON lines as train.py reads them, instead of both", use=DRAW)
-    negative_prompt: str | None = option(None, "what to stay away from, with guidance above 1", use=DRAW)
-    guidance: float | None = option(None, "1 is off; default: the checkpoint's", "[1, 1000]", DRAW)
-    steps: int | None = option(None, "default: the checkpoint's sigmas, else 40", "[1, 1000]", DRAW)
-    height: int | None = option(None, "in pixels, floored to a multiple of 32", "[32, 16384]", DRAW)
-    width: int | None = option(None, "likewise", "[32, 16384]", DRAW)
-    aspect: str | None = option(None, "W:H, this shape at the resolution's area, instead of both", use=DRAW)
-    resolution: int | None = option(None, "sources get this side's area; default: the checkpoint's", "[32, 4096]", DRAW)
-    fit: str = option("stretch", "sources whose shape is not one of multiples of 32", "stretch | crop | pad", DRAW)
-    seed: int = option(0, "of the noise", "[0, 9223372036854775807]", DRAW)
-    num_images: int = option(1, "for each prompt, with seeds N, N + 1, ...", "[1, 10000]", DRAW)
-    out: str = option("out.png", "FILE.png; several are FILE-1.png, ...", use=DRAW)
+    prompt: str | None = option(None, "what to draw, or how to edit", use="draw")
+    image: tuple[str, ...] = option((), "sources of an edit; HEIC needs the package pillow-heif", use="draw")
+    prompt_file: str | None = option(None, "JSON lines as train.py reads them, instead of both", use="draw")
+    negative_prompt: str | None = option(None, "what to stay away from, with guidance above 1", use="draw")
+    guidance: float | None = option(None, "1 is off; default: the checkpoint's", "[1, 1000]", use="draw")
+    steps: int | None = option(None, "default: the checkpoint's sigmas, else 40", "[1, 1000]", use="draw")
+    height: int | None = option(None, "in pixels, floored to a multiple of 32", "[32, 16384]", use="draw")
+    width: int | None = option(None, "likewise", "[32, 16384]", use="draw")
+    aspect: str | None = option(None, "W:H, this shape at the resolution's area, instead of both", use="draw")
+    resolution: int | None = option(
+        None, "sources get this side's area; default: the checkpoint's", "[32, 4096]", use="draw"
+    )
+    fit: str = option(
+        "stretch", "sources whose shape is not one of multiples of 32", "stretch | crop | pad", use="draw"
+    )
+    seed: int = option(0, "of the noise", "[0, 9223372036854775807]", use="draw")
+    num_images: int = option(1, "for each prompt, with seeds N, N + 1, ...", "[1, 10000]", use="draw")
+    out: str = option("out.png", "FILE.png; several are FILE-1.png, ...", use="draw")
 
     export: str | None = option(None, "write the student as a folder, or as a LoRA OUT.safetensors")
-    link: bool = option(False, "of a folder: link what did not change instead of copying it", use=FOLDER)
-    base: str | None = option(None, "of a LoRA: the checkpoint that it will be loaded onto", use=LORA)
-    rank: int = option(64, "of a LoRA", "[1, 65536]", LORA)
-    exact: tuple[str, ...] = option((), "of a LoRA: store the changes of layers with these names whole", use=LORA)
+    link: bool = option(False, "of a folder: link what did not change instead of copying it", use="folder")
+    base: str | None = option(None, "of a LoRA: the checkpoint that it will be loaded onto", use="lora")
+    rank: int = option(64, "of a LoRA", "[1, 65536]", use="lora")
+    exact: tuple[str, ...] = option((), "of a LoRA: store the changes of layers with these names whole", use="lora")
 
     @property
     def loras(self) -> list[tuple[str, float]]:
@@ -74,26 +79,32 @@ class SampleOptions(Options):
 
 def check(args: SampleOptions) -> None:
     """ValueError where flags do not go together, as far as it can be known without a checkpoint."""
-    use = DRAW if args.export is None else LORA if Path(args.export).suffix == ".safetensors" else FOLDER
-    for f in fields(args):  # what would be passed over without a word
-        if f.metadata["use"] not in (None, use) and getattr(args, f.name) != f.default:
-            raise ValueError(f"{flag(f.name)} is for {f.metadata['use']}")
+    if args.export is None:
+        asked = "draw"
+    else:
+        asked = "lora" if Path(args.export).suffix == ".safetensors" else "folder"
+    check_use(args, asked, USES)
     if args.bend != "none" and not args.sigmas:
         raise ValueError(f"--shift {args.shift}: it bends --sigmas, and none are given")
-    if use == LORA and not args.base:
+    if asked == "lora" and not args.base:
         raise ValueError(f"--export {args.export}: a LoRA changes a base; name its folder with --base")
-    if use == DRAW:
-        if args.seed + args.num_images > 2**63:
-            raise ValueError(f"--seed {args.seed}: {args.num_images} pictures need as many seeds below 2^63")
-        if Path(args.out).suffix.lower() != ".png":
-            raise ValueError(f"--out {args.out}: pictures have an alpha channel and are written as .png")
-        if (args.prompt is None) == (args.prompt_file is None) or (args.prompt_file is not None and args.image):
-            raise ValueError("give either --prompt (with --image FILE ... for an edit) or --prompt-file")
-        for text in args.prompt, args.negative_prompt:
-            if any(0xD800 <= ord(letter) < 0xE000 for letter in text or ""):
-                raise ValueError(f"--prompt {text!r}: holds half a letter (a lone surrogate); give whole text")
-        if args.shape and (args.height or args.width):
-            raise ValueError(f"--aspect {args.aspect}: it gives both sides, so no --height or --width is taken")
+    if asked == "draw":
+        check_drawing(args)
+
+
+def check_drawing(args: SampleOptions) -> None:
+    """The same for the flags of a drawing."""
+    if args.seed + args.num_images > 2**63:
+        raise ValueError(f"--seed {args.seed}: {args.num_images} pictures need as many seeds below 2^63")
+    if Path(args.out).suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out}: pictures have an alpha channel and are written as .png")
+    if (args.prompt is None) == (args.prompt_file is None) or (args.prompt_file is not None and args.image):
+        raise ValueError("give either --prompt (with --image FILE ... for an edit) or --prompt-file")
+    for text in args.prompt, args.negative_prompt:
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in text or ""):
+            raise ValueError(f"--prompt {text!r}: holds half a letter (a lone surrogate); give whole text")
+    if args.shape and (args.height or args.width):
+        raise ValueError(f"--aspect {args.aspect}: it gives both sides; leave out --height and --width")
 
 
 def split_aspect(given: str) -> tuple[float, float]:

@@ -675,7 +675,7 @@ DRAWINGS = [
     ("--lora {folder}/none.safetensors:0.5", "none.safetensors: no such LoRA file"),
     ("--aspect 16/9", "--aspect 16/9: W:H"),
     ("--aspect 1:0", "--aspect 1:0"),
-    ("--aspect 1:1 --width 64", "no --height or --width"),
+    ("--aspect 1:1 --width 64", "leave out --height and --width"),
     ("--sigmas 0.5 1", "sigmas"),
     ("--sigmas 1 0.5 --shift static", "--shift static: expected is none, dynamic or a number"),
     ("--sigmas 1 0.5 --shift 0", r"--shift 0.0: a number in \(0, 100\]"),
@@ -711,7 +711,7 @@ EXPORTS = [
     ("--export {checkpoint} --sigmas 1 0.5", "is a folder with something in it"),
     ("--export {folder}/student --base {checkpoint}", "--base is for --export OUT.safetensors"),
     ("--export {folder}/s.safetensors --base {checkpoint} --link", "--link is for"),
-    ("--export {folder}/student --image a.png", "--image is for drawing, and --export draws"),
+    ("--export {folder}/student --image a.png", "--image is for drawing, not for --export of a folder"),
     ("--export {folder}/student --num-images 2", "--num-images is for drawing"),
     ("--export {folder}/student --exact img_in", "--exact is for --export OUT.safetensors"),
     (
