@@ -56,7 +56,7 @@ from checkpoint.layout import (
     open_device,
     read_index,
 )
-from checkpoint.lora import LoRA, merge_all, read_lora
+from checkpoint.lora import LoRA, merge, read_lora
 from data.pictures import MULTIPLE, Source, check_areas, fit, latent_grid, save, sides, to_pictures, to_tensor
 from data.prompts import LONGEST, MOST_IMAGES
 from model import Condition, MMDiT
@@ -159,7 +159,7 @@ class Pipeline:
     @cached_property
     def mmdit(self) -> MMDiT:
         mmdit = MMDiT.from_pretrained(self.directory / "transformer", self.dtype, self.rest_device)
-        merge_all(mmdit, self.loras)
+        merge(mmdit, self.loras)
         for block in mmdit.transformer_blocks if self.compile else ():
             block.compile(dynamic=True)
         return mmdit

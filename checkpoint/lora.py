@@ -1,9 +1,9 @@
-"""LoRA files (arXiv 2106.09685): read in the spellings that are in use, merged, written, and made from full weights.
+"""LoRA files (arXiv 2106.09685): merged into weights, made from full weights, written, and read in all common spellings.
 
-LoRA    {layer: (A, B, alpha)}: with it the layer's weight W (out, in) becomes W + alpha / r B A. The gains (d,) of a norm
-        count as a matrix of one row.
+LoRA    {layer: (A, B, alpha)}: it changes the layer's weight W (out, in) to W + alpha / r B A, with A (r, in) and
+        B (out, r). The gains (d,) of a norm count as a matrix of one row.
 
-A network that carries LoRAs without merging them: training/roles.py.
+training/roles.py lets a network carry LoRAs without merging them.
 """
 
 import json
@@ -21,11 +21,11 @@ from program.edges import parse_json, short
 from program.ranges import inside
 
 LoRA = dict[str, tuple[Tensor, Tensor, float]]  # layer: A (r, in), B (out, r), alpha
-ATTENTION = r"transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)"  # the layers that the family's LoRA files change
+ATTENTION = r"transformer_blocks\.\d+\.attn\.to_(q|k|v|out\.0)"  # the layers that this family's LoRA files change
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A network's weights by the names of their layers: matrices (out, in) of linear layers, gains (d,) of norms."""
+    """The weights of a network by layer: matrices (out, in) of linear layers, gains (d,) of norms."""
     weights = {name: weight for name, weight in model.named_parameters() if name.endswith(".weight")}
     return {name.removesuffix(".weight"): weight for name, weight in weights.items()}
 
@@ -46,31 +46,27 @@ def new_lora(
 # ---- merging ---------------------------------------------------------------------------------------------------------
 
 
-def merge(model: nn.Module, lora: LoRA, scale: float = 1.0, file: str | Path = "the LoRA") -> None:
-    """Change the weights themselves by `scale` times `lora`; see merge_all."""
-    merge_all(model, [(file, lora, scale)])
-
-
 @torch.no_grad()
-def merge_all(model: nn.Module, loras: list[tuple[str | Path, LoRA, float]]) -> None:
-    """Change the weights themselves by several LoRAs: for each its file, itself, and its scale.
+def merge(model: nn.Module, loras: list[tuple[str | Path, LoRA, float]]) -> None:
+    """Add LoRAs to the weights themselves. Each is given as (its name in errors, the LoRA, its scale).
 
-    Their changes are added in fp32 and the sum is rounded once. A change is small beside its weight: of one that is 1% of
-    it, rounding to bf16 loses 16%. Merged one by one, four quarters of such a change would lose 55%. ValueError: a weight
-    overflows.
+    Their changes are added in fp32, and the sum is rounded once. This matters because a change is small compared with its
+    weight. If it is 1% of it, rounding to bf16 loses 16% of the change. Merged one by one, four quarters of such a change
+    would lose 55%. ValueError: a weight overflows.
     """
-    for name in dict.fromkeys(name for _, lora, _ in loras for name in lora):
-        weight = model.get_submodule(name).weight
-        summed, files = weight.float(), []
+    layers = dict.fromkeys(layer for _, lora, _ in loras for layer in lora)  # each once, in order
+    for layer in layers:
+        weight = model.get_submodule(layer).weight
+        changed, files = weight.float(), []
         for file, lora, scale in loras:
-            if name in lora:
-                a, b, alpha = lora[name]
-                change = b.to(weight.device).float() @ a.to(weight.device).float()  # (out, in)
-                summed = summed + scale * alpha / len(a) * change.view_as(weight)
+            if layer in lora:
+                a, b, alpha = lora[layer]
+                product = b.to(weight.device).float() @ a.to(weight.device).float()  # (out, in)
+                changed = changed + scale * alpha / len(a) * product.view_as(weight)
                 files.append(f"{file} at scale {scale}")
-        weight.copy_(summed)
+        weight.copy_(changed)
         if not finite(weight):
-            raise ValueError(f"{' and '.join(files)}: the changed {name} is not finite in {weight.dtype}")
+            raise ValueError(f"{' and '.join(files)}: the changed {layer} is not finite in {weight.dtype}")
 
 
 # ---- from full weights -----------------------------------------------------------------------------------------------
@@ -78,10 +74,10 @@ def merge_all(model: nn.Module, loras: list[tuple[str | Path, LoRA, float]]) -> 
 
 @torch.no_grad()
 def factorise(base: nn.Module, student: nn.Module, rank: int, exact: Collection[str] = ()) -> tuple[LoRA, float]:
-    """The LoRA of `rank` that is nearest to what a full student changed in its base, and how much of it that is.
+    """The LoRA of `rank` that is nearest to what a full student changed in its base.
 
-    Returns the LoRA and the share of the change's squared norm that it keeps. Layers with a name of `exact` in theirs keep
-    all of it. Otherwise changed gains of norms are lost: only matrices of linear layers have a rank.
+    Returns it, and the share of the change's squared norm that it keeps. Layers that are named by `exact` keep their
+    whole change. Other changes of norms are lost, because only the matrices of linear layers have a rank.
     """
     lora, kept, total = {}, 0.0, 0.0
     trained = layers_of(student)
@@ -100,13 +96,13 @@ def factorise(base: nn.Module, student: nn.Module, rank: int, exact: Collection[
 
 
 def is_named(layer: str, names: Collection[str]) -> bool:
-    """Whether one of the names is a part of the layer's: proj_out of proj_out, attn.to_q of transformer_blocks.0.attn.to_q."""
+    """Whether one of the names is a part of the layer's name, as attn.to_q is of transformer_blocks.0.attn.to_q."""
     return any(f".{name}." in f".{layer}." for name in names)
 
 
 def nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A (r, in) and B (out, r) whose product is nearest to the change (out, in); and the singular values (r,) kept."""
-    # The randomised method finds only the largest values. A generator of its own makes the result repeatable.
+    """A (r, in) and B (out, r) whose product is nearest to the change (out, in), and the singular values (r,) it keeps."""
+    # The randomised method computes only the largest values. The fixed seed makes its result repeatable.
     r = min(rank, *change.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -116,7 +112,7 @@ def nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def as_factors(change: Tensor) -> tuple[Tensor, Tensor, float]:
-    """A whole change (out, in), or (d,) of gains, as a LoRA's A, B and alpha: exactly, since one factor is the identity."""
+    """A whole change, (out, in) or (d,), as A, B and alpha. This is exact, because one factor is the identity."""
     change = change.reshape(-1, change.shape[-1])  # (out, in)
     out, width = change.shape
     if out <= width:
@@ -135,15 +131,14 @@ def write_lora(
     stochastic: bool = True,
     exact: Collection[str] = (),
 ) -> None:
-    """Write one safetensors file: for every layer A (r, in), B (out, r) and alpha. Of layers with a name of `exact` in
-    theirs, the whole change, in fp32, as `LAYER.diff`.
+    """Write one safetensors file: A (r, in), B (out, r) and alpha of every layer. Layers that are named by `exact` get
+    their whole change, in fp32, as `LAYER.diff`.
 
-    A few-step student's `sigmas` stand in the header as `sample_sigmas`, `stochastic` (see Scheduler) as
+    The header tells how a few-step student draws: `sigmas` as `sample_sigmas`, `stochastic` (see Scheduler) as
     `stochastic_sampling`, and both in words as `description`.
 
-    A layer has its own name, without a prefix: diffusers reads alpha there (behind `transformer.` it would refuse it),
-    and ComfyUI, which fuses two of the MLP's layers, finds their halves there (behind `diffusion_model.` it would drop
-    them).
+    Names of layers have no prefix. With `transformer.` diffusers would reject alpha. With `diffusion_model.` ComfyUI,
+    which fuses two of the MLP's layers, would drop their halves.
     """
     tensors = {}
     for name, (a, b, alpha) in lora.items():
@@ -165,16 +160,16 @@ def write_lora(
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-# What is read: the layer's name behind any prefixes, with dots, or with underscores as kohya's programs write it; then
-# lora_A, lora_down or lora.down, and their partners; or the layer's whole change, as ComfyUI names it.
+# A key begins with any prefixes, and then the layer's name, with dots, or with underscores as kohya's programs write it.
+# It ends with lora_A, lora_down or lora.down, or their partners; or with diff, ComfyUI's name for a whole change.
 LORA_KEY = re.compile(
     r"(?:base_model\.model\.|model\.|transformer\.|diffusion_model\.|unet\.|lora_unet_|lora_transformer_)*(?P<layer>.+)"
     r"\.(?:(?P<a>lora_A|lora[._]down)|(?P<b>lora_B|lora[._]up)|(?P<alpha>alpha)|(?P<diff>diff))"
     r"(?:\.default)?(?:\.weight)?"
 )
-# ComfyUI has two layers of the MLP as one, first the rows of the gate. LoRAs extracted there change both together.
+# ComfyUI fuses two layers of the MLP; the rows of the gate come first. LoRAs that were extracted there have this layer.
 FUSED, HALVES = "img_mlp.gate_up", ("img_mlp.gate_layer", "img_mlp.proj")
-# What is refused: a pattern of keys, and what a file with such keys is.
+# Rejected keys, and what a file with such keys is.
 REFUSED = {
     r".*\.(dora_scale|lora_magnitude_vector)(\..*)?": "a DoRA, which also scales the rows of the weights",
     r".*\.(lokr_|hada_).*": "a LoKr or LoHa, whose factors are multiplied in another way",
@@ -184,15 +179,15 @@ REFUSED = {
     r"(.*\.)?proj_out\.weight": "no plain LoRA: it replaces whole layers",
     r".*\.(weight|bias)": "no plain LoRA: it holds whole weights",
 }
-PDD_FORMAT = "qwenimage21_extracted_prefused"  # begins `format` in the header of PAI's Fun-Acc
+PDD_FORMAT = "qwenimage21_extracted_prefused"  # the header of PAI's Fun-Acc has a `format` that begins so
 
 
 def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | None, bool]:
-    """Read a LoRA file for `model`, in any spelling of the family's: (the LoRA, in fp32; its sample_sigmas or None;
-    whether it draws by stochastic sampling).
+    """Read a LoRA file for `model`, in any of the spellings in use.
 
-    Without an alpha the changes are B A. ValueError or FileNotFoundError name the file and the layer: one that is not
-    in `model`, is given twice or has another shape, half a pair, a key that belongs to no LoRA, a file that is torn.
+    Returns the LoRA in fp32, its sample_sigmas or None, and whether it draws by stochastic sampling. Without an alpha
+    the changes are B A. ValueError or FileNotFoundError name the file, and the layer or key: a layer that is not in
+    `model`, comes twice or has another shape, half a pair, a key that belongs to no LoRA, a damaged file.
     """
     path = Path(path)
     if not path.is_file():
@@ -201,33 +196,36 @@ def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | N
     with open_weights(path) as file:
         header, keys = file.metadata() or {}, list(file.keys())
         check_keys(path, keys, header)
-        found = read_tensors(path, file, keys, list(weights))
+        layers = read_tensors(path, file, keys, list(weights))
     alpha, sigmas, stochastic = read_header(header, path)
 
     lora: LoRA = {}
-    for layer, tensors in found.items():
-        for name, change in changes(path, layer, tensors, alpha).items():
-            shape, (a, b, _) = list(weights[name].shape), change
-            fits = [len(b), a.shape[1]] == ([1, *shape] if len(shape) == 1 else shape)
-            if not fits or (len(shape) == 1 and "diff" not in tensors):
-                raise ValueError(
-                    f"{path}: {name} has A {list(a.shape)} and B {list(b.shape)}, but its weight is {shape}"
-                )
+    for layer, tensors in layers.items():
+        for name, (a, b, own_alpha) in changes(path, layer, tensors, alpha).items():
+            shape = list(weights[name].shape)
+            is_norm = len(shape) == 1
+            fits = [len(b), a.shape[1]] == ([1, *shape] if is_norm else shape)
+            if not fits or (is_norm and "diff" not in tensors):
+                factors = f"A {list(a.shape)} and B {list(b.shape)}"
+                raise ValueError(f"{path}: {name} has {factors}, but its weight is {shape}")
             if name in lora:
                 raise ValueError(f"{path}: changes {name} a second time, as a part of {layer}")
-            lora[name] = change
+            lora[name] = a, b, own_alpha
     if not lora:
         raise ValueError(f"{path}: holds no LoRA")
     return lora, sigmas, stochastic
 
 
 def check_keys(path: Path, keys: list[str], header: dict[str, str]) -> None:
-    """ValueError says what the file is, and which of its keys are unknown, unless all are a LoRA's."""
+    """Unless all keys are a LoRA's, a ValueError says what the file is and which keys are unknown."""
     unknown = [key for key in keys if not LORA_KEY.fullmatch(key)]
     if not unknown:
         return
-    kinds = [kind for pattern, kind in REFUSED.items() if any(re.fullmatch(pattern, key) for key in unknown)]
-    kind = kinds[0] if kinds else "no LoRA of a kind that is read here"
+    kind = "no LoRA of a kind that is read here"
+    for pattern, name in REFUSED.items():
+        if any(re.fullmatch(pattern, key) for key in unknown):
+            kind = name
+            break
     if header.get("format", "").startswith(PDD_FORMAT):
         kind = "a PDD student (Fun-Acc), which has an output layer for each of its steps"
     shown = ", ".join(key[:100] for key in unknown[:3]) + ", ..." * (len(unknown) > 3)
@@ -235,39 +233,40 @@ def check_keys(path: Path, keys: list[str], header: dict[str, str]) -> None:
 
 
 def read_tensors(path: Path, file, keys: list[str], layers: list[str]) -> dict[str, dict[str, Tensor]]:
-    """The file's tensors in fp32, by layer (FUSED is one, too) and part: a, b, alpha or diff."""
+    """The file's tensors in fp32, by layer (FUSED is one, too) and kind: a, b, alpha or diff."""
     layers = layers + [name.replace(HALVES[0], FUSED) for name in layers if name.endswith(HALVES[0])]
-    spellings = {name.replace(".", "_"): name for name in layers} | {name: name for name in layers}
-    found: dict[str, dict[str, Tensor]] = {}
+    spellings = {name: name for name in layers}
+    for name in layers:
+        spellings.setdefault(name.replace(".", "_"), name)
+    tensors: dict[str, dict[str, Tensor]] = {}
     for key in keys:
         match = LORA_KEY.fullmatch(key)
         if match["layer"] not in spellings:
-            raise ValueError(
-                f"{path}: made for another network: {match['layer'][:100]} is no linear layer of this one's"
-            )
+            problem = f"{match['layer'][:100]} is no linear layer of this one's"
+            raise ValueError(f"{path}: made for another network: {problem}")
         layer, kind = spellings[match["layer"]], match.lastgroup
-        if kind != "alpha" and (stored := file.get_slice(key).get_dtype()) not in FLOATS:
-            raise ValueError(f"{path}: {key} has the type {stored}; one of {', '.join(FLOATS)} is expected")
+        dtype = file.get_slice(key).get_dtype()
+        if kind != "alpha" and dtype not in FLOATS:
+            raise ValueError(f"{path}: {key} has the type {dtype}; one of {', '.join(FLOATS)} is expected")
         tensor = file.get_tensor(key).float()
+        shape = list(tensor.shape)
         if kind == "alpha" and tensor.numel() != 1:
-            raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}; one number is expected")
+            raise ValueError(f"{path}: {key} has shape {shape}; one number is expected")
         if not tensor.numel() or not finite(tensor):
-            shape = list(tensor.shape)
             raise ValueError(f"{path}: {key} of shape {shape} is empty or holds a value that is not finite")
-        if kind in found.setdefault(layer, {}):
+        if kind in tensors.setdefault(layer, {}):
             raise ValueError(f"{path}: {key} gives the {kind} of {layer} a second time")
-        found[layer][kind] = tensor
-    return found
+        tensors[layer][kind] = tensor
+    return tensors
 
 
 def changes(path: Path, layer: str, tensors: dict[str, Tensor], alpha: float | None) -> LoRA:
-    """What the tensors of one layer of the file change: that layer, or both halves of FUSED. alpha: the header's."""
+    """What one layer of the file changes: the layer of this name, or both halves of FUSED. alpha: the header's."""
     if "diff" in tensors:
-        if len(tensors) > 1 or layer.endswith(FUSED) or tensors["diff"].ndim > 2:
-            raise ValueError(
-                f"{path}: {layer}.diff of shape {list(tensors['diff'].shape)} is not one layer's whole change"
-            )
-        return {layer: as_factors(tensors["diff"])}
+        whole = tensors["diff"]
+        if len(tensors) > 1 or layer.endswith(FUSED) or whole.ndim > 2:
+            raise ValueError(f"{path}: {layer}.diff of shape {list(whole.shape)} is not one layer's whole change")
+        return {layer: as_factors(whole)}
     if not tensors.keys() >= {"a", "b"}:
         raise ValueError(f"{path}: {layer} has only {', '.join(sorted(tensors))} of a LoRA's a, b")
     a, b = tensors["a"], tensors["b"]
@@ -276,12 +275,13 @@ def changes(path: Path, layer: str, tensors: dict[str, Tensor], alpha: float | N
     own = float(tensors.get("alpha", len(a) if alpha is None else alpha))
     if not layer.endswith(FUSED):
         return {layer: (a, b, own)}
+    gate, value = (layer.replace(FUSED, half) for half in HALVES)
     rows = len(b) // 2
-    return {layer.replace(FUSED, half): (a, part, own) for half, part in zip(HALVES, b.split([rows, len(b) - rows]))}
+    return {gate: (a, b[:rows], own), value: (a, b[rows:], own)}
 
 
 def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[float] | None, bool]:
-    """What a LoRA file's header says: alpha, where diffusers and peft keep it, and how a student draws."""
+    """What the header of a LoRA file says: alpha (diffusers and peft keep it there), the sigmas, stochastic sampling."""
 
     def value(key: str, default: str) -> object:
         try:
@@ -292,7 +292,7 @@ def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[
     adapter = value("lora_adapter_metadata", "{}")
     if not isinstance(adapter, dict):
         raise ValueError(f"{path}: lora_adapter_metadata in its header is no JSON object: {short(adapter)}")
-    # A pipeline of diffusers writes its part's name before each key, a network of diffusers does not.
+    # diffusers' pipeline writes the network's name before each key, its network alone does not.
     adapter = {key.removeprefix("transformer."): entry for key, entry in adapter.items()}
     alpha = adapter.get("lora_alpha")
     if alpha is not None and (type(alpha) not in (int, float) or not inside(alpha, "(0, 1e6]")):
@@ -301,6 +301,8 @@ def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[
         raise ValueError(f"{path}: its header asks for per-layer alphas, rsLoRA or DoRA, which are not read here")
 
     sigmas, stochastic = value("sample_sigmas", "null"), value("stochastic_sampling", "false")
+    if sigmas is not None:
+        sigmas = check_sigmas(sigmas, f"{path}: sample_sigmas")
     if type(stochastic) is not bool:
         raise ValueError(f"{path}: stochastic_sampling is {short(stochastic)}; true or false is expected")
-    return alpha, None if sigmas is None else check_sigmas(sigmas, f"{path}: sample_sigmas"), stochastic
+    return alpha, sigmas, stochastic

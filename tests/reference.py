@@ -274,7 +274,7 @@ def random_lora(
 
 def merged(model: MMDiT, lora: LoRA, scale: float = 1.0) -> MMDiT:
     model = copy.deepcopy(model)
-    merge(model, lora, scale)
+    merge(model, [("the LoRA", lora, scale)])
     return model
 
 

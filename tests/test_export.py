@@ -210,7 +210,7 @@ def test_exact_layers_of_a_lora(checkpoint, tmp_path, capsys):
     }  # fmt: skip
     network = MMDiT.from_pretrained(checkpoint / "transformer", torch.bfloat16)
     lora, sigmas, stochastic = read_lora(file, network)
-    merge(network, lora)
+    merge(network, [(file, lora, 1.0)])
     assert (sigmas, stochastic) == ([1.0, 0.5], False)
     for layer in whole:
         weight = f"{layer}.weight"

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from checkpoint.lora import factorise, merge, merge_all, read_lora, write_lora
+from checkpoint.lora import factorise, merge, read_lora, write_lora
 from model import MMDiT
 from sample import Pipeline
 
@@ -57,7 +57,7 @@ def test_diffusers_draws_with_our_file_as_we_with_merged_weights(base, tmp_path,
                                  generator=torch.Generator().manual_seed(0)).images[0]).astype(int)  # fmt: skip
     again, sigmas, stochastic = read_lora(file, ours.mmdit)
     assert sigmas == SIGMAS and stochastic and again.keys() == lora.keys()
-    merge(ours.mmdit, again)
+    merge(ours.mmdit, [(file, again, 1.0)])
     drawn = ours("a house", [picture(50, 70)])
     assert np.abs(np.asarray(drawn) - expected).max() <= 1
     assert np.mean(np.asarray(plain) != expected) > 0.5
@@ -196,7 +196,7 @@ def test_several_files_are_rounded_once():
         model = copy.deepcopy(layer).bfloat16()
         model[0].weight.copy_(weight)
         for loras_at_once in merges:
-            merge_all(model, [("file", lora, 1.0) for lora in loras_at_once])
+            merge(model, [("file", lora, 1.0) for lora in loras_at_once])
         return ((model[0].weight.float() - weight.float() - whole).norm() / whole.norm()).item()
 
     as_one = lost([[{"0": (torch.eye(512), whole, 512.0)}]])

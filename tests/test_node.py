@@ -369,7 +369,7 @@ def test_lora_run_trains_its_factors_alone_and_exports_both_ways(runs, two_teach
     assert sigmas == [1.0, 0.9, 0.75, 0.5] and stochastic and all(alpha == 4 for _, _, alpha in lora.values())
     assert all(b.abs().max() > 1e-5 for _, b, _ in lora.values())
     merged = MMDiT.from_pretrained(two_teachers / "transformer")
-    merge(merged, lora)
+    merge(merged, [("the LoRA", lora, 1.0)])
     for name, weight in student.named_parameters():
         expected = merged.get_parameter(name)
         assert name.removesuffix(".weight") in lora or torch.equal(weight, base.get_parameter(name))

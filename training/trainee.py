@@ -288,7 +288,7 @@ class Trainee:
         published = alone.state_dict().keys()  # neither LoRAs nor added parameters
         alone.load_state_dict({name: tensors[name] for name in published}, assign=True)
         if self.network.role is not None:
-            merge(alone, role_lora(model, self.network.role))
+            merge(alone, [("the LoRA", role_lora(model, self.network.role), 1.0)])
         return alone
 
     def tensors(self) -> dict[str, Tensor]:
