@@ -254,7 +254,7 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
     with noted_signals() as signals:
         for step in bar:
             began, before, lr_factor = time.perf_counter(), passes.count, lr_factor_at(options, step)
-            with located(lambda step=step: f"step {step + 1}"):
+            with located(f"step {step + 1}"):
                 for name, count in job.updates_per_step.items():
                     for number in range(step * count, (step + 1) * count):
                         panel = update(job, name, number, lr_factor)

@@ -1,12 +1,12 @@
-"""A run's folder: its arguments, its checkpoints, its specialised teachers, and the signals that end it."""
+"""The folder of a run: arguments, checkpoints, teachers, the result; and the signals that end a run."""
 
 import json
 import os
 import platform
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+import timeit
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from itertools import count
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from checkpoint import layout as checkpoint
 from checkpoint.export import check_base, export
@@ -27,8 +28,8 @@ from training.options import TrainOptions
 from training.roles import role_lora
 from training.trainee import Trainee
 
-# What may differ in a resumed run: it changes no number, or only how far the run goes. Of checkpoint, prompts and teachers
-# the contents are compared, not the spelling of their paths.
+# Options that may differ in a resumed run. Most change no number. Of checkpoint, prompts and teachers the contents are
+# compared, not the paths.
 FREE = {"resume", "redraw", "out", "steps", "save_every", "panel_every", "device", "compile", "recompute", "cache"}
 FREE |= {"plan", "gpus", "checkpoint", "prompts", "teacher"}
 
@@ -37,21 +38,14 @@ FREE |= {"plan", "gpus", "checkpoint", "prompts", "teacher"}
 
 
 def fill_defaults(options: TrainOptions) -> TrainOptions:
-    """Fill in what depends on the checkpoint and the machine. ValueError names the flag."""
+    """Fill in the options that depend on the checkpoint and the machine. ValueError names the flag."""
     index = checkpoint.read_index(options.checkpoint)
-    if uneven := [size for size in options.sizes if size % ranks()]:
-        parts = f"--batch {options.batch} in --micro-batch {options.micro_batch} makes parts of {uneven[0]}"
-        raise ValueError(
-            f"{parts} samples, which {ranks()} processes cannot divide equally; take multiples of {ranks()}"
-        )
-    if len(set(options.sizes)) > 1:
-        ratio = "the recipe's ratio holds for them, but not for samples"
-        say(
-            f"--micro-batch {options.micro_batch} does not divide --batch {options.batch}: micro-batches differ, {ratio}"
-        )
+    check_sizes(options)
     if options.prompts and options.checkpoint == TOY:
-        say("no --checkpoint is given: your prompts train the toy, which draws 128 x 128 pixels and was made for its own "
-            "captions; its text encoder is random. For real pictures give --checkpoint DIR")  # fmt: skip
+        say(
+            "no --checkpoint is given: your prompts train the toy, which draws 128 x 128 pixels and was made for its "
+            "own captions; its text encoder is random. For real pictures give --checkpoint DIR"
+        )
     guidance, source = options.guidance, "--guidance"
     if guidance is None:
         guidance, source = float(index["guidance"]), "the checkpoint's model_index.json"
@@ -70,98 +64,120 @@ def fill_defaults(options: TrainOptions) -> TrainOptions:
     )
 
 
+def check_sizes(options: TrainOptions) -> None:
+    """ValueError where the processes cannot share the micro-batches equally. A ratio that is not exact is only said."""
+    batch, micro_batch = f"--batch {options.batch}", f"--micro-batch {options.micro_batch}"
+    for size in options.sizes:
+        if size % ranks():
+            problem = f"{batch} in {micro_batch} makes parts of {size} samples"
+            processes = f"which {ranks()} processes cannot divide equally"
+            raise ValueError(f"{problem}, {processes}; take multiples of {ranks()}")
+    if len(set(options.sizes)) > 1:
+        ratio = "the recipe's ratio holds for them, but not for samples"
+        say(f"{micro_batch} does not divide {batch}: micro-batches differ, {ratio}")
+
+
 def faster_dtype(device: str) -> str:
     """bfloat16 on a GPU. On a CPU the one that multiplies faster: some have no bf16 units and emulate them."""
+    if device != "cpu":
+        return "bfloat16"
 
     def seconds(dtype: torch.dtype) -> float:
-        a, b, spent = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype), []
-        for _ in range(20):
-            start = time.perf_counter()
-            _ = a @ b
-            spent.append(time.perf_counter() - start)
-        return min(spent)  # the least disturbed one
+        a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ b, number=1, repeat=20))  # the least disturbed one
 
-    return "bfloat16" if device != "cpu" or seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
+    return "bfloat16" if seconds(torch.bfloat16) < seconds(torch.float32) else "float32"
 
 
 def find_teachers(options: TrainOptions) -> dict[str, Path]:
-    """Specialised teachers by name, each a transformer folder or a LoRA file: the checkpoint's teachers/NAME, and
-    --teacher NAME=PLACE, which goes first. ValueError for a --teacher that is neither."""
-    found = checkpoint.teachers_in(options.checkpoint)
+    """The specialised teachers by name, each a transformer folder or a LoRA file: those of the checkpoint's teachers/,
+    and --teacher NAME=PLACE, which replaces one of the same name. ValueError for a --teacher that is neither."""
+    teachers = checkpoint.teachers_in(options.checkpoint)
     for given in options.teacher:
         name, _, place = given.partition("=")
         if name in ("", "base", "student", "fake") or not place:
             raise ValueError(f"--teacher {given}: NAME=FOLDER_OR_LORA is expected; NAME is not base, student or fake")
-        found[name] = Path(place)
-        is_lora = found[name].suffix == ".safetensors" and found[name].is_file()
-        if not is_lora and not (found[name] / "config.json").is_file():
-            raise ValueError(
-                f"--teacher {given}: no transformer folder (with config.json) and no .safetensors file there"
-            )
-    return found
+        teacher = Path(place)
+        is_lora = teacher.suffix == ".safetensors" and teacher.is_file()
+        if not is_lora and not (teacher / "config.json").is_file():
+            problem = "no transformer folder (with config.json) and no .safetensors file there"
+            raise ValueError(f"--teacher {given}: {problem}")
+        teachers[name] = teacher
+    return teachers
 
 
 def open_run(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
-    """Fill in the options and open the run's folder: the arguments, and the checkpoint to go on from (None: the start).
+    """Fill in the options and open the run's folder. Returns the options, and the checkpoint to resume from (None: the
+    start).
 
     A folder that is not empty needs --resume, the same arguments, and the same contents of prompts, checkpoint and
-    teachers. Else it is a ValueError, before anything is written. A resumed run changes its folder only in `restore`.
+    teachers. Otherwise a ValueError is raised before anything is written. A resumed run changes its folder only in
+    `restore`.
     """
-    return on_rank0(lambda: _open_run(options))
+    return on_rank0(lambda: resume_run(options) if options.resume else start_run(options))
 
 
-def _open_run(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
-    out, before = options.home, None
-    if options.resume:
-        if not (out / "args.json").is_file():
-            raise ValueError(f"{out}: no run to go on with; start one without --resume, or name its folder with --out")
-        before = read_json(out / "args.json")
-        if not (isinstance(before.get("arguments"), dict) and isinstance(before.get("contents"), dict)):
-            raise ValueError(f"{out / 'args.json'}: does not say how the run was started; it cannot go on")
-        options = replace(
-            options, dtype=options.dtype or before["arguments"].get("dtype")
-        )  # not measured a second time
-    elif {path.name for path in visible(out)} - {"args.json", "conditions"}:  # these: a failed start
+def start_run(options: TrainOptions) -> tuple[TrainOptions, None]:
+    out = options.home
+    if {path.name for path in visible(out)} - {"args.json", "conditions"}:  # these two: a start that failed
         raise ValueError(f"{out}: not empty; --resume goes on with the run in it, --out names another folder")
-
     options = fill_defaults(options)
-    teachers = find_teachers(options)
-    check_base(options.checkpoint)
-    contents = {"a prompt or its picture": prompts_fingerprint(options.prompts)} if options.prompts else {}
-    # The checkpoint takes longest, and the first note is written: the digests, where the encoders' are kept as well.
-    kept = (options.cache or out / "conditions") / KEPT
-    contents["the checkpoint"] = checkpoint.fingerprint(options.checkpoint, kept=kept)
-    for name, place in teachers.items():
-        contents[f"teacher {name}"] = checkpoint.fingerprint(place, kept=kept)
-    started = start_record(options)
+    contents = fingerprints(options)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "args.json", {**start_record(options), "contents": contents})
+    return options, None
 
-    if before is None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "args.json", started | {"contents": contents})
-        return options, None
-    for name, value in started["arguments"].items():
-        then = before["arguments"].get(name)
-        if name not in FREE and value != then:
-            raise ValueError(f"{flag(name)} is {value}, but the run in {out} was started with {then}")
+
+def resume_run(options: TrainOptions) -> tuple[TrainOptions, Path | None]:
+    out = options.home
+    if not (out / "args.json").is_file():
+        raise ValueError(f"{out}: no run to go on with; start one without --resume, or name its folder with --out")
+    before = read_json(out / "args.json")
+    if not (isinstance(before.get("arguments"), dict) and isinstance(before.get("contents"), dict)):
+        raise ValueError(f"{out / 'args.json'}: does not say how the run was started; it cannot go on")
+    dtype = options.dtype or before["arguments"].get("dtype")  # not measured a second time
+    options = fill_defaults(replace(options, dtype=dtype))
+    contents = fingerprints(options)
+
+    for name, value in start_record(options)["arguments"].items():
+        value_before = before["arguments"].get(name)
+        if name not in FREE and value != value_before:
+            raise ValueError(f"{flag(name)} is {value}, but the run in {out} was started with {value_before}")
     for name in sorted(contents.keys() | before["contents"].keys()):
         if contents.get(name) != before["contents"].get(name):
             raise ValueError(f"{name} is not what the run in {out} was started with; put it back, or start anew")
-    state = [None, *whole_checkpoints(out)][-1]
+    checkpoints = whole_checkpoints(out)
+    state = checkpoints[-1] if checkpoints else None
     if state and int(state.name) > options.steps:
         raise ValueError(f"--steps {options.steps}: the run in {out} is at step {int(state.name)} already")
     return options, state
 
 
+def fingerprints(options: TrainOptions) -> dict[str, str]:
+    """The contents of prompts, checkpoint and teachers, by their names in messages. All of them are checked to be there."""
+    teachers = find_teachers(options)
+    check_base(options.checkpoint)
+    # The checkpoint takes longest. Its digests are kept where those of the encoders are, too.
+    kept = (options.cache or options.home / "conditions") / KEPT
+    contents = {}
+    if options.prompts:
+        contents["a prompt or its picture"] = prompts_fingerprint(options.prompts)
+    contents["the checkpoint"] = checkpoint.fingerprint(options.checkpoint, kept=kept)
+    for name, place in teachers.items():
+        contents[f"teacher {name}"] = checkpoint.fingerprint(place, kept=kept)
+    return contents
+
+
 def start_record(options: TrainOptions) -> dict:
-    """What args.json notes of a start."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    here = {"host": platform.node(), "pid": os.getpid(), "processes": ranks()}
+    """What args.json says of a start."""
     arguments = json.loads(json.dumps(asdict(options), default=str))
-    return {"arguments": arguments, "versions": versions, "source": source(), "started": here}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    started = {"host": platform.node(), "pid": os.getpid(), "processes": ranks()}
+    return {"arguments": arguments, "versions": versions, "source": source(), "started": started}
 
 
 def source() -> str:
-    """The commit of this source, with "-dirty" where something differs from it; "unknown" without git."""
+    """The commit of this source, with "-dirty" if something differs from it; "unknown" without git."""
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
@@ -173,43 +189,46 @@ def source() -> str:
 
 
 def save(out: Path, step: int, trainees: dict[str, Trainee]) -> None:
-    """Write checkpoints/STEP/ (see state_name), whole or not at all, and keep the last two. A killed writer's leftovers
-    are removed by the next.
+    """Write checkpoints/STEP/ (its files: state_name), whole or not at all, and keep the newest two. What a killed run
+    left of one is removed first.
 
-    FloatingPointError: a tensor is not finite. OSError: the disk is full, say. In both cases the checkpoint before it stays.
+    FloatingPointError: a tensor is not finite. OSError: the disk is full, for example. Earlier checkpoints stay.
     """
     place = out / "checkpoints" / f"{step:08d}"
 
     def open_folder() -> Path:
-        for left in place.parent.glob(f".*{PART}"):
-            remove(left)
+        for leftover in place.parent.glob(f".*{PART}"):
+            remove(leftover)
         part = stack.enter_context(aside(place))
         part.mkdir()
         return part
 
     def publish() -> None:
         remove(place)
-        stack.close()  # here the folder gets its name
+        stack.close()  # renames the folder
         for old in whole_checkpoints(out)[:-2]:
             remove(old)
 
     try:
-        with ExitStack() as stack:  # rank 0 alone has something in it
+        with ExitStack() as stack:  # rank 0 alone uses it
             part = on_rank0(open_folder)
             with raise_on_all_ranks():
                 for name, trainee in trainees.items():
-                    if not trainee.sharded and rank() > 0:
-                        continue
-                    state = trainee.state()
-                    for tensor in state:
-                        if not finite(state[tensor]):
-                            raise FloatingPointError(f"{name}: {tensor} is not finite")
-                    write_tensors(part / state_name(name, rank(), ranks() if trainee.sharded else 1), state)
+                    if trainee.sharded or rank() == 0:
+                        file = state_name(name, rank(), ranks() if trainee.sharded else 1)
+                        write_state(part / file, name, trainee.state())
             on_rank0(publish)
     except (FloatingPointError, OSError) as error:
         kept = ", ".join(f.name for f in whole_checkpoints(out)[-1:]) or "none yet"
         kind = FloatingPointError if isinstance(error, FloatingPointError) else OSError
         raise kind(f"no checkpoint of step {step} ({error}); the last whole one: {kept}") from None
+
+
+def write_state(file: Path, network: str, state: dict[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if not finite(tensor):
+            raise FloatingPointError(f"{network}: {name} is not finite")
+    write_tensors(file, state)
 
 
 def state_name(network: str, rank: int, ranks: int) -> str:
@@ -224,11 +243,11 @@ def whole_checkpoints(out: Path) -> list[Path]:
 def restore(
     options: TrainOptions, state: Path | None, trainees: dict[str, Trainee], updates_per_step: dict[str, int]
 ) -> None:
-    """Bring the networks to the checkpoint `state` (None: they stay at their start), then open the folder of a resumed
+    """Bring the networks to the checkpoint `state` (None: they stay at their start). Then change the folder of a resumed
     run: args.json notes this start, the metrics are cut back to the checkpoint's step, and the result of an earlier end
-    gets another name.
+    is renamed.
 
-    ValueError, before that, unless the checkpoint holds exactly the files and tensors that such a run writes.
+    ValueError, before any of this, unless the checkpoint holds exactly the files and tensors that such a run writes.
     """
     step = int(state.name) if state else 0
     with raise_on_all_ranks():
@@ -238,12 +257,15 @@ def restore(
                 trainee.restore(files[name], step * updates_per_step[name])
 
     def open_folder() -> None:
-        write_json(options.out / "args.json", read_json(options.out / "args.json") | start_record(options))
-        if (metrics := options.out / "metrics.jsonl").is_file():
-            metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:step]))
-        result = options.out / ("transformer" if options.objective == "flow" else "student")
+        arguments, metrics = options.out / "args.json", options.out / "metrics.jsonl"
+        write_json(arguments, {**read_json(arguments), **start_record(options)})
+        if metrics.is_file():
+            lines = metrics.read_bytes().splitlines(keepends=True)
+            metrics.write_bytes(b"".join(lines[:step]))
+        result = result_folder(options)
         if result.exists():
-            kept = next(path for n in count(1) if not (path := result.with_name(f"{result.name}-{n}")).exists())
+            numbered = (result.with_name(f"{result.name}-{n}") for n in count(1))
+            kept = next(path for path in numbered if not path.exists())
             os.replace(result, kept)
             say(f"{result}: from an earlier end of this run, is now {kept.name}")
 
@@ -252,19 +274,25 @@ def restore(
 
 
 def state_files(folder: Path, names: list[str]) -> dict[str, list[Path]]:
-    """A checkpoint's files by network, in the order of their ranks; ValueError unless they are complete, and all."""
-    found = {name: sorted(folder.glob(f"{name}-*")) for name in names}
-    expected = [folder / state_name(name, i, len(files)) for name, files in found.items() for i in range(len(files))]
-    if not all(found.values()) or set(visible(folder)) != set(expected):
+    """A checkpoint's files by network, in the order of their ranks. ValueError: one is missing, or there are others."""
+    files = {name: sorted(folder.glob(f"{name}-*")) for name in names}
+    expected = set()
+    for name, of_network in files.items():
+        expected |= {folder / state_name(name, rank, len(of_network)) for rank in range(len(of_network))}
+    if not all(files.values()) or set(visible(folder)) != expected:
         raise ValueError(f"{folder}: should hold the files that a run saves of {' and '.join(names)}, and no others")
-    return found
+    return files
+
+
+def result_folder(options: TrainOptions) -> Path:
+    return options.out / ("transformer" if options.objective == "flow" else "student")
 
 
 def export_run(options: TrainOptions, trainee: Trainee, sigmas: list[float]) -> Path:
-    """What a finished run leaves: out/student, a checkpoint of its own, or out/transformer for the flow objective; with
-    LoRAs also out/lora.safetensors, for the base checkpoint (of a teacher: what --teacher reads)."""
+    """Write the result of a finished run: out/student, a checkpoint of its own, or out/transformer for the flow
+    objective. With LoRAs also out/lora.safetensors, for the base checkpoint (of a teacher: for --teacher)."""
     flows, renoises = options.objective == "flow", options.sampler == "renoise"
-    folder = options.out / ("transformer" if flows else "student")
+    folder = result_folder(options)
     with trainee.averaged() as network, raise_on_all_ranks():
         alone = trainee.export()
         if rank() == 0:
@@ -283,7 +311,7 @@ def export_run(options: TrainOptions, trainee: Trainee, sigmas: list[float]) -> 
 
 @contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Within, Ctrl-C and SIGTERM only add their number to the list. The loop looks at it after each step."""
+    """Within, Ctrl-C and SIGTERM only add their number to the list that is yielded. The loop reads it after each step."""
     noted: list[int] = []
     before = {s: signal.signal(s, lambda number, frame: noted.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -294,9 +322,9 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def located(where: Callable[[], str]) -> Iterator[None]:
+def located(where: str) -> Iterator[None]:
     """Within, a FloatingPointError says where it happened."""
     try:
         yield
     except FloatingPointError as error:
-        raise FloatingPointError(f"{where()}: {error}") from None
+        raise FloatingPointError(f"{where}: {error}") from None

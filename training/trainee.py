@@ -1,7 +1,7 @@
-"""The networks of a run: those that stay frozen, and those that learn, with masters, average and optimisers.
+"""The networks of a run: the frozen ones, and those that learn, with masters, average and optimisers.
 
 Network    a model under a condition, as flow.py and dmd.py see it
-Trainee    a network that learns: backward adds a micro-batch's gradient, update takes the step (the EMA is there)
+Trainee    a network that learns: `backward` adds the gradient of a micro-batch, `update` takes the step and has the EMA
 """
 
 import math
@@ -32,26 +32,28 @@ from training.sharding import gathered, local_rows, shard
 
 
 class Network(NamedTuple):
-    """A model, and its role, where several networks are LoRAs on the same weights (None: the weights alone)."""
+    """A model and a role. Several networks can be LoRAs on the same weights: roles. None: the weights alone."""
 
     model: MMDiT
     role: str | None = None
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What training changes, by name: the role's LoRA, or all weights; and what `add_parameters` added."""
+        """The tensors that training changes, by name: the role's LoRA, or all weights; and those of `add_parameters`."""
         if self.role is None:
             return dict(self.model.named_parameters())
         parameters = {}
         for layer, (a, b, _) in role_lora(self.model, self.role).items():
             parameters |= {f"{layer}.A": a, f"{layer}.B": b}
-        prefix = f"added.{self.role}."
-        return parameters | {name: p for name, p in self.model.named_parameters() if name.startswith(prefix)}
+        for name, parameter in self.model.named_parameters():
+            if name.startswith(f"added.{self.role}."):
+                parameters[name] = parameter
+        return parameters
 
     def add_parameters(self, module: nn.Module) -> None:
-        """Let the network carry more than the published tensors, as model.added[role or "all"]: a head, an embedding.
+        """Give the network more than the published tensors, as model.added[role or "all"]: a head, an embedding.
 
         They are trained, saved, resumed and sharded with it, and never exported. Add them before the Trainee is made.
-        What reads them is the caller's own code.
+        Only the caller's own code reads them.
         """
         if not hasattr(self.model, "added"):
             self.model.added = nn.ModuleDict()
@@ -60,9 +62,9 @@ class Network(NamedTuple):
     def velocity(self, condition: Condition, calls: float = 1) -> Velocity:
         """The network under one condition, v(z, t), for flow.py and dmd.py. Valid until the weights change.
 
-        calls: the most calls without gradient that are to come; math.inf where that is not known. The first of several
-        also gives the prefix: keys and values of text and sources. Later ones reuse it, and after the last it is dropped.
-        A call with gradient drops it, too: there it would be part of the graph.
+        calls: the largest number of calls without gradient to expect; math.inf if unknown. The first of several also
+        computes the prefix: keys and values of text and sources. Later ones reuse it, and after the last it is freed. A
+        call with gradient frees it, too: there it would be part of the graph.
         """
         model, prefix = self.model, None
         keep = calls > 1 and model.config.causal_condition
@@ -101,12 +103,12 @@ def load(options: TrainOptions, folder: Path, dtype: torch.dtype) -> MMDiT:
 
 
 def recompute(model: MMDiT) -> None:
-    """Let blocks keep no activations: the backward pass computes them again. That saves memory and costs time."""
+    """Let blocks keep no activations: the backward pass computes them again. This saves memory and costs time."""
 
     def forward(block_forward: Callable, *arguments) -> tuple:
         if not torch.is_grad_enabled():
             return block_forward(*arguments)
-        role = stage_of(model).role  # another one may be on by the time of the backward pass
+        role = stage_of(model).role  # in the backward pass another role may be on
 
         def in_role(*arguments) -> tuple:
             with with_role(model, role):
@@ -119,7 +121,7 @@ def recompute(model: MMDiT) -> None:
 
 
 def learner(options: TrainOptions, name: str, base: Network | None) -> Network:
-    """A network to train: own weights in fp32, or, with a `base`, a new LoRA on the base's weights."""
+    """A network to train: its own weights in fp32, or, if there is a `base`, a new LoRA on the base's weights."""
     if base is None:
         return Network(load(options, options.checkpoint / "transformer", torch.float32))
     lora = new_lora(base.model, options.lora_rank, rng=generator(options.seed, 0, 0, name))
@@ -128,7 +130,7 @@ def learner(options: TrainOptions, name: str, base: Network | None) -> Network:
 
 
 def frozen(options: TrainOptions, places: dict[str, Path]) -> dict[str, Network]:
-    """Networks that never learn, in the working dtype: "base" and the specialised teachers by name. A teacher that is a
+    """The networks that never learn, in the working dtype: "base", and the specialised teachers by name. A teacher from a
     LoRA file becomes a role on the base's weights."""
     dtype = getattr(torch, options.dtype)
     networks = {"base": Network(load(options, options.checkpoint / "transformer", dtype))}
@@ -139,16 +141,17 @@ def frozen(options: TrainOptions, places: dict[str, Path]) -> dict[str, Network]
             base = networks["base"].model
             add_role(base, name, read_lora(place, base)[0])
             networks[name] = Network(base, name)
-    for model in {id(n.model): n.model for n in networks.values()}.values():
+    models = {id(network.model): network.model for network in networks.values()}  # each once
+    for model in models.values():
         model.requires_grad_(False).to(dtype)
         if dist.is_initialized() and not options.lora_rank:  # with LoRA every rank holds them whole
             shard(model, options)
     return networks
 
 
-# ---- what learns -----------------------------------------------------------------------------------------------------
+# ---- a network that learns -------------------------------------------------------------------------------------------
 
-MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}  # what each optimiser remembers
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), Muon: ("momentum_buffer",)}  # the state of each optimiser
 
 
 @dataclass
@@ -166,9 +169,9 @@ class Trainee:
     """A network in training: `weights` compute in the working dtype, fp32 `masters` learn, `average` is their EMA.
 
     Masters are needed because bf16 has 8 bits: most updates are below 1/512 of their weight and would be rounded away.
-    An fp32 network, a LoRA's factors and a rank's rows under FSDP are fp32 already; they are their own masters. Muon
-    trains the matrices of the blocks (but not a LoRA's), AdamW the rest. `records` are the micro-batches since the last
-    line of the log, `grad_norm` is that of the last update.
+    An fp32 network, the factors of a LoRA and the rows of a rank under FSDP are fp32 already, and so are their own
+    masters. Muon trains the matrices of the blocks (but not of a LoRA), AdamW the rest. `records` are the micro-batches
+    since the last line of the log, `grad_norm` is that of the last update.
     """
 
     def __init__(self, title: str, network: Network, options: TrainOptions, muon_lr: float, lr: float, ema: float):
@@ -201,11 +204,11 @@ class Trainee:
         self.grad_norm = math.nan
 
     def backward(self, losses: Tensor, batch: Batch, seen: dict[str, Tensor]) -> None:
-        """Add the gradient of the mean of losses (B,), weighted by the batch's fraction of the update. Between
-        micro-batches the gradient is kept in fp32.
+        """Add the gradient of the mean of losses (B,), weighted by the batch's fraction of the update. Gradients are
+        summed in fp32.
 
-        FloatingPointError on all ranks: a loss is not finite on one of them. `seen` are what it was made from, (B, ...)
-        each; the message names those that are not finite.
+        FloatingPointError on all ranks: a loss is not finite on one of them. `seen`: what it was made from, (B, ...)
+        each, to name in this error what is not finite.
         """
         with raise_on_all_ranks():
             if not finite(losses):
@@ -222,12 +225,12 @@ class Trainee:
 
     def update(self, lr_factor: float) -> None:
         """Clip the gradient, take a step at `lr_factor` times the learning rates, update the average."""
-        if not self.sharded:  # sharded ones are averaged in the backward pass
-            average_over_ranks([m.grad for m in self.masters if m.grad is not None])
+        if not self.sharded:  # those of sharded weights were averaged in the backward pass
+            average_over_ranks([master.grad for master in self.masters if master.grad is not None])
         norm = gathered(nn.utils.clip_grad_norm_(self.masters, self.clip, foreach=True)).item()
-        if not math.isfinite(norm):  # on all ranks, for it is the norm of the mean over them
-            contents = "; ".join(sum(all_gather(self.contents), []))
-            raise FloatingPointError(f"the {self.title}'s gradient has norm {norm} after {contents}")
+        if not math.isfinite(norm):  # on all ranks, because it is the norm of their mean
+            of_all_ranks = sum(all_gather(self.contents), [])
+            raise FloatingPointError(f"the {self.title}'s gradient has norm {norm} after {'; '.join(of_all_ranks)}")
         self.grad_norm = norm  # before clipping
         for optimizer, lr in zip(self.optimizers, self.lrs, strict=True):
             optimizer.param_groups[0]["lr"] = lr_factor * lr
@@ -236,25 +239,26 @@ class Trainee:
         self.clear_gradients()
         with torch.no_grad():
             self.refresh()
-            if self.ema:  # at first the decay is smaller: else a short run would export mostly its initial weights
+            if self.ema:  # the decay starts smaller: else a short run would export mostly its initial weights
                 decay = min(self.ema, (1 + self.updates) / (10 + self.updates))
-                average, masters = (list(map(local_rows, tensors)) for tensors in (self.average, self.masters))
+                average = [local_rows(tensor) for tensor in self.average]
+                masters = [local_rows(tensor) for tensor in self.masters]
                 torch._foreach_lerp_(average, masters, 1 - decay)
 
     def clear_gradients(self) -> None:
-        """Drop what is in .grad, also what another network's loss left there."""
+        """Drop all gradients, including what the loss of another network left here."""
         for tensor in (*self.masters, *self.weights):
             tensor.grad = None
         self.contents.clear()
 
     def refresh(self) -> None:
-        """Cast the masters into the weights that compute."""
+        """Copy the masters into the weights that compute, rounded to their dtype."""
         if self.masters is not self.weights:
             torch._foreach_copy_(self.weights, self.masters)
 
     @contextmanager
     def averaged(self) -> Iterator[Network]:
-        """Within, the network has its averaged weights. Masters and average are swapped, which takes no memory."""
+        """Within, the network has its averaged weights. Masters and average are swapped, which needs no memory."""
         self.swap()
         try:
             yield self.network
@@ -263,13 +267,15 @@ class Trainee:
 
     @torch.no_grad()
     def swap(self) -> None:
-        for average, master in zip(self.average, self.masters, strict=True) if self.ema else ():
+        if not self.ema:
+            return
+        for average, master in zip(self.average, self.masters, strict=True):
             kept = local_rows(master).clone()
             local_rows(master).copy_(local_rows(average))
             local_rows(average).copy_(kept)
         self.refresh()
 
-    # ---- what leaves the run, and what it goes on from ---------------------------------------------------------------
+    # ---- export, save and restore ------------------------------------------------------------------------------------
 
     def export(self) -> MMDiT | None:
         """The network on the CPU in bf16, a LoRA merged. Only rank 0 gets it; the others help to gather it."""
@@ -279,8 +285,9 @@ class Trainee:
             for name, weight in zip(self.names, self.weights, strict=True):
                 tensor = gathered(weight.detach())
                 tensors[name] = tensor.to("cpu", torch.bfloat16) if rank() == 0 else None
-        elif rank() == 0:  # copies also where they are on the CPU in bf16 already: `merge` must not see these
-            tensors = {name: tensor.to("cpu", torch.bfloat16, copy=True) for name, tensor in model.state_dict().items()}
+        elif rank() == 0:  # always copies, because `merge` will change them
+            for name, tensor in model.state_dict().items():
+                tensors[name] = tensor.to("cpu", torch.bfloat16, copy=True)
         if rank() > 0:
             return None
         with torch.device("meta"):
@@ -292,52 +299,62 @@ class Trainee:
         return alone
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the next update depends on, by name, but for the number of updates. Not copied."""
-        tensors = {}
-        for kind, column in (("master", self.masters), ("average", self.average)):
-            tensors |= {f"{kind} {name}": tensor for name, tensor in zip(self.names, column, strict=False)}
+        """All tensors that the next update depends on, by name. Not copied."""
+        tensors = {"updates": torch.tensor(self.updates)}
         for name, master in zip(self.names, self.masters, strict=True):
+            tensors[f"master {name}"] = master
             for optimizer in self.optimizers:
-                moments = optimizer.state.get(master, {})
-                tensors |= {f"{kind} {name}": tensor for kind, tensor in moments.items()}
+                for moment, tensor in optimizer.state.get(master, {}).items():
+                    tensors[f"{moment} {name}"] = tensor
+        if self.ema:
+            for name, average in zip(self.names, self.average, strict=True):
+                tensors[f"average {name}"] = average
         return tensors
 
     def state(self) -> dict[str, Tensor]:
-        """A copy of these tensors on the CPU, and the number of updates; of sharded tensors this rank's rows."""
-        tensors = {"updates": torch.tensor(self.updates)} | self.tensors()
-        return {name: local_rows(t.detach()).to("cpu").contiguous() for name, t in tensors.items()}
+        """A copy of these tensors on the CPU; of sharded ones this rank's rows."""
+        return {name: local_rows(t.detach()).to("cpu").contiguous() for name, t in self.tensors().items()}
 
     @torch.no_grad()
     def restore(self, files: list[Path], updates: int) -> None:
-        """Take over the files that any number of ranks wrote from `state` after so many updates: joined, their rows are
-        the whole, of which this rank takes its own. Of as many files as ranks it reads its own alone, which holds just
-        these. ValueError unless names, shapes, types and the number of updates are exactly those of `state` here, and all
-        values are finite."""
-        alone = self.sharded and len(files) == ranks()
-        files = files[rank() : rank() + 1] if alone else files
-        for optimizer in self.optimizers:  # as its first step would begin
-            for master in optimizer.param_groups[0]["params"]:
-                optimizer.state[master] = {kind: torch.zeros_like(master) for kind in MOMENTS[type(optimizer)]}
-                if isinstance(optimizer, torch.optim.AdamW):
-                    optimizer.state[master]["step"] = torch.zeros((), device=master.device)
+        """Take over what any number of ranks wrote from `state` after so many updates.
+
+        Joined, the rows in the files make whole tensors, of which this rank takes its rows. If there are as many files as
+        ranks, this rank's own file has just these. ValueError unless names, shapes, types and the number of updates are
+        exactly those of `state`, and all values are finite.
+        """
+        own_file = self.sharded and len(files) == ranks()
+        if own_file:
+            files = [files[rank()]]
+        self.init_moments()
         self.updates = updates
-        expected = {"updates": torch.tensor(updates)} | self.tensors()
+        expected = self.tensors()
         with ExitStack() as stack:
             opened = [stack.enter_context(open_weights(file)) for file in files]
             for path, file in zip(files, opened, strict=True):
-                if wrong := set(file.keys()) ^ expected.keys():
+                wrong = set(file.keys()) ^ expected.keys()
+                if wrong:
                     which = "is missing" if min(wrong) in expected else "does not belong there"
                     raise ValueError(f"{path}: {min(wrong)!r} {which} ({len(wrong)} such tensors)")
             for name, target in expected.items():
-                parts = [file.get_tensor(name) for file in opened]
-                tensor = torch.cat(parts) if target.ndim and len(parts) > 1 else parts[0]
-                like = local_rows(target) if alone else target
+                rows = [file.get_tensor(name) for file in opened]
+                tensor = torch.cat(rows) if target.ndim and len(rows) > 1 else rows[0]
+                like = local_rows(target) if own_file else target
                 if (tensor.shape, tensor.dtype) != (like.shape, like.dtype) or not finite(tensor):
                     raise ValueError(f"{files[0]}: {name!r} has another shape or type than here, or is not finite")
                 if name == "updates" and tensor != target:
                     raise ValueError(f"{files[0]}: after {tensor} updates; {updates} are expected")
-                # As FSDP2 divides: the last ranks may have fewer rows, or none.
-                if local_rows(target) is not target and not alone:
-                    tensor = [*tensor.chunk(ranks()), *[tensor[:0]] * ranks()][rank()]
+                is_sharded = local_rows(target) is not target
+                if is_sharded and not own_file:  # as FSDP2 divides: the last ranks may have fewer rows, or none
+                    chunks = tensor.chunk(ranks())
+                    tensor = chunks[rank()] if rank() < len(chunks) else tensor[:0]
                 local_rows(target).copy_(tensor)
         self.refresh()
+
+    def init_moments(self) -> None:
+        """The state of the optimisers as their first step makes it."""
+        for optimizer in self.optimizers:
+            for master in optimizer.param_groups[0]["params"]:
+                optimizer.state[master] = {kind: torch.zeros_like(master) for kind in MOMENTS[type(optimizer)]}
+                if isinstance(optimizer, torch.optim.AdamW):
+                    optimizer.state[master]["step"] = torch.zeros((), device=master.device)
