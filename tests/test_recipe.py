@@ -170,3 +170,12 @@ def test_the_third_teacher_of_the_readme():
     assert rows[0] == [{"base": 1}, {"base": 1}, {"base": 0.5, "style": 0.5}, {"style": 1}]
     assert rows[1] == [{"base": 1}, {"base": 1}, {"base": 0.5, "edit": 0.5}, {"edit": 1}]
     assert r.weights(3, 4, "t2i", "text") == {"text": 1}
+
+
+def test_the_mean_number_of_teachers_is_over_the_categories():
+    """In the third quarter a specialist and the base teacher share text and edits; other pictures have the base alone."""
+    flash = recipe.find("flash")
+    assert [flash.mean_teachers(k, 4, "t2i") for k in range(4)] == [1, 1, 1.5, 1]  # text, and any other category
+    assert [flash.mean_teachers(k, 4, "edit") for k in range(4)] == [1, 1, 2, 1]
+    resolved = flash.resolve({"t2i": ["landscape", "portrait", "text"], "edit": ["scene"]}, ["text", "edit"])
+    assert resolved.mean_teachers(2, 4, "t2i") == (1 + 1 + 2) / 3

@@ -18,8 +18,8 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices (rows, columns); W <- W - lr sqrt(max(1, rows / columns)) orthogonal(momentum), without weight decay.
-    dtype: of the products, which take the time; gradients, momentum and weights keep their own."""
+    """For matrices (rows, columns): W <- W - lr sqrt(max(1, rows / columns)) orthogonal(momentum), without weight decay.
+    dtype: that of the products, which take most of the time; gradients, momentum and weights keep theirs."""
 
     def __init__(self, matrices: Iterable[Tensor], lr: float, dtype: torch.dtype = torch.float32):
         super().__init__(matrices, {"lr": lr})
@@ -39,8 +39,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(g: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(rows, columns) -> nearly U V^T of its singular value decomposition U S V^T: the singular values come near 1 (0.7 to
-    1.2), by Newton-Schulz iterations, which need products of matrices alone."""
+    """(rows, columns) -> nearly U V^T, where U S V^T is its singular value decomposition: all singular values come near 1
+    (0.7 to 1.2). Newton-Schulz iterations need only products of matrices."""
     a, b, c = COEFFICIENTS
     tall = g.shape[0] > g.shape[1]
     x = g.float().T if tall else g.float()  # (n, m), n <= m: the smaller side first makes the gram matrix small

@@ -1,6 +1,6 @@
-"""What a run takes, by arithmetic from a checkpoint's config alone: memory, work and time (`train.py --plan`).
+"""What a run needs: memory, work and time, computed from a checkpoint's config alone (`train.py --plan`).
 
-Bytes are one process's, by part; FLOPs those of a whole update. The options are filled in (training/run.py).
+Bytes are those of one process, by part. FLOPs are those of a whole update. The options are filled in (training/run.py).
 """
 
 from dataclasses import dataclass, replace
@@ -30,15 +30,14 @@ def parameters(config: MMDiTConfig) -> int:
 def sample_flops(
     config: MMDiTConfig, purpose: str, prefix: int, target: int, k: int | None, scorers: float, lora: bool = False
 ) -> float:
-    """One sample's part of one update: "flow", "fake" or "student"; `scorers`: forwards that make the real score.
+    """One sample's part of one update: "flow", "fake" or "student". scorers: forwards that make the real score.
 
-    A multiplication and an addition for each weight and token, and twice for each pair of tokens and channel that
-    attention compares. A backward pass is two forwards; with LoRA the matrices' is one, for frozen weights have no
-    gradient. What `recompute` computes again is work, but no progress.
+    A forward pass takes a multiplication and an addition for each weight and token, and two of both for each channel of
+    each pair of tokens in attention. A backward pass takes two forwards; with LoRA one for the matrices, because frozen
+    weights have no gradient. What `recompute` computes again is not counted.
     """
-    width = config.num_attention_heads * config.attention_head_dim
-    weights = 2 * config.num_layers * (4 + 3 * config.mlp_ratio) * width**2  # a token's
-    pair = 4 * config.num_layers * width
+    weights = 2 * config.num_layers * weights_of_block(config)  # a token's
+    pair = 4 * config.num_layers * width_of(config)
     prefix_work = prefix * (weights + pair * prefix)
     target_work = target * (weights + pair * (prefix + target))
     forward = prefix_work + target_work
@@ -60,13 +59,13 @@ class Plan:
     parameters: int
     trained: int
     bytes: dict[str, float]
-    waiting: float  # of the gradients: what is there already while the last micro-batch computes its own
+    waiting: float  # the gradients of earlier micro-batches, while the last one computes its own
     update_flops: float
 
     @property
     def peak(self) -> float:
-        """The largest of three times: a rollout, the moment before a backward pass, and the moment after it. Through the
-        pass the gradients grow while the activations go."""
+        """The most of three moments: in a rollout, before a backward pass, and after it. During a backward pass the
+        gradients grow and the activations are freed."""
         computing = max(self.bytes["activations"], self.bytes["rollout"])
         rest = sum(self.bytes.values()) - self.bytes["activations"] - self.bytes["rollout"] - self.bytes["gradients"]
         return rest + max(self.waiting + computing, self.bytes["gradients"])
@@ -80,69 +79,113 @@ def make_plan(
     frozen: int,
     layouts: dict[str, tuple[int, int]],
 ) -> Plan:
-    """recipe: a Recipe, with the teachers there are. frozen: networks. layouts: task -> tokens of one sample, those of text
-    and sources and those of the target."""
-    flows, e = options.objective == "flow", getattr(torch, options.dtype).itemsize
-    total, width = parameters(config), config.num_attention_heads * config.attention_head_dim
-    learners, sharded = 1 if flows else 2, gpus > 1 and not options.lora_rank
-    rows = gpus if sharded else 1
-    inside = config.num_layers * (4 + 3 * config.mlp_ratio) * width**2  # the blocks' part of the weights
+    """The plan of one process.
+
+    recipe     a Recipe, with the teachers there are
+    frozen     the number of frozen networks
+    layouts    task -> tokens of one sample: those of text and sources, and those of the target
+    """
+    item, width = itemsize(options), width_of(config)
+    total = parameters(config)
+    inside = config.num_layers * weights_of_block(config)  # of these, the weights in the blocks
     trained = 8 * config.num_layers * width * options.lora_rank or total
-    copies = 0 if sharded or options.lora_rank or e == 4 else learners  # working weights beside the masters
+    learners = 1 if options.objective == "flow" else 2
+    sharded = gpus > 1 and not options.lora_rank
+    rows = gpus if sharded else 1  # a process holds this part of each sharded tensor
+    copies = 0 if sharded or options.lora_rank or item == 4 else learners  # working weights beside the masters
     muon = inside if options.muon_lr and not options.lora_rank else 0  # Muon has one moment where AdamW has two
     waiting = 4 * trained / rows if len(options.sizes) > 1 else 0.0
-    gathered = 2 * inside / config.num_layers * (2 * e + 4) + (total - inside) * (e + 4) if sharded else 0.0
-
-    # Saved for the backward pass, by token and block, in units of the width: counted from the lines of model.Block and
-    # held against measurements by tests/test_plan.py. A frozen weight does not need its input, so a LoRA saves less.
-    inner = (17 if options.lora_rank else 25) * e + 4 * 4
-    guided = 1 if options.guidance == 1 else 2
-    activations, rollout, flops = 0.0, 0.0, 0.0
-    for task, (prefix, target) in layouts.items():
-        block = (prefix + target) * inner * width
-        kept = (prefix + target) * e * width  # by a block that is computed again
-        saved = config.num_layers * kept + block if options.recompute else config.num_layers * block
-        saved += (8 * (prefix + target) + 10 * target) * e * width  # ends, tokens' modulation; gradients on their way
-        # A rollout keeps the student's keys and values of text and sources, and computes a block without gradient.
-        kept = 0 if flows else (2 * config.num_layers * prefix + 20 * (prefix + target)) * e * width
-        activations, rollout = max(activations, saved), max(rollout, kept)
-        share = dict(zip(TASKS, recipe.ratio, strict=True))[task] / sum(recipe.ratio)
-        for k in range(options.student_steps):
-            scorers = guided * recipe.mean_teachers(k, options.student_steps, task)
-            kinds = {"flow": 1} if flows else {"fake": options.fake_updates, "student": 1}
-            work = 0.0
-            for kind, updates in kinds.items():
-                lora = options.lora_rank > 0
-                work += updates * sample_flops(config, kind, prefix, target, k, scorers, lora)
-            flops += options.batch * share * work / options.student_steps
+    gathered = 0.0
+    if sharded:
+        gathered = 2 * inside / config.num_layers * (2 * item + 4) + (total - inside) * (item + 4)
+    activations, rollout = 0.0, 0.0
+    for prefix, target in layouts.values():
+        activations = max(activations, activation_bytes(options, config, prefix, target))
+        rollout = max(rollout, rollout_bytes(options, config, prefix, target))
+    samples = options.sizes[0] / gpus  # that run at once in a process
     parts = {
-        "frozen weights": frozen * total * e / rows,
-        "working weights": copies * total * e,
+        "frozen weights": frozen * total * item / rows,
+        "working weights": copies * total * item,
         "masters": learners * trained * 4 / rows,
         "average": trained * 4 / rows if options.ema else 0.0,
         "optimiser": learners * (8 * trained - 4 * muon) / rows,
-        "gradients": 4 * trained / rows + (copies > 0 and waiting > 0) * total * e,
+        "gradients": 4 * trained / rows + (copies > 0 and waiting > 0) * total * item,
         "gathered": gathered,
-        "activations": options.sizes[0] / gpus * activations,
-        "rollout": options.sizes[0] / gpus * rollout,
+        "activations": samples * activations,
+        "rollout": samples * rollout,
     }
-    return Plan(total, trained, parts, waiting, flops)
+    return Plan(total, trained, parts, waiting, update_flops(options, config, recipe, layouts))
+
+
+def itemsize(options: TrainOptions) -> int:
+    """Bytes of a number in the working dtype."""
+    return getattr(torch, options.dtype).itemsize
+
+
+def width_of(config: MMDiTConfig) -> int:
+    return config.num_attention_heads * config.attention_head_dim
+
+
+def weights_of_block(config: MMDiTConfig) -> int:
+    return (4 + 3 * config.mlp_ratio) * width_of(config) ** 2
+
+
+def activation_bytes(options: TrainOptions, config: MMDiTConfig, prefix: int, target: int) -> float:
+    """What one sample keeps for the backward pass. Counted from the lines of model.Block, and held against measurements
+    by tests/test_plan.py. A frozen weight does not need its input, so a LoRA keeps less."""
+    item, width = itemsize(options), width_of(config)
+    of_token = (17 if options.lora_rank else 25) * item + 4 * 4  # in a block, in units of the width
+    of_block = (prefix + target) * of_token * width
+    of_input = (prefix + target) * item * width  # all that a block keeps which is computed again
+    ends = (8 * (prefix + target) + 10 * target) * item * width  # and the modulation, and gradients on their way
+    if options.recompute:
+        return config.num_layers * of_input + of_block + ends
+    return config.num_layers * of_block + ends
+
+
+def rollout_bytes(options: TrainOptions, config: MMDiTConfig, prefix: int, target: int) -> float:
+    """What a rollout holds of one sample: keys and values of text and sources, and a block without gradient."""
+    if options.objective == "flow":
+        return 0.0
+    numbers = 2 * config.num_layers * prefix + 20 * (prefix + target)
+    return numbers * itemsize(options) * width_of(config)
+
+
+def update_flops(options: TrainOptions, config: MMDiTConfig, recipe, layouts: dict[str, tuple[int, int]]) -> float:
+    """Of one update of the student, with those of the fake score before it; or of one of a teacher."""
+    if options.objective == "flow":
+        updates_of = {"flow": 1}
+    else:
+        updates_of = {"fake": options.fake_updates, "student": 1}
+    guided = 1 if options.guidance == 1 else 2
+    shares = dict(zip(TASKS, recipe.ratio, strict=True))
+    flops = 0.0
+    for task, (prefix, target) in layouts.items():
+        share = shares[task] / sum(recipe.ratio)
+        for k in range(options.student_steps):
+            scorers = guided * recipe.mean_teachers(k, options.student_steps, task)
+            work = 0.0
+            for purpose, updates in updates_of.items():
+                lora = options.lora_rank > 0
+                work += updates * sample_flops(config, purpose, prefix, target, k, scorers, lora)
+            flops += options.batch * share * work / options.student_steps
+    return flops
 
 
 def describe(options: TrainOptions, recipe, gpus: int, teachers: dict[str, Path]) -> str:
-    """The plan as a table. A sample is a square of options.resolution with TEXT tokens; an edit has one source of that size."""
+    """The plan as a table. A sample is a square of options.resolution with TEXT tokens. An edit has one source of the
+    same size."""
     config = read_config(options.checkpoint)
     tokens = (options.resolution // 16) ** 2
     recipe = recipe.with_teachers(teachers)
-    frozen = 1 + sum(teachers[name].is_dir() for name in recipe.teacher_names)
-    frozen = frozen if options.objective == "dmd" else int(options.lora_rank > 0)
+    if options.objective == "dmd":
+        frozen = 1 + sum(teachers[name].is_dir() for name in recipe.teacher_names)
+    else:
+        frozen = int(options.lora_rank > 0)
     tasks = [task for task, parts in zip(TASKS, recipe.ratio, strict=True) if parts]
     layouts = {task: (TEXT + (tokens if task == "edit" else 0), tokens) for task in tasks}
     plan = make_plan(options, config, recipe, gpus, frozen, layouts)
-    if options.lora_rank:
-        trained = f"LoRA of rank {options.lora_rank}"
-    else:
-        trained = "all weights"
+    trained = f"LoRA of rank {options.lora_rank}" if options.lora_rank else "all weights"
     lines = [
         f"{options.checkpoint}: {plan.parameters / 1e9:.3f} billion parameters, {plan.trained / 1e6:.1f} million trained",
         f"{options.objective}, {trained}, {options.dtype}, {gpus} process(es), {frozen} frozen network(s), "

@@ -1,10 +1,9 @@
-"""What a run shows: a line of metrics for each step, the progress line, pictures. It changes no weight."""
+"""What a run shows: a line of metrics for each step, the progress line, pictures. Nothing here changes a weight."""
 
 import json
-import os
 import resource
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
@@ -17,7 +16,7 @@ from data.pictures import to_pictures
 from data.pool import Entry, Pool
 from data.sheets import Grid, write_sheet
 from networks.vae import VAE
-from program.ranks import all_gather, on_rank0, raise_on_all_ranks, rank, ranks
+from program.ranks import all_gather, on_rank0, ranks
 from training.options import TrainOptions
 from training.trainee import Network, Record, Trainee
 
@@ -27,58 +26,66 @@ BINS = 5  # of t: when a run goes wrong, look at the loss by time first
 def note(
     options: TrainOptions, trainees: dict[str, Trainee], step: int, lr_factor: float, seconds: float, passes: int
 ) -> str:
-    """Add a step that took so many seconds, and passes of this process, to metrics.jsonl, and forget its records. Returns
-    the progress line's text. The processes have equal parts of every step."""
-    pace = {"seconds": round(seconds, 4), "images_per_second": round(options.batch / seconds, 2)}
-    pace["passes"] = passes * ranks()
-    pace |= {"memory_gb": memory(options.device)}
-    line = {"step": step, "rate": lr_factor} | pace | metrics(trainees, all_gather)
+    """Add a step to metrics.jsonl, and clear its records. Returns the text of the progress line.
+
+    seconds: how long the step took; passes: those of this process, which has an equal part of the step.
+    """
+    line = {
+        "step": step,
+        "rate": lr_factor,
+        "seconds": round(seconds, 4),
+        "images_per_second": round(options.batch / seconds, 2),
+        "passes": passes * ranks(),
+        "memory_gb": memory(options.device),
+        **metrics(trainees, all_gather),
+    }
     for trainee in trainees.values():
         trainee.records.clear()
-    with raise_on_all_ranks(), open(options.out / "metrics.jsonl" if rank() == 0 else os.devnull, "a") as file:
-        file.write(json.dumps(line) + "\n")
-    norms = [name for name in line if name.endswith("grad_norm")]
-    norms = ", ".join(f"{name.replace('_', ' ')} {line[name]:.2f}" for name in norms)
-    return f"loss {line['loss']:.4f}, {norms}, {line['images_per_second']:.1f} images/s, {line['memory_gb']} GB"
+
+    def append() -> None:
+        with open(options.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    on_rank0(append)
+    norms = [f"{name.replace('_', ' ')} {line[name]:.2f}" for name in line if name.endswith("grad_norm")]
+    pace = f"{line['images_per_second']:.1f} images/s, {line['memory_gb']} GB"
+    return f"loss {line['loss']:.4f}, {', '.join(norms)}, {pace}"
 
 
 def metrics(trainees: dict[str, Trainee], all_gather: Callable[[list], list]) -> dict:
-    """What metrics.jsonl says of a step's updates, about the samples of all processes.
+    """The part of a step's line that is about its updates, over the samples of all processes.
 
-    Losses are means over samples, by t and by task; those of the first network in `trainees` are called loss and
+    Losses are means over samples, by t and by task. Those of the first network in `trainees` are called loss and
     grad_norm, those of another NAME_loss and NAME_grad_norm. A gradient's norm is that of the last update. all_gather:
-    gives the lists of all processes.
+    the lists of all processes.
     """
-    prefixes = {name: "" if name == next(iter(trainees)) else f"{name}_" for name in trainees}
-    mine = [
-        (name, record.task, t, loss)
-        for name, trainee in trainees.items()
-        for record in trainee.records
-        for t, loss in zip(record.times, record.losses.tolist(), strict=True)
-    ]
-    gathered = all_gather(mine)  # the one exchange of a step's log
-    samples = [sample for of_rank in gathered for sample in of_rank]
+    mine = []
+    for name, trainee in trainees.items():
+        for record in trainee.records:
+            pairs = zip(record.times, record.losses.tolist(), strict=True)
+            mine += [(name, record.task, t, loss) for t, loss in pairs]
+    of_ranks = all_gather(mine)  # the one exchange of a step's log
+    samples = sum(of_ranks, [])
 
-    totals, norms, parts = {}, {}, {}
-    for name, prefix in prefixes.items():
-        own = [(task, t, loss) for owner, task, t, loss in samples if owner == name]
-        totals[f"{prefix}loss"] = sum(loss for _, _, loss in own) / len(own)
-        norms[f"{prefix}grad_norm"] = trainees[name].grad_norm
-        parts[f"{prefix}loss_by_t"] = by_time([(t, loss) for _, t, loss in own])
-        tasks = sorted({task for task, _, _ in own})
-        of_task = {task: [loss for other, _, loss in own if other == task] for task in tasks}
-        parts[f"{prefix}loss_by_task"] = {task: mean(losses) for task, losses in of_task.items()}
+    means, norms, details = {}, {}, {}
+    for number, (name, trainee) in enumerate(trainees.items()):
+        prefix = f"{name}_" if number > 0 else ""
+        by_task, by_t, total = defaultdict(list), [], 0.0
+        for _, task, t, loss in (sample for sample in samples if sample[0] == name):
+            by_task[task].append(loss)
+            by_t.append((t, loss))
+            total += loss
+        means[f"{prefix}loss"] = total / len(by_t)
+        norms[f"{prefix}grad_norm"] = trainee.grad_norm
+        details[f"{prefix}loss_by_t"] = by_time(by_t)
+        details[f"{prefix}loss_by_task"] = {task: mean(by_task[task]) for task in sorted(by_task)}
 
     records = [record for trainee in trainees.values() for record in trainee.records]
-    counts = Counter()
+    categories = Counter()
     for record in records:
-        counts[f"{record.task} {record.category}"] += len(record.losses) * len(gathered)
-    contents = {
-        "tasks": [record.task for record in records],
-        "k": [record.k for record in records],
-        "categories": counts,
-    }
-    return totals | norms | contents | parts
+        categories[f"{record.task} {record.category}"] += len(record.losses) * len(of_ranks)
+    tasks, steps = [record.task for record in records], [record.k for record in records]
+    return {**means, **norms, "tasks": tasks, "k": steps, "categories": categories, **details}
 
 
 def by_time(losses: list[tuple[float, float]]) -> list[float | None]:
@@ -94,9 +101,13 @@ def mean(values: list[float]) -> float | None:
 
 
 def memory(device: str) -> float:
-    """The most memory that this process has held so far, in GB: of its GPU, or of the machine."""
-    kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return round((torch.cuda.max_memory_allocated() if device.startswith("cuda") else kept) / 1e9, 2)
+    """The peak memory of this process so far, in GB: on its GPU, or on the machine."""
+    if device.startswith("cuda"):
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return round(peak / 1e9, 2)
 
 
 @torch.no_grad()
@@ -104,8 +115,11 @@ def draw_pictures(
     options: TrainOptions, pool: Pool, network: Network, step: int, record: Record, panel: dict[str, Tensor]
 ) -> None:
     """Write panels/STEP.png, from the last micro-batch, and grid.png: two prompts of every category, edits below their
-    last source. panel: (B, 64, h, w) each, under its row's name; record: of the same micro-batch. The weights may be
-    divided among the ranks, so all of them draw; rank 0 decodes."""
+    last source.
+
+    panel: the rows (B, 64, h, w) by name; record: of the same micro-batch. The weights may be sharded, so all ranks draw;
+    rank 0 decodes.
+    """
     shown = [entry for entries in pool.places.values() for entry in entries[:2]]
     drawn = [draw_entry(options, network, entry, number) for number, entry in enumerate(shown)]
     k = "" if record.k is None else f"k {record.k}, "
@@ -134,7 +148,7 @@ def draw_entry(options: TrainOptions, network: Network, entry: Entry, number: in
     sigmas = flow.student_sigmas(options.student_steps if options.objective == "dmd" else 20)
     dtype, calls = getattr(torch, options.dtype), len(sigmas) - 1
     rng = generator(options.seed, 0, number, "grid")
-    noises = torch.randn(options.noises, 64, *entry.size, generator=rng)[:, None]  # (K, 1, 64, h, w)
+    noises = torch.randn(options.noises, 64, *entry.size, generator=rng)[:, None]  # (K or 1, 1, 64, h, w)
     velocities = [network.velocity(condition_of([entry], options.device, dtype), calls)]
     if options.objective == "flow" and options.guidance != 1:
         empty = condition_of([entry], options.device, dtype, empty=True)
