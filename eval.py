@@ -51,7 +51,8 @@ from data.prompts import Prompt
 from judges import rubrics
 from judges.cases import check_folder, describe, file_measures, notes_in, open_chats, read_cases, several_name
 from sample import Pipeline
-from scores.measures import colour_measures, edit_measures, mean_distance, measures_table, pixels
+from scores.colours import pixels
+from scores.measures import colour_measures, edit_measures, mean_distance, measures_table
 from scores.rows import check_place, machine, markdown, read_row, without_cases, write_row
 from scores.statistics import averages, interval_over_cases
 from toy import judge, world

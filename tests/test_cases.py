@@ -18,7 +18,8 @@ from judges import rubrics, writing
 from judges.cases import name_cases
 from recipe import Prompt, read_prompts
 from sample import Pipeline
-from scores.measures import colours, mean_distance, pixels
+from scores.colours import colours, pixels
+from scores.measures import mean_distance
 from toy import world
 
 ROOT = Path(evaluation.__file__).parent
