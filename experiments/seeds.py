@@ -87,7 +87,7 @@ def student_row(folder: Path, words: list[str], seed: int, cases: dict[str, int]
             train.main([*words, "--seed", str(seed), "--out", str(out), *resume])
         pipeline = open_checkpoint(out / "student")
         sampler = default_sampler(f"{folder.name}, seed {seed}", pipeline, None, 1.0)
-        row, _ = evaluation.evaluate(pipeline, sampler, list(cases), cases, each=True)
+        row, _ = evaluation.evaluate(pipeline, sampler, cases)
         write_json(file, row)
     return read_json(file)
 
@@ -108,7 +108,7 @@ def teacher_rows(folder: Path, teacher: Pipeline, steps: int, cases: dict[str, i
         name = sampler.name.replace(" ", "-").replace(",", "")
         file = folder / f"{name}-{'-'.join(map(str, cases.values()))}.json"
         if sampler.name not in logged and not file.exists():
-            row, _ = evaluation.evaluate(teacher, sampler, list(cases), cases, each=True)
+            row, _ = evaluation.evaluate(teacher, sampler, cases)
             write_json(file, row)
         rows[sampler.name] = [logged[sampler.name] if sampler.name in logged else read_json(file)]
     return rows

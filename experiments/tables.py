@@ -131,7 +131,7 @@ class Students:
         for category in evaluation.CATEGORIES[bench]:  # before the clock runs: only the first row would pay for it
             benched = world.bench(bench, category, cases)
             self.condition([case.prompt for case in benched], [case.images for case in benched])
-        row, _ = evaluation.evaluate(pipeline, sampler, [bench], {bench: cases}, each=True)
+        row, _ = evaluation.evaluate(pipeline, sampler, {bench: cases})
         write_json(file, row)
 
     def few_steps(self, name: str) -> Sampler:
@@ -299,7 +299,7 @@ def run(name: str, options: TableOptions) -> dict:
     return result
 
 
-def pictures(students: Students, experiment: Experiment) -> dict[str, dict[str, list[Image.Image]]]:
+def pictures(students: Students, experiment: Experiment) -> dict[str, evaluation.Pictures]:
     """Of the first cases: base teacher, undistilled, and the first seed of every row."""
     drawn, tasks = {}, tuple(experiment.paper)
     for label in (TEACHER, START, *experiment.rows):
@@ -312,7 +312,7 @@ def pictures(students: Students, experiment: Experiment) -> dict[str, dict[str, 
             seeds = list(range(evaluation.SHOWN[bench]))
             for category in evaluation.CATEGORIES[bench]:
                 cases = world.bench(bench, category, len(seeds))
-                drawn[label][f"{bench} {category}"], _ = draw_cases(pipeline, sampler, cases, seeds)
+                drawn[label][bench, category], _ = draw_cases(pipeline, sampler, cases, seeds)
     return drawn
 
 

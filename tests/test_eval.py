@@ -49,7 +49,7 @@ def test_right_pictures_score_one(pipeline, monkeypatch):
         evaluation, "draw_cases", lambda p, s, cases, seeds: ([figures.answer(case) for case in cases], 0.5)
     )
     monkeypatch.setattr(evaluation, "reconstruct", lambda pipeline, pictures: pictures)
-    row, shown = evaluation.evaluate(pipeline, Sampler("x", SIGMAS), ["t2i", "edit"], {"t2i": 3, "edit": 2})
+    row, shown = evaluation.evaluate(pipeline, Sampler("x", SIGMAS), {"t2i": 3, "edit": 2})
     for bench, categories in (("t2i", world.CATEGORIES), ("edit", world.FAMILIES)):
         for key in (bench, f"{bench}_compliance", f"{bench}_attributes", f"{bench}_fidelity"):
             assert row[key] == dict.fromkeys((*categories, "average"), 1.0)
@@ -57,12 +57,12 @@ def test_right_pictures_score_one(pipeline, monkeypatch):
         modes, distance = (dict.fromkeys((*categories, "average"), value) for value in (1.0, 0.0))
         assert row[f"{bench}_diversity"] == {"distance": distance, "modes": modes, "of": 2}
     assert row["seconds_per_image"] == pytest.approx(9 * 0.5 / (3 * 3 + 6 * 2))
-    assert len(shown) == 9 and len(shown["t2i text"]) == 3
+    assert len(shown) == 9 and len(shown["t2i", "text"]) == 3
 
     # Sources in place of results: nothing was done, nothing was spoilt.
     sources = lambda p, s, cases, seeds: ([case.images[0] for case in cases], 0.5)  # noqa: E731
     monkeypatch.setattr(evaluation, "draw_cases", sources)
-    row, _ = evaluation.evaluate(pipeline, Sampler("x", SIGMAS), ["edit"], {"edit": 2})
+    row, _ = evaluation.evaluate(pipeline, Sampler("x", SIGMAS), {"edit": 2})
     for family in ("scene", "object", "text", "identity", "style"):
         assert (row["edit_compliance"][family], row["edit_fidelity"][family], row["edit"][family]) == (0, 1, 0.5)
     assert row["edit_compliance"]["enhance"] == 0 and row["edit_fidelity"]["enhance"] < 0.5
@@ -127,7 +127,7 @@ def test_what_is_not_finite_is_no_score(toy_checkpoint, tmp_path, pipeline):
         broken = open_checkpoint(toy_checkpoint)
         next(p for n, p in getattr(broken, part).named_parameters() if name in n).data[0] = float("nan")
         with pytest.raises(ValueError, match=f"{toy_checkpoint}: x: {where} are not finite"):
-            evaluation.evaluate(broken, Sampler("x", SIGMAS), ["t2i"], {"t2i": 2})
+            evaluation.evaluate(broken, Sampler("x", SIGMAS), {"t2i": 2})
     with pytest.raises(ValueError, match="autoencoder's pixels are not finite"):
         reconstruct(broken, np.zeros((1, 128, 128, 3), dtype=np.float32))
 
@@ -145,7 +145,7 @@ def test_tables_of_rows(toy_checkpoint, tmp_path, capsys):
         lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in scores.splitlines()]
         titles = [line[0] for line in lines]
         assert titles == [
-            line.split("|")[1].strip() for line in evaluation.table([read_json(both)]).split("\n\n")[0].splitlines()
+            line.split("|")[1].strip() for line in figures.table([read_json(both)]).split("\n\n")[0].splitlines()
         ]
         for line in lines[2:]:
             t2i = line[0].startswith(("T2I", "**T2I"))
@@ -247,7 +247,7 @@ def test_compare_takes_a_teachers_rows_from_its_log(toy_checkpoint, tmp_path, mo
     base = open_checkpoint(teacher)
     samplers = teacher_samplers(base, [1.0, 0.5, 0.0])
     more = {"t2i": 4, "edit": 4}
-    rows = [evaluation.evaluate(base, sampler, ["t2i", "edit"], more, each=True)[0] for sampler in samplers]
+    rows = [evaluation.evaluate(base, sampler, more)[0] for sampler in samplers]
     log = {"score base": {"rows": rows}, "fingerprint": evaluation.fingerprint_with_teachers(teacher)}
     (teacher / "build.json").write_text(json.dumps(log))
     judged, real = [], evaluation.evaluate
@@ -267,7 +267,7 @@ def test_the_toys_own_log_is_of_this_judge():
     """The four Euler steps of the toy's base teacher, on the first cases: what its log says is what comes out today."""
     pipeline = open_checkpoint(TOY)
     sampler = teacher_samplers(pipeline, flow.student_sigmas(4))[1]
-    row, _ = evaluation.evaluate(pipeline, sampler, ["t2i", "edit"], {"t2i": 2, "edit": 2}, each=True)
+    row, _ = evaluation.evaluate(pipeline, sampler, {"t2i": 2, "edit": 2})
     (then,) = [row for row in evaluation.build_log(TOY)["score base"]["rows"] if row["name"] == sampler.name]
     for bench in ("t2i", "edit"):
         for part, tolerance in (("compliance", 0), ("fidelity", 0.02)):
