@@ -477,14 +477,12 @@ def test_documented_flags_of_public_students(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_lora("FILE", new_lora(MMDiT.from_pretrained(checkpoint / "transformer"), 2))
     for _, steps, _, shift, flags in rows:
-        args = sample.sample_options.parse(
-            ["--checkpoint", str(checkpoint), "--prompt", PROMPT, *flags.strip("`").split()]
-        )
+        args = sample.parse(["--checkpoint", str(checkpoint), "--prompt", PROMPT, *flags.strip("`").split()])
         pipeline = Pipeline.from_pretrained(checkpoint, loras=args.loras, sigmas=list(args.sigmas), shift=args.bend)
         assert len(pipeline.sigmas(None, 4096)) - 1 == int(steps) and args.shift == shift
     pruna = [1, 14 / 15, 6 / 7, 10 / 13, 2 / 3, 6 / 11, 0.4, 2 / 9, 0]  # as programs that draw with it list them
     (flags,) = [flags.strip("`").split() for _, _, _, shift, flags in rows if shift == "2"]
-    args = sample.sample_options.parse(["--prompt", PROMPT, *flags])
+    args = sample.parse(["--prompt", PROMPT, *flags])
     assert Pipeline.from_pretrained(checkpoint, sigmas=list(args.sigmas), shift=args.bend).sigmas(
         None, 1
     ) == pytest.approx(pruna)
