@@ -119,7 +119,7 @@ def evaluate(
     for task, count in counts.items():
         verdicts = {}
         for category in tqdm(only or CATEGORIES[task], desc=f"{sampler.name}: {task}", leave=False):
-            cases = world.bench(task, category, count)
+            cases = world.bench_cases(task, category, count)
             drawn, spent = draw_cases(pipeline, sampler, cases, list(range(count)))
             verdicts[category] = judge.judge(drawn, cases, partial(reconstruct, pipeline))
             pictures[task, category] = drawn
@@ -142,7 +142,7 @@ def diversity(pipeline: Pipeline, sampler: Sampler, task: str, categories: tuple
     prompts, samples = VARIETY
     distances, modes = {}, {}
     for category in categories:
-        open_cases = [case for case in world.bench(task, category, 4 * prompts) if case.free]
+        open_cases = [case for case in world.bench_cases(task, category, 4 * prompts) if case.free]
         cases = [case for case in open_cases[:prompts] for _ in range(samples)]
         seeds = [10**6 + i for i in range(len(cases))]
         pictures, _ = draw_cases(pipeline, sampler, cases, seeds)
@@ -161,7 +161,7 @@ def toy_measures(row: dict, pictures: Pictures) -> dict:
         if task == "t2i":
             drawings += drawn
         elif category in IN_PLACE:
-            sources = [case.images[-1] for case in world.bench(task, category, len(drawn))]
+            sources = [case.images[-1] for case in world.bench_cases(task, category, len(drawn))]
             edits += zip(sources, drawn)
         else:
             left_out += len(drawn)
@@ -229,7 +229,7 @@ def first_pictures(pipeline: Pipeline, sampler: Sampler) -> tuple[Pictures, floa
     pictures, seconds = {}, 0.0
     for task, categories in CATEGORIES.items():
         for category in categories:
-            cases = world.bench(task, category, SHOWN[task])
+            cases = world.bench_cases(task, category, SHOWN[task])
             pictures[task, category], spent = draw_cases(pipeline, sampler, cases, list(range(len(cases))))
             seconds += spent
     return pictures, seconds / sum(map(len, pictures.values()))

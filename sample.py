@@ -402,20 +402,13 @@ def export_student(pipeline: Pipeline, options: SampleOptions) -> None:
             f"{options.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
         )
     may_write(options.export, options.overwrite, folder=not options.base)  # before the weights are read
+    mmdit, out = pipeline.mmdit, options.export
     if options.base:
-        mmdit, rank, exact = pipeline.mmdit, options.rank, options.exact
-        print(export_lora(options.base, mmdit, options.export, sigmas, scheduler, rank, exact))
+        print(export_lora(options.base, mmdit, out, sigmas, scheduler, options.rank, options.exact))
         return
-    export(
-        options.checkpoint,
-        pipeline.mmdit,
-        sigmas,
-        options.export,
-        link=options.link,
-        stochastic=scheduler.stochastic_sampling,
-        bend=scheduler,
-    )
-    print(f"{options.export}: {how_it_draws(sigmas, scheduler.stochastic_sampling, scheduler)}")
+    renoises = scheduler.stochastic_sampling
+    export(options.checkpoint, mmdit, sigmas, out, link=options.link, stochastic=renoises, bend=scheduler)
+    print(f"{out}: {how_it_draws(sigmas, renoises, scheduler)}")
 
 
 def draw_jobs(pipeline: Pipeline, options: SampleOptions) -> None:

@@ -129,7 +129,7 @@ class Students:
 
     def score(self, file: Path, pipeline: Pipeline, sampler: Sampler, bench: str, cases: int) -> None:
         for category in evaluation.CATEGORIES[bench]:  # before the clock runs: only the first row would pay for it
-            benched = world.bench(bench, category, cases)
+            benched = world.bench_cases(bench, category, cases)
             self.condition([case.prompt for case in benched], [case.images for case in benched])
         row, _ = evaluation.evaluate(pipeline, sampler, {bench: cases})
         write_json(file, row)
@@ -311,7 +311,7 @@ def pictures(students: Students, experiment: Experiment) -> dict[str, evaluation
         for bench in tasks:
             seeds = list(range(evaluation.SHOWN[bench]))
             for category in evaluation.CATEGORIES[bench]:
-                cases = world.bench(bench, category, len(seeds))
+                cases = world.bench_cases(bench, category, len(seeds))
                 drawn[label][bench, category], _ = draw_cases(pipeline, sampler, cases, seeds)
     return drawn
 

@@ -56,7 +56,7 @@ def test_an_edit_that_changes_half_of_the_picture_does_not_hide_the_other_half(s
 def test_the_toys_own_answers_stand_where_their_sources_stand():
     """Repairs, another hat, another time of day: the world itself moves nothing."""
     for family in ("enhance", "object", "style"):
-        for case in world.bench("edit", family, 4):
+        for case in world.bench_cases("edit", family, 4):
             result = motion(pixels(case.images[0]), pixels(figures.answer(case)))
             if result is not None:
                 assert np.abs(result.shift).max() < 0.1 and abs(result.scale - 1) < 0.002

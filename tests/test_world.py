@@ -40,7 +40,7 @@ def test_case_depends_on_its_index_alone(task, category):
         again = world.draw_case(task, category, 3, index, benched=True)
         for name in ("prompt", "target", "free", "images", "source"):
             assert getattr(again, name) == getattr(first[index], name)
-    assert [case.prompt for case in world.bench(task, category, 3)] == [
+    assert [case.prompt for case in world.bench_cases(task, category, 3)] == [
         world.draw_case(task, category, 2026, index, benched=True).prompt for index in range(3)
     ]
     assert len({str(world.draw_case(task, category, seed, 0, benched=True).target) for seed in range(8)}) > 1
@@ -50,7 +50,7 @@ def test_training_never_meets_the_bench():
     """Over 200 benched cases and 600 training cases of every category and family."""
     benched, trained = set(), set()
     for task, category in STREAMS:
-        for case in world.bench(task, category, 200):
+        for case in world.bench_cases(task, category, 200):
             benched.add(combination(case.target))
             if case.source:
                 benched.add(combination(case.source))

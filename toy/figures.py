@@ -62,7 +62,7 @@ def contact_sheet(
             if key[0] != task:
                 continue
             fewest = min(len(pictures[key]) for pictures in models.values())
-            shown = world.bench(*key, min(count, fewest))
+            shown = world.bench_cases(*key, min(count, fewest))
             cases += shown
             titles += [key[1]] * len(shown)
             for name, pictures in models.items():

@@ -249,12 +249,12 @@ class Case:
         return [enlarge(small)]
 
 
-def bench(task: str, category: str, count: int) -> list[Case]:
+def bench_cases(task: str, category: str, count: int) -> list[Case]:
     """The first `count` cases of T2I-Bench (task "t2i") or Editing-Bench (task "edit") in one category or family."""
     return [bench_case(task, category, index) for index in range(count)]
 
 
-@cache
+@cache  # and with it the case's pictures
 def bench_case(task: str, category: str, index: int) -> Case:
     return draw_case(task, category, 2026, index, benched=True)
 

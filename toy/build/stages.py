@@ -173,7 +173,7 @@ def score_autoencoder(folder: Path) -> dict:
     for task, categories in evaluation.CATEGORIES.items():
         verdicts = {}
         for category in categories:
-            cases = world.bench(task, category, evaluation.CASES[task])
+            cases = world.bench_cases(task, category, evaluation.CASES[task])
             answers = np.stack([np.asarray(answer(case).convert("RGB"), np.float32) / 255 for case in cases])
             arrays = (reconstruct(pipeline, answers) * 255).round().astype(np.uint8)
             pictures = [Image.fromarray(array) for array in arrays]
