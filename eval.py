@@ -29,6 +29,7 @@ Commands: eval.py --help. Means and intervals: scores/statistics.py. The paper's
 
 import json
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -212,7 +213,7 @@ def compare(student: Path, teacher: Path, out: Path, counts: dict[str, int] = CO
     models.append((student_pipeline, few_steps))
     rows, pictures, known = [], {}, recorded(teacher, counts)
     for pipeline, sampler in models:
-        pictures[sampler.name], seconds = first_pictures(pipeline, sampler)
+        pictures[sampler.name], seconds = first_pictures(pipeline, sampler, CATEGORIES)
         row = known.get(sampler.name) or evaluate(pipeline, sampler, counts)[0]
         # All seconds are measured here, side by side: those of the log are of another time, or another machine.
         rows.append(without_cases(row) | {"seconds_per_image": seconds, "machine": machine(pipeline.device)})
@@ -224,11 +225,11 @@ def compare(student: Path, teacher: Path, out: Path, counts: dict[str, int] = CO
     return rows
 
 
-def first_pictures(pipeline: Pipeline, sampler: Sampler) -> tuple[Pictures, float]:
+def first_pictures(pipeline: Pipeline, sampler: Sampler, tasks: Iterable[str]) -> tuple[Pictures, float]:
     """The pictures that the contact sheet shows, and the seconds that each took."""
     pictures, seconds = {}, 0.0
-    for task, categories in CATEGORIES.items():
-        for category in categories:
+    for task in tasks:
+        for category in CATEGORIES[task]:
             cases = world.bench_cases(task, category, SHOWN[task])
             pictures[task, category], spent = draw_cases(pipeline, sampler, cases, list(range(len(cases))))
             seconds += spent

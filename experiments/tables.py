@@ -32,7 +32,7 @@ from scores.charts import chart
 from scores.rows import check_place, markdown, scores_of_cases
 from scores.statistics import agreement, difference_of_models
 from toy import world
-from toy.draw import RESOLUTION, Sampler, default_sampler, draw_cases, open_checkpoint
+from toy.draw import RESOLUTION, Sampler, default_sampler, open_checkpoint
 from toy.figures import contact_sheet
 from training.options import TrainOptions
 from training.run import find_teachers, open_run, whole_checkpoints
@@ -307,12 +307,7 @@ def pictures(students: Students, experiment: Experiment) -> dict[str, evaluation
         if label in experiment.rows:
             end = students.stages(longer=label.endswith(LONGER))[-1]
             weights = students.weights(experiment.rows[label], 0, end, tasks)
-        pipeline, drawn[label] = students.opened(weights), {}
-        for bench in tasks:
-            seeds = list(range(evaluation.SHOWN[bench]))
-            for category in evaluation.CATEGORIES[bench]:
-                cases = world.bench_cases(bench, category, len(seeds))
-                drawn[label][bench, category], _ = draw_cases(pipeline, sampler, cases, seeds)
+        drawn[label], _ = evaluation.first_pictures(students.opened(weights), sampler, tasks)
     return drawn
 
 
