@@ -39,7 +39,6 @@ from program.eval_options import EvalOptions, parse
 if __name__ == "__main__":  # here already: --help and a mistyped flag do not wait for torch
     edges.run("eval", parse)  # imports the rest, and calls run(options)
 
-from PIL import Image
 from tqdm import tqdm
 
 from checkpoint.files import read_json, write_json
@@ -53,7 +52,7 @@ from scores.measures import colour_measures, edit_measures, mean_distance, measu
 from scores.rows import check_place, machine, read_row, without_cases, write_row
 from scores.statistics import averages, interval_over_cases
 from toy import judge, world
-from toy.draw import Sampler, default_sampler, draw_cases, open_checkpoint, reconstruct, teacher_samplers
+from toy.draw import Pictures, Sampler, default_sampler, draw_cases, open_checkpoint, reconstruct, teacher_samplers
 from toy.figures import contact_sheet, table
 
 CATEGORIES = dict(world.BENCHES)  # the categories of each task, "t2i" and "edit"
@@ -69,7 +68,6 @@ IN_PLACE = ("enhance", "object", "style")
 
 PARTS = ("score", "compliance", "attributes", "fidelity")
 CaseScores = dict[str, dict[str, list[float]]]  # one of PARTS -> category -> a number for each case
-Pictures = dict[tuple[str, str], list[Image.Image]]  # by task and category, in the order of the bench
 
 
 def parts_of_score(verdict: judge.Verdict) -> dict[str, float]:

@@ -5,10 +5,10 @@ noisy target, and all tokens before them are the condition:
 
     words      the language model (Qwen3-VL, here the encoder) reads the prompt inside a fixed template; its states, one
                for each token, are the text (taken before its last norm, and why: networks/qwen3vl.py)
-    sources    enter twice. The language model looks at them as it reads, so that "the red one" finds its red one; of
-               these states the MMDiT sees nothing directly, only what the words took from them. And the VAE encodes
-               them: these latents carry the pixels, and stand in the sequence where the language model had its image
-               slots, four to a slot, before the words that speak about them
+    sources    enter twice. The language model sees them as it reads, so that "the red one" finds its red one. The MMDiT
+               does not get its states of the pictures, only what the words took from them. The pixels come from the
+               VAE: the latents of the sources stand in the sequence where the language model had its image slots, four
+               to a slot, before the words that speak about them
 
 Nothing in it depends on the step. With `causal_condition` its keys and values do not either, so a picture pays for its
 condition once (`MMDiT.with_prefix`) and then for the target's tokens alone at every step. A negative prompt is a second
@@ -76,7 +76,7 @@ class Pipeline:
     Its three networks are read from the disk at their first use, and any may be replaced by assignment. The first call
     frees the encoder, the largest of them, before it reads the MMDiT, so these two do not share the memory. The MMDiT
     stays, and a second call reads the encoder again beside it. For many pictures in little memory make all `conditions`
-    first and then the `pictures`, as `run` below does, or use `offload`. `keep_encoder` is for those with the memory.
+    first and then the `pictures`, as `run` below does, or use `offload`. `keep_encoder` keeps it, where memory allows.
     """
 
     directory: Path
@@ -169,7 +169,7 @@ class Pipeline:
         """Drop the encoder from memory, unless keep_encoder is set. Its next use reads it from the disk again."""
         if not self.keep_encoder and "encoder" in vars(self):
             del self.encoder
-            torch.cuda.empty_cache()  # what torch keeps of it in pieces would not fit what comes next
+            torch.cuda.empty_cache()  # else torch keeps its memory in pieces, too small for the next network
 
     @contextmanager
     def at_work(self, network: nn.Module) -> Iterator[nn.Module]:
@@ -180,7 +180,7 @@ class Pipeline:
         if self.offload:
             network.to("cpu")
 
-    # Before the steps: what they are told.
+    # Before the steps: conditions, schedule, noises.
 
     @torch.no_grad()
     def condition(
@@ -395,7 +395,7 @@ def source_lists(images: Source | list[Source] | list[list[Source]] | None, prom
 
 
 def export_student(pipeline: Pipeline, options: SampleOptions) -> None:
-    """--export: the checkpoint's student, with what --lora makes of it, as a folder; or what it changed in --base."""
+    """--export: the checkpoint's student, changed by --lora, as a folder; or its difference from --base as a LoRA."""
     sigmas, scheduler = pipeline.sample_sigmas, pipeline.scheduler
     if sigmas is None:
         raise ValueError(

@@ -32,7 +32,7 @@ from scores.charts import chart
 from scores.rows import check_place, markdown, scores_of_cases
 from scores.statistics import agreement, difference_of_models
 from toy import world
-from toy.draw import RESOLUTION, Sampler, default_sampler, open_checkpoint
+from toy.draw import RESOLUTION, Pictures, Sampler, default_sampler, open_checkpoint
 from toy.figures import contact_sheet
 from training.options import TrainOptions
 from training.run import find_teachers, open_run, whole_checkpoints
@@ -299,7 +299,7 @@ def run(name: str, options: TableOptions) -> dict:
     return result
 
 
-def pictures(students: Students, experiment: Experiment) -> dict[str, evaluation.Pictures]:
+def pictures(students: Students, experiment: Experiment) -> dict[str, Pictures]:
     """Of the first cases: base teacher, undistilled, and the first seed of every row."""
     drawn, tasks = {}, tuple(experiment.paper)
     for label in (TEACHER, START, *experiment.rows):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.pictures import to_pictures, to_tensor
 from sample import Pipeline
-from toy import draw, figures, world
+from toy import draw, world
 from toy.draw import Sampler, draw_cases, open_checkpoint, reconstruct
 
 SIGMAS = [1.0, 0.6, 0.3, 0.0]
@@ -96,7 +96,7 @@ def test_network_evaluations_are_counted(pipeline, monkeypatch, guidance, renois
 
 def test_reconstruction_is_the_autoencoders(pipeline):
     """Opaque pictures in [0, 1], through the VAE and back, over white."""
-    pictures = [figures.answer(case) for case in world.bench_cases("t2i", "portrait", 2)]
+    pictures = [case.answer() for case in world.bench_cases("t2i", "portrait", 2)]
     arrays = np.stack([np.asarray(picture)[..., :3] / np.float32(255) for picture in pictures])
     again = reconstruct(pipeline, arrays)
     with torch.no_grad():

@@ -41,7 +41,7 @@ def pipeline(toy_checkpoint) -> Pipeline:
 
 def test_right_pictures_score_one(pipeline, monkeypatch):
     """The truth in place of the model's pictures, a perfect autoencoder: 1 everywhere, certain, with no diversity."""
-    answers = lambda p, s, cases, seeds: ([figures.answer(case) for case in cases], 0.5)  # noqa: E731
+    answers = lambda p, s, cases, seeds: ([case.answer() for case in cases], 0.5)  # noqa: E731
     monkeypatch.setattr(evaluation, "draw_cases", answers)
     monkeypatch.setattr(evaluation, "reconstruct", lambda pipeline, pictures: pictures)
     row, shown = evaluation.evaluate(pipeline, Sampler("x", SIGMAS), {"t2i": 3, "edit": 2})

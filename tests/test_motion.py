@@ -5,7 +5,7 @@ import pytest
 
 from scores.colours import lab, pixels
 from scores.motion import bilinear, colour_drift, motion
-from toy import figures, world
+from toy import world
 
 SIDE = 128
 
@@ -57,7 +57,7 @@ def test_the_toys_own_answers_stand_where_their_sources_stand():
     """Repairs, another hat, another time of day: the world itself moves nothing."""
     for family in ("enhance", "object", "style"):
         for case in world.bench_cases("edit", family, 4):
-            result = motion(pixels(case.images[0]), pixels(figures.answer(case)))
+            result = motion(pixels(case.images[0]), pixels(case.answer()))
             if result is not None:
                 assert np.abs(result.shift).max() < 0.1 and abs(result.scale - 1) < 0.002
 

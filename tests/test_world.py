@@ -70,7 +70,7 @@ def test_training_prompts_are_these_cases():
     for index, prompt in enumerate(prompts):
         case = world.draw_case("edit", "style", 5, index, benched=False)
         assert (prompt.prompt, prompt.images) == (case.prompt, case.images)
-        assert prompt.target == world.enlarge(world.render(case.target))
+        assert prompt.target == case.answer()
         assert prompt.target != case.images[0]
     assert world.training_prompts("t2i", "text", 1, seed=5, targets=False)[0].target is None
 

@@ -24,6 +24,7 @@ from toy.world import Case
 
 RESOLUTION = world.SIDE * world.ENLARGE  # of the toy world's pictures, in pixels
 BATCH = 32  # pictures drawn at once
+Pictures = dict[tuple[str, str], list[Image.Image]]  # one model's, by task and category, in the order of the bench
 
 
 @dataclass

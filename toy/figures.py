@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-from PIL import Image
-
 from data.sheets import Grid, write_sheet
 from scores.measures import measures_table
 from scores.rows import markdown
 from toy import world
-from toy.world import Case
+from toy.draw import Pictures
 
 
 def table(rows: list[dict]) -> str:
@@ -46,13 +44,11 @@ def task_lines(rows: list[dict], task: str, title: str) -> list[list[str]]:
     return [*lines, [f"{title} modes", *modes], [f"{title} distance", *distances]]
 
 
-def contact_sheet(
-    models: dict[str, dict[tuple[str, str], list[Image.Image]]], counts: dict[str, int], path: Path
-) -> None:
+def contact_sheet(models: dict[str, Pictures], counts: dict[str, int], path: Path) -> None:
     """The same cases under every model, one model in a row. Above, the T2I cases with their prompts; below, the edits under
     their sources. The last row of both is the truth.
 
-    models: name -> (task, category) -> pictures in the order of the bench. counts: by task, cases of each category
+    models: by name. counts: by task, cases of each category.
     """
     grids = []
     for task, count in counts.items():
@@ -69,11 +65,6 @@ def contact_sheet(
                 rows[name] += pictures[key][: len(shown)]
         if task == "edit":
             rows = {"source": [case.images[0] for case in cases]} | rows
-        rows["one right answer"] = [answer(case) for case in cases]
+        rows["one right answer"] = [case.answer() for case in cases]
         grids.append(Grid(rows, [case.prompt for case in cases], titles))
     write_sheet(grids, path)
-
-
-def answer(case: Case) -> Image.Image:
-    """The picture that the case was made from. For a T2I case it is one of many right ones."""
-    return world.enlarge(world.render(case.target))

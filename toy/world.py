@@ -248,6 +248,10 @@ class Case:
             small = hide(small, self.visible)
         return [enlarge(small)]
 
+    def answer(self) -> Image.Image:
+        """The picture of `target`. For a T2I case it is one of many right ones."""
+        return enlarge(render(self.target))
+
 
 def bench_cases(task: str, category: str, count: int) -> list[Case]:
     """The first `count` cases of T2I-Bench (task "t2i") or Editing-Bench (task "edit") in one category or family."""
@@ -356,7 +360,7 @@ def training_prompts(
     prompts = []
     for index in range(count):
         case = draw_case(task, category, seed, index, benched=False, narrow=narrow)
-        target = enlarge(render(case.target)) if targets else None
+        target = case.answer() if targets else None
         prompts.append(Prompt(task, category, case.prompt, case.images, target))
     return prompts
 
@@ -404,7 +408,7 @@ def sheet() -> Image.Image:
     rows = [[enlarge(render(spec)) for spec in row] for row in rows]
     for family in FAMILIES:
         cases = [draw_case("edit", family, 0, index, benched=False) for index in range(6)]
-        rows.append([picture for case in cases for picture in (case.images[0], enlarge(render(case.target)))])
+        rows.append([picture for case in cases for picture in (case.images[0], case.answer())])
     side = SIDE * ENLARGE + 6
     canvas = Image.new("RGB", (12 * side, side * len(rows)), "white")
     for y, row in enumerate(rows):

@@ -41,14 +41,13 @@ from scores.statistics import difference_of_models
 from toy import judge, world
 from toy.build import language
 from toy.build.autoencoder import train_vae
-from toy.draw import open_checkpoint, reconstruct, teacher_samplers
-from toy.figures import answer, table
+from toy.draw import RESOLUTION, open_checkpoint, reconstruct, teacher_samplers
+from toy.figures import table
 from training import presets
 from training.options import TrainOptions
 from training.run import open_run
 
 SEED = 0
-RESOLUTION = world.SIDE * world.ENLARGE
 # Ours: a size that two cores can train. The text encoder's width is language.build_text_encoder's.
 TEACHER = {
     "num_layers": 6,
@@ -174,7 +173,7 @@ def score_autoencoder(folder: Path) -> dict:
         verdicts = {}
         for category in categories:
             cases = world.bench_cases(task, category, evaluation.CASES[task])
-            answers = np.stack([np.asarray(answer(case).convert("RGB"), np.float32) / 255 for case in cases])
+            answers = np.stack([np.asarray(case.answer().convert("RGB"), np.float32) / 255 for case in cases])
             arrays = (reconstruct(pipeline, answers) * 255).round().astype(np.uint8)
             pictures = [Image.fromarray(array) for array in arrays]
             verdicts[category] = judge.judge(pictures, cases, partial(reconstruct, pipeline))
