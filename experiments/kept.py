@@ -4,7 +4,7 @@ import fcntl
 from pathlib import Path
 
 from checkpoint.files import digest, read_json, write_json
-from toy import judge, world
+from toy import judge, painter, world
 from training.run import faster_dtype
 
 
@@ -36,5 +36,5 @@ def check_settings(folder: Path, settings: dict, device: str) -> dict:
 
 
 def judge_version() -> str:
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (judge, world))
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (judge, world, painter))
     return digest(sources)[:16]

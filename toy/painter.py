@@ -186,9 +186,8 @@ def paint_thing(pen: Pen, shining: Pen, spec: dict) -> None:
 
 
 def paint_portrait(spec: dict) -> Image.Image:
-    canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), BACKDROP[spec["backdrop"]])
+    canvas = backdrop(spec["backdrop"], spec["pattern"]).copy()
     pen = Pen(canvas)
-    paint_pattern(pen, spec)
     x, s = spec["x"], spec["size"]
     y = 31 - 14 * s  # centre of the face: the shoulders always touch the lower edge
     hair, skin = HAIR[spec["hair"]], SKIN[spec["skin"]]
@@ -209,20 +208,23 @@ def paint_portrait(spec: dict) -> Image.Image:
     return canvas
 
 
-def paint_pattern(pen: Pen, spec: dict) -> None:
-    """What is on the wall behind the person."""
-    shade = darker(BACKDROP[spec["backdrop"]], 0.80)
+@cache
+def backdrop(colour: str, pattern: str) -> Image.Image:
+    """The wall behind the person."""
+    canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), BACKDROP[colour])
+    pen, shade = Pen(canvas), darker(BACKDROP[colour], 0.80)
     for i in range(0, 48, 6):
-        if spec["pattern"] == "columns":
+        if pattern == "columns":
             pen.box(i, 0, i + 2, SIDE, shade)
-        elif spec["pattern"] == "rows":
+        elif pattern == "rows":
             pen.box(0, i, SIDE, i + 2, shade)
-        elif spec["pattern"] == "slanted":
+        elif pattern == "slanted":
             for x in (i, i + 18):
                 pen.shape([(x, 0), (x + 3, 0), (x + 3 - SIDE, SIDE), (x - SIDE, SIDE)], shade)
-        elif spec["pattern"] == "dots":
+        elif pattern == "dots":
             for j in range(0, SIDE, 6):
                 pen.oval(i + 2 + (j // 6 % 2) * 3, j + 2, 1.4, 1.4, shade)
+    return canvas
 
 
 def paint_mouth(pen: Pen, mouth: str, x: float, y: float, s: float, skin: Colour) -> None:
