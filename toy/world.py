@@ -232,7 +232,7 @@ class Case:
     target: dict
     free: dict[str, tuple]
     source: dict | None = None
-    visible: np.ndarray | None = None  # (32, 32) bool: what the source shows, which must be kept; None: all, loosely
+    visible: np.ndarray | None = None  # (32, 32) bool: the part to be kept as it is; None: there is no such part
     noise: int | None = None  # the seed of the noise on the source
 
     @cached_property
