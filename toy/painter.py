@@ -91,6 +91,17 @@ def paint(spec: dict) -> Image.Image:
     return painters[spec["category"]](spec)
 
 
+def paint_background(spec: dict) -> Image.Image:
+    """The canvas with nothing in front: sky and land, backdrop, or wall."""
+    if spec["category"] == "landscape":
+        canvas = sky_gradient(spec["time"]).copy()
+        paint_ground(Pen(canvas, light=SKY[spec["time"]][2]), spec)
+        return canvas
+    if spec["category"] == "portrait":
+        return backdrop(spec["backdrop"], spec["pattern"])
+    return brick_wall(spec["wall"], spec["bricks"])
+
+
 # ---- landscapes ------------------------------------------------------------------------------------------------------
 
 

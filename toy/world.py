@@ -169,7 +169,16 @@ def held_out(spec: dict) -> bool:
 
 def render(spec: dict) -> np.ndarray:
     """spec -> (32, 32, 3) float32 in [0, 1], in large pixels."""
-    return np.asarray(painter.paint(spec).reduce(painter.FINE), dtype=np.float32) / 255
+    return large_pixels(painter.paint(spec))
+
+
+def background(spec: dict) -> np.ndarray:
+    """The same with nothing in front: sky and land, backdrop, or wall."""
+    return large_pixels(painter.paint_background(spec))
+
+
+def large_pixels(canvas: Image.Image) -> np.ndarray:
+    return np.asarray(canvas.reduce(painter.FINE), dtype=np.float32) / 255
 
 
 def enlarge(small: np.ndarray) -> Image.Image:
