@@ -1,7 +1,7 @@
 """T2I-Bench and Editing-Bench: how a model is scored, and the command that does it.
 
 The paper compares models on two benches (sections 3 and 5, appendix A): T2I-Bench has three categories of prompts,
-Editing-Bench six families of edits. A bench scores a model in four steps:
+Editing-Bench six families of edits. A model is scored in four steps:
 
     draw       one picture for each case; its noise follows from the case, so all models start from the same noise
     judge      one score for each picture: half compliance, half fidelity
@@ -11,7 +11,7 @@ Editing-Bench six families of edits. A bench scores a model in four steps:
 There are two judges, and each has cases of its own:
 
     the toy world   toy/judge.py measures, exactly. Scores from 0 to 1. Cases from toy/world.py, drawn by toy/draw.py
-    your own        a vision-language model is asked, by rubrics. Scores from 1 to 5. Cases from JSON lines: judges/
+    your own        a vision-language model is asked, by rubrics. Scores from 1 to 5. Cases from JSON lines. Room: judges/
 
 A ROW is the result for one model. In JSON:
 
@@ -29,8 +29,7 @@ Commands: eval.py --help. Means and intervals: scores/statistics.py. The paper's
 
 import json
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -40,105 +39,110 @@ from program.eval_options import EvalOptions, parse
 if __name__ == "__main__":  # here already: --help and a mistyped flag do not wait for torch
     edges.run("eval", parse)  # imports the rest, and calls run(options)
 
-import torch
-from PIL import Image
 from tqdm import tqdm
 
-from checkpoint.files import KEPT, read_json, write_json
-from checkpoint.layout import fingerprint, read_index, teachers_in
-from data.pictures import save
-from data.prompts import Prompt
+from checkpoint.files import read_json, write_json
+from checkpoint.layout import fingerprint, teachers_in
 from judges import rubrics
-from judges.cases import check_folder, describe, file_measures, notes_in, open_chats, read_cases, several_name
+from judges.cases import check_folder, describe, file_measures, open_chats, read_cases, several_name
+from judges.drawing import draw_missing
 from sample import Pipeline
+from scores.colours import colours, pixels
 from scores.measures import (
     EDIT_NUMBERS,
     colour_measures,
-    colours,
     mean_distance,
     measure_edit,
     measures_table,
-    pixels,
     summary_of_edits,
 )
-from scores.rows import check_place, machine, markdown, read_row, without_cases, write_row
+from scores.rows import check_place, machine, read_row, without_cases, write_row
 from scores.statistics import averages, interval_over_cases
 from toy import judge, world
-from toy.draw import Sampler, default_sampler, draw_cases, open_checkpoint, reconstruct, teacher_samplers
-from toy.figures import contact_sheet
+from toy.draw import Pictures, Sampler, default_sampler, draw_cases, open_checkpoint, reconstruct, teacher_samplers
+from toy.figures import contact_sheet, table
 
-CATEGORIES = dict(world.BENCHES)  # of each bench, "t2i" and "edit"
+CATEGORIES = dict(world.BENCHES)  # the categories of each task, "t2i" and "edit"
 CASES = {"t2i": 192, "edit": 96}  # in a category
 COMPARED = {"t2i": 48, "edit": 24}  # the same for `compare`, which ends a run of minutes
+SHOWN = {"t2i": 4, "edit": 2}  # the same for the contact sheet
 VARIETY = (2, 8)  # prompts in a category, and pictures of each, from which diversity is measured
-SHOWN = {"t2i": 4, "edit": 2}  # cases of a category in the contact sheet
 MEASURES = ("edit_shift", "edit_scale", "edit_colour", "t2i_colour", "variety")  # keys of scores/measures.py
 # Families whose edits leave things where they are. The others draw a new scene, which has no unchanged parts.
 IN_PLACE = ("enhance", "object", "style")
 
 # ---- what a score is -------------------------------------------------------------------------------------------------
 
-PARTS: dict[str, Callable[[judge.Verdict], float]] = {
-    "score": lambda verdict: verdict.score,  # half compliance, half fidelity
-    "compliance": lambda verdict: float(verdict.compliance),
-    "attributes": lambda verdict: sum(verdict.right.values()) / max(1, len(verdict.right)),
-    "fidelity": lambda verdict: verdict.fidelity,
-}
+PARTS = ("score", "compliance", "attributes", "fidelity")
 CaseScores = dict[str, dict[str, list[float]]]  # one of PARTS -> category -> a number for each case
 
 
-def evaluate(
-    pipeline: Pipeline,
-    sampler: Sampler,
-    benches: list[str],
-    cases: dict[str, int] = CASES,
-    each: bool = False,
-    only: tuple[str, ...] = (),
-) -> tuple[dict, dict[str, list[Image.Image]]]:
-    """Score one model on benches of the toy world: its row, and its pictures by bench and category.
+def parts_of_score(verdict: judge.Verdict) -> dict[str, float]:
+    """What the judge says of one picture, from 0 to 1 each."""
+    return {
+        "score": verdict.score,  # half compliance, half fidelity
+        "compliance": float(verdict.compliance),  # whether all is right
+        "attributes": sum(verdict.right.values()) / max(1, len(verdict.right)),  # the share that is right
+        "fidelity": verdict.fidelity,  # how clean the picture is
+    }
 
-    cases: in a category of each bench. each: the row also has the numbers of every single case, as "t2i_each". All models
-    draw the same cases, so the difference of two models can be taken case by case. only: these categories; (): all.
+
+def case_scores(verdicts: dict[str, list[judge.Verdict]]) -> CaseScores:
+    """verdicts: of one task, by category."""
+    scores: CaseScores = {part: {} for part in PARTS}
+    for category, of_category in verdicts.items():
+        of_cases = [parts_of_score(verdict) for verdict in of_category]
+        for part in PARTS:
+            scores[part][category] = [of_case[part] for of_case in of_cases]
+    return scores
+
+
+def summary(task: str, scores: CaseScores) -> dict:
+    """What a row says of a task: the means of score, compliance, attributes and fidelity, and the score's interval."""
+    return {
+        task: averages(scores["score"]),
+        f"{task}_compliance": averages(scores["compliance"]),
+        f"{task}_attributes": averages(scores["attributes"]),
+        f"{task}_fidelity": averages(scores["fidelity"]),
+        f"{task}_interval": interval_over_cases(scores["score"]),
+    }
+
+
+# ---- the toy world's benches -----------------------------------------------------------------------------------------
+
+
+def evaluate(
+    pipeline: Pipeline, sampler: Sampler, counts: dict[str, int], only: tuple[str, ...] = ()
+) -> tuple[dict, Pictures]:
+    """Score one model on the benches of the toy world: its row, and its pictures.
+
+    counts: cases in a category, for each task to be scored. only: these categories; (): all. The row also has the numbers
+    of every single case, as "t2i_each". All models draw the same cases, so two models can be compared case by case.
     """
     row = {"name": sampler.name, "nfe": sampler.nfe, "guidance": sampler.guidance}
-    row |= {"seconds_per_image": 0.0, "machine": machine(pipeline.device)}
-    row |= {"cases": {bench: cases[bench] for bench in benches}}
-    shown, seconds, count = {}, 0.0, 0
-    with tqdm(total=sum(len(only or CATEGORIES[bench]) for bench in benches), desc=sampler.name, leave=False) as bar:
-        for bench in benches:
-            verdicts = {}
-            for category in only or CATEGORIES[bench]:
-                benched = world.bench(bench, category, cases[bench])
-                pictures, spent = draw_cases(pipeline, sampler, benched, list(range(len(benched))))
-                verdicts[category] = judge.judge(pictures, benched, partial(reconstruct, pipeline))
-                shown[f"{bench} {category}"] = pictures
-                seconds, count = seconds + spent, count + len(benched)
-                bar.update()
-            scores = parts_of(verdicts)
-            row |= summary(bench, scores)
-            if each:
-                row[f"{bench}_each"] = scores
-            row[f"{bench}_diversity"] = diversity(pipeline, sampler, bench, only)
-    measures, of_cases = toy_measures(row, shown)
+    row |= {"seconds_per_image": 0.0, "machine": machine(pipeline.device), "cases": dict(counts)}
+    pictures, seconds = {}, 0.0
+    for task, count in counts.items():
+        verdicts = {}
+        for category in tqdm(only or CATEGORIES[task], desc=f"{sampler.name}: {task}", leave=False):
+            cases = world.bench_cases(task, category, count)
+            drawn, spent = draw_cases(pipeline, sampler, cases, list(range(count)))
+            verdicts[category] = judge.judge(drawn, cases, partial(reconstruct, pipeline))
+            pictures[task, category] = drawn
+            seconds += spent
+        scores = case_scores(verdicts)
+        row |= summary(task, scores)
+        row[f"{task}_each"] = scores
+        row[f"{task}_diversity"] = diversity(pipeline, sampler, task, only or CATEGORIES[task])
+    measures, of_cases = toy_measures(row, pictures)
     row |= measures
-    for bench in benches if each else ():
-        row[f"{bench}_each"] |= of_cases[bench]
-    row["seconds_per_image"] = seconds / count
-    return row, shown
+    for task in counts:
+        row[f"{task}_each"] |= of_cases[task]
+    row["seconds_per_image"] = seconds / sum(map(len, pictures.values()))
+    return row, pictures
 
 
-def parts_of(verdicts: dict[str, list[judge.Verdict]]) -> CaseScores:
-    """The parts of every verdict. verdicts: by category."""
-    return {part: {c: [read(verdict) for verdict in verdicts[c]] for c in verdicts} for part, read in PARTS.items()}
-
-
-def summary(bench: str, scores: CaseScores) -> dict:
-    """A bench's part of a row: the means of score, compliance, attributes and fidelity, and the score's interval."""
-    means = {bench if part == "score" else f"{bench}_{part}": averages(scores[part]) for part in PARTS}
-    return means | {f"{bench}_interval": interval_over_cases(scores["score"])}
-
-
-def diversity(pipeline: Pipeline, sampler: Sampler, bench: str, only: tuple[str, ...] = ()) -> dict:
+def diversity(pipeline: Pipeline, sampler: Sampler, task: str, categories: tuple[str, ...]) -> dict:
     """How different several pictures of ONE prompt are. A student that always draws the same picture loses both numbers.
 
     distance   between two of them, root mean square over large pixels, 0 to 1; by category, and their average
@@ -146,10 +150,11 @@ def diversity(pipeline: Pipeline, sampler: Sampler, bench: str, only: tuple[str,
     """
     prompts, samples = VARIETY
     distances, modes = {}, {}
-    for category in only or CATEGORIES[bench]:
-        prompted = [case for case in world.bench(bench, category, 4 * prompts) if case.free][:prompts]
-        cases = [case for case in prompted for _ in range(samples)]
-        pictures, _ = draw_cases(pipeline, sampler, cases, [10**6 + i for i in range(len(cases))])
+    for category in categories:
+        open_cases = [case for case in world.bench_cases(task, category, 4 * prompts) if case.free]
+        cases = [case for case in open_cases[:prompts] for _ in range(samples)]
+        seeds = [10**6 + i for i in range(len(cases))]
+        pictures, _ = draw_cases(pipeline, sampler, cases, seeds)
         small = [world.shrink(picture) for picture in pictures]
         fitted = [judge.fit_free(picture, case) for picture, case in zip(small, cases)]
         starts = range(0, len(cases), samples)  # of each prompt's pictures
@@ -158,35 +163,34 @@ def diversity(pipeline: Pipeline, sampler: Sampler, bench: str, only: tuple[str,
     return {"distance": averages(distances), "modes": averages(modes), "of": samples}
 
 
-def toy_measures(row: dict, shown: dict[str, list[Image.Image]]) -> tuple[dict, dict[str, CaseScores]]:
-    """The measures that need no judge, of a row's pictures; and by bench those of every single case, None where an edit has
+def toy_measures(row: dict, pictures: Pictures) -> tuple[dict, dict[str, CaseScores]]:
+    """The measures that need no judge, of a row's pictures; and by task those of every single case, None where an edit has
     no unchanged parts."""
     edits, drawings, left_out = {}, {}, 0
-    for title, pictures in shown.items():
-        bench, category = title.split()
-        if bench == "t2i":
-            drawings[category] = [pixels(picture) for picture in pictures]
+    for (task, category), drawn in pictures.items():
+        if task == "t2i":
+            drawings[category] = [pixels(picture) for picture in drawn]
         elif category in IN_PLACE:
-            cases = world.bench(bench, category, len(pictures))
-            pairs = [(pixels(case.images[-1]), pixels(picture)) for case, picture in zip(cases, pictures)]
-            edits[category] = [measure_edit(source, edited) for source, edited in pairs]
+            sources = [case.images[-1] for case in world.bench_cases(task, category, len(drawn))]
+            pairs = zip(sources, drawn, strict=True)
+            edits[category] = [measure_edit(pixels(source), pixels(edited)) for source, edited in pairs]
         else:
-            left_out += len(pictures)
-    measured = {}
+            left_out += len(drawn)
+    measures = {}
     if edits:
-        measured |= summary_of_edits([edit for of_category in edits.values() for edit in of_category], left_out)
+        measures |= summary_of_edits([edit for of_category in edits.values() for edit in of_category], left_out)
     if drawings:
-        measured |= colour_measures(drawing for of_category in drawings.values() for drawing in of_category)
-    variety = {}
-    for bench, key in (("t2i", "distance"), ("edit", "edit_distance")):
-        if f"{bench}_diversity" in row:
-            variety[key] = row[f"{bench}_diversity"]["distance"]["average"]
+        measures |= colour_measures(drawing for of_category in drawings.values() for drawing in of_category)
+    measures["variety"] = {}
+    for task, name in (("t2i", "distance"), ("edit", "edit_distance")):
+        if f"{task}_diversity" in row:
+            measures["variety"][name] = row[f"{task}_diversity"]["distance"]["average"]
     of_cases = {"t2i": {}, "edit": {}}
     for place, name in enumerate(("saturation", "contrast")):
         of_cases["t2i"][name] = {c: [colours(drawing)[place] for drawing in drawings[c]] for c in drawings}
     for name in EDIT_NUMBERS:
         of_cases["edit"][name] = {c: [edit[name] if edit else None for edit in edits[c]] for c in edits}
-    return measured | {"variety": variety}, of_cases
+    return measures, of_cases
 
 
 def score_toy(options: EvalOptions) -> None:
@@ -194,11 +198,11 @@ def score_toy(options: EvalOptions) -> None:
     pipeline = open_checkpoint(options.checkpoint)
     guidance = pipeline.guidance if options.guidance is None else options.guidance
     sampler = default_sampler(options.checkpoint.resolve().name, pipeline, options.steps, guidance)
-    made = {"name": sampler.name, "nfe": sampler.nfe, "guidance": sampler.guidance}
-    files = places(options, made, ["table.md", "sheet.png"])
-    benches = ["t2i", "edit"] if options.bench == "all" else [options.bench]
-    cases = {bench: options.cases or CASES[bench] for bench in benches}
-    row, pictures = evaluate(pipeline, sampler, benches, cases)
+    settings = {"name": sampler.name, "nfe": sampler.nfe, "guidance": sampler.guidance}
+    files = row_files(options, settings, beside=["table.md", "sheet.png"])
+    tasks = ["t2i", "edit"] if options.bench == "all" else [options.bench]
+    row, pictures = evaluate(pipeline, sampler, {task: options.cases or CASES[task] for task in tasks})
+    row = without_cases(row)
     for file in files:
         write_row(file, row)
     print(table([row]))
@@ -207,56 +211,43 @@ def score_toy(options: EvalOptions) -> None:
         contact_sheet({sampler.name: pictures}, SHOWN, options.out / "sheet.png")
 
 
-def table(rows: list[dict]) -> str:
-    """Rows of the toy world in Markdown, one model in a column. What a row does not have is "-" there."""
-
-    def cells(key: str, name: str = "average") -> list[str]:
-        return [f"{row[key][name]:.3f}" if name in row.get(key, ()) else "-" for row in rows]
-
-    lines = [["", *(row["name"] for row in rows)], ["network evaluations", *(str(row["nfe"]) for row in rows)]]
-    for bench, title in (("t2i", "T2I"), ("edit", "edit")):
-        if not any(bench in row for row in rows):
-            continue
-        lines += [[f"{title} {category}", *cells(bench, category)] for category in CATEGORIES[bench]]
-        widths = [f" ± {row[f'{bench}_interval']:.3f}" if bench in row else "" for row in rows]
-        bold = [f"**{mean}**{width}" if width else mean for mean, width in zip(cells(bench), widths)]
-        lines.append([f"**{title} average**", *bold])
-        lines += [[f"{title} {half}", *cells(f"{bench}_{half}")] for half in ("compliance", "fidelity")]
-        several = [row.get(f"{bench}_diversity") for row in rows]
-        modes = [f"{of_row['modes']['average']:.1f} of {of_row['of']}" if of_row else "-" for of_row in several]
-        distances = [f"{of_row['distance']['average']:.3f}" if of_row else "-" for of_row in several]
-        lines += [[f"{title} modes", *modes], [f"{title} distance", *distances]]
-    lines.append(["seconds per image", *(f"{row['seconds_per_image']:.4f}" for row in rows)])
-    lines.append(["measured on", *(row.get("machine", "-") for row in rows)])
-    measured = any("variety" in row for row in rows)
-    return f"{markdown(lines)}\n\n{measures_table(rows)}" if measured else markdown(lines)
-
-
 # ---- a student beside its teacher ------------------------------------------------------------------------------------
 
 
-def compare(student: Path, teacher: Path, out: Path, cases: dict[str, int] = COMPARED) -> list[dict]:
+def compare(student: Path, teacher: Path, out: Path, counts: dict[str, int] = COMPARED) -> list[dict]:
     """What a distillation was for: the teacher at 80 NFE, the same teacher in the student's few steps by both samplers,
     and the student. Writes out/comparison.json, .md and .png, and prints the table.
 
-    Of the toy's own teacher only the pictures of the contact sheet are drawn: what it scores was measured when it was made.
+    Of the toy's own teacher only the pictures of the contact sheet are drawn: it was scored when it was made.
     """
-    base, pupil = open_checkpoint(teacher), open_checkpoint(student)
-    own = default_sampler("student", pupil, None, 1.0)
-    own.name = f"student, {own.nfe} steps"
-    models = [*((base, sampler) for sampler in teacher_samplers(base, own.sigmas)), (pupil, own)]
-    rows, sheet, known = [], {}, recorded(teacher, cases)
+    teacher_pipeline, student_pipeline = open_checkpoint(teacher), open_checkpoint(student)
+    few_steps = default_sampler("student", student_pipeline, None, 1.0)
+    few_steps.name = f"student, {few_steps.nfe} steps"
+    models = [(teacher_pipeline, sampler) for sampler in teacher_samplers(teacher_pipeline, few_steps.sigmas)]
+    models.append((student_pipeline, few_steps))
+    rows, pictures, known = [], {}, recorded(teacher, counts)
     for pipeline, sampler in models:
-        sheet[sampler.name], seconds = first_pictures(pipeline, sampler)
-        row = known.get(sampler.name) or evaluate(pipeline, sampler, ["t2i", "edit"], cases)[0]
+        pictures[sampler.name], seconds = first_pictures(pipeline, sampler, CATEGORIES)
+        row = known.get(sampler.name) or evaluate(pipeline, sampler, counts)[0]
         # All seconds are measured here, side by side: those of the log are of another time, or another machine.
         rows.append(without_cases(row) | {"seconds_per_image": seconds, "machine": machine(pipeline.device)})
     write_json(out / "comparison.json", rows)
     (out / "comparison.md").write_text(table(rows) + "\n")
-    contact_sheet(sheet, SHOWN, out / "comparison.png")
+    contact_sheet(pictures, SHOWN, out / "comparison.png")
     print(table(rows))
     print(f"pictures side by side: {out / 'comparison.png'}")
     return rows
+
+
+def first_pictures(pipeline: Pipeline, sampler: Sampler, tasks: Iterable[str]) -> tuple[Pictures, float]:
+    """The pictures that the contact sheet shows, and the seconds that each took."""
+    pictures, seconds = {}, 0.0
+    for task in tasks:
+        for category in CATEGORIES[task]:
+            cases = world.bench_cases(task, category, SHOWN[task])
+            pictures[task, category], spent = draw_cases(pipeline, sampler, cases, list(range(len(cases))))
+            seconds += spent
+    return pictures, seconds / sum(map(len, pictures.values()))
 
 
 def build_log(checkpoint: Path) -> dict:
@@ -271,57 +262,51 @@ def fingerprint_with_teachers(checkpoint: Path) -> str:
     return fingerprint(checkpoint, *teachers_in(checkpoint).values())
 
 
-def recorded(teacher: Path, cases: dict[str, int]) -> dict[str, dict]:
-    """The rows of a checkpoint's own teacher in its log, by name, over the first of their cases: those of this bench. They
-    have the numbers of every single case. None where the log has fewer cases."""
+def recorded(teacher: Path, counts: dict[str, int]) -> dict[str, dict]:
+    """The rows of a checkpoint's own teacher in its log, by name, as they are over the first cases of each category. Empty
+    where the log has fewer cases."""
     log, rows = build_log(teacher), {}
     for row in log["score base"]["rows"] if log else []:
-        if any(count > row["cases"][bench] for bench, count in cases.items()):
-            continue
-        row = row | {"cases": cases}
-        for bench, count in cases.items():
-            logged = row[f"{bench}_each"]
-            scores = {part: {c: logged[part][c][:count] for c in logged[part]} for part in logged}
-            row |= summary(bench, scores) | {f"{bench}_each": scores}
-        rows[row["name"]] = {
-            key: value for key, value in row.items() if key not in MEASURES
-        }  # they are of all its cases
+        if all(count <= row["cases"][task] for task, count in counts.items()):
+            rows[row["name"]] = of_first_cases(row, counts)
     return rows
 
 
-def first_pictures(pipeline: Pipeline, sampler: Sampler) -> tuple[dict[str, list[Image.Image]], float]:
-    """The pictures that the contact sheet shows, by bench and category, and the seconds that each took."""
-    shown, seconds = {}, 0.0
-    for bench, categories in CATEGORIES.items():
-        for category in categories:
-            cases = world.bench(bench, category, SHOWN[bench])
-            shown[f"{bench} {category}"], spent = draw_cases(pipeline, sampler, cases, list(range(len(cases))))
-            seconds += spent
-    return shown, seconds / sum(map(len, shown.values()))
+def of_first_cases(row: dict, counts: dict[str, int]) -> dict:
+    """A row over its first cases. The MEASURES are left out: a row has them only over all its cases."""
+    shorter = {key: value for key, value in row.items() if key not in MEASURES} | {"cases": counts}
+    for task, count in counts.items():
+        scores = {
+            part: {category: numbers[:count] for category, numbers in by_category.items()}
+            for part, by_category in row[f"{task}_each"].items()
+        }
+        shorter |= summary(task, scores) | {f"{task}_each": scores}
+    return shorter
 
 
 # ---- your own cases --------------------------------------------------------------------------------------------------
 
 
 def score_files(options: EvalOptions) -> None:
-    """Score a model on your own cases. All that can be wrong is looked at before the first question, which costs money.
-    Without a judge the row has the measures that need none.
+    """Score a model on your own cases. Everything is checked before the first question, which costs money. Without a judge
+    the row has the measures that need none.
 
     SystemExit(1) at the end if something could not be scored. The same command then asks for that, and for nothing else.
     """
     cases = read_cases(options.prompts)  # {name of its picture: case}
     if options.list:
-        return print("\n".join(json.dumps({"picture": name, "prompt": case.prompt}) for name, case in cases.items()))
+        for name, case in cases.items():
+            print(json.dumps({"picture": name, "prompt": case.prompt}))
+        return
     chats = open_chats(options.judge, options.judge_model, options.judge_key, options.timeout) if options.judge else []
     name = options.name or options.out.resolve().name
-    files = places(options, {"name": name})
+    files = row_files(options, {"name": name})
     folder = options.pictures or options.out / "pictures"
     several = {picture: [several_name(picture, n) for n in range(options.variety)] for picture in cases}
     check_folder(folder, cases, several, whole=options.pictures is not None)
     if options.reference:
-        check_folder(
-            options.reference, cases, {name: [name] for name, case in cases.items() if case.task == "t2i"}, True
-        )
+        drawings = {picture: [picture] for picture, case in cases.items() if case.task == "t2i"}
+        check_folder(options.reference, cases, drawings, whole=True)
     if not options.pictures:
         draw_missing(cases, several, folder, options)
     row = {"name": name, **describe(cases, folder), "judges": {}}
@@ -341,51 +326,31 @@ def score_files(options: EvalOptions) -> None:
         sys.exit(1)
 
 
-def draw_missing(cases: dict[str, Prompt], several: dict[str, list[str]], folder: Path, options: EvalOptions) -> None:
-    """Draw the cases that have no picture in the folder yet. A case's noise is the same for every model.
-
-    several: the names of a case's pictures; all but the first have further noises.
-
-    Every picture has in it what made it. ValueError for pictures of other weights or settings: a bench is of one model.
-    """
-    index = read_index(options.checkpoint)
-    guidance = index["guidance"] if options.guidance is None else options.guidance
-    steps = options.steps or len(index["sample_sigmas"] or [0] * 40)
-    made = {"steps": steps, "guidance": guidance, "seed": options.seed}
-    made["weights"] = fingerprint(options.checkpoint, kept=options.out / KEPT)
-    wanted = {name: (picture, n) for picture, names in several.items() for n, name in enumerate(names)}
-    missing = [name for name in wanted if not (folder / name).exists()]
-    for name in wanted.keys() - set(missing):
-        if {key: notes_in(folder / name).get(key) for key in made} != made:
-            raise ValueError(f"{folder / name}: drawn by other weights or settings; name another --out for these")
-    if not missing:
-        return
-    dtype, device = (torch.bfloat16, "cuda") if torch.cuda.is_available() else (torch.float32, "cpu")
-    pipeline = Pipeline.from_pretrained(options.checkpoint, dtype, device, options.offload, keep_encoder=True)
-    pipeline.progress = False
-    for name in tqdm(missing, desc="draw", unit="picture"):
-        picture_name, n = wanted[name]
-        began, case, own = time.perf_counter(), cases[picture_name], int(picture_name[-20:-4], 16) % 2**31
-        settings = {"steps": steps, "guidance": guidance, "seed": options.seed + own + n}
-        picture = pipeline(case.prompt, list(case.images), **settings)
-        spent = {"seconds": round(time.perf_counter() - began, 3), "machine": machine(pipeline.device)}
-        save(picture, folder / name, made | {"prompt": case.prompt} | spent)
+def files_table(rows: list[dict]) -> str:
+    """Rows of your own cases in Markdown: what judges said, where one was asked, and the measures that need none."""
+    if len({row["bench"] for row in rows}) > 1:
+        raise ValueError("rows of different cases cannot share a table: " + ", ".join(row["name"] for row in rows))
+    tables = [measures_table(rows)]
+    judged = [row for row in rows if row["judges"]]
+    if judged:
+        tables.insert(0, rubrics.table(judged))
+    return "\n\n".join(tables)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def places(options: EvalOptions, made: dict, beside: list[str] | None = None) -> list[Path]:
-    """Where the row of a model, drawn as `made` says, may be written: --json and OUT/row.json.
+def row_files(options: EvalOptions, settings: dict, beside: list[str] | None = None) -> list[Path]:
+    """The files that a model's row is written to: --json and OUT/row.json. beside: names of further files in OUT.
 
-    beside: names of further files in OUT. A row that was made with other settings is replaced only with --overwrite.
+    ValueError or OSError where they cannot be written. A row with other settings is replaced only with --overwrite.
     """
     files = []
     if options.json:
-        check_place(options.json, made, options.overwrite)
+        check_place(options.json, settings, options.overwrite)
         files.append(options.json)
     if options.out:
-        check_place(options.out / "row.json", made, options.overwrite, beside or [])
+        check_place(options.out / "row.json", settings, options.overwrite, beside or [])
         files.append(options.out / "row.json")
     return files
 
@@ -398,14 +363,6 @@ def print_table(files: list[Path]) -> None:
         file = files[judged.index(False)]
         raise ValueError(f"{file}: is of the toy world, and cannot share a table with rows of your own cases")
     print(files_table(rows) if judged[0] else table(rows))
-
-
-def files_table(rows: list[dict]) -> str:
-    """Rows of your own cases in Markdown: what judges said, where one was asked, and the measures that need none."""
-    if len({row["bench"] for row in rows}) > 1:
-        raise ValueError("rows of different cases cannot share a table: " + ", ".join(row["name"] for row in rows))
-    judged = [row for row in rows if row["judges"]]
-    return "\n\n".join([*([rubrics.table(judged)] if judged else []), measures_table(rows)])
 
 
 def run(options: EvalOptions) -> None:

@@ -5,10 +5,10 @@ noisy target, and all tokens before them are the condition:
 
     words      the language model (Qwen3-VL, here the encoder) reads the prompt inside a fixed template; its states, one
                for each token, are the text (taken before its last norm, and why: networks/qwen3vl.py)
-    sources    enter twice. The language model looks at them as it reads, so that "the red one" finds its red one; of
-               these states the MMDiT sees nothing directly, only what the words took from them. And the VAE encodes
-               them: these latents carry the pixels, and stand in the sequence where the language model had its image
-               slots, four to a slot, before the words that speak about them
+    sources    enter twice. The language model sees them as it reads, so that "the red one" finds its red one. The MMDiT
+               does not get its states of the pictures, only what the words took from them. The pixels come from the
+               VAE: the latents of the sources stand in the sequence where the language model had its image slots, four
+               to a slot, before the words that speak about them
 
 Nothing in it depends on the step. With `causal_condition` its keys and values do not either, so a picture pays for its
 condition once (`MMDiT.with_prefix`) and then for the target's tokens alone at every step. A negative prompt is a second
@@ -33,10 +33,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from program import edges, sample_options
+from program import edges
+from program.sample_options import SampleOptions, parse
 
 if __name__ == "__main__":  # here already: --help and a mistyped flag do not wait for torch
-    edges.run("sample", sample_options.parse)  # imports the rest, and calls run(args)
+    edges.run("sample", parse)  # imports the rest, and calls run(options)
 
 import torch
 from einops import rearrange
@@ -75,7 +76,7 @@ class Pipeline:
     Its three networks are read from the disk at their first use, and any may be replaced by assignment. The first call
     frees the encoder, the largest of them, before it reads the MMDiT, so these two do not share the memory. The MMDiT
     stays, and a second call reads the encoder again beside it. For many pictures in little memory make all `conditions`
-    first and then the `pictures`, as `run` below does, or use `offload`. `keep_encoder` is for those with the memory.
+    first and then the `pictures`, as `run` below does, or use `offload`. `keep_encoder` keeps it, where memory allows.
     """
 
     directory: Path
@@ -168,7 +169,7 @@ class Pipeline:
         """Drop the encoder from memory, unless keep_encoder is set. Its next use reads it from the disk again."""
         if not self.keep_encoder and "encoder" in vars(self):
             del self.encoder
-            torch.cuda.empty_cache()  # what torch keeps of it in pieces would not fit what comes next
+            torch.cuda.empty_cache()  # else torch keeps its memory in pieces, too small for the next network
 
     @contextmanager
     def at_work(self, network: nn.Module) -> Iterator[nn.Module]:
@@ -179,7 +180,7 @@ class Pipeline:
         if self.offload:
             network.to("cpu")
 
-    # Before the steps: what they are told.
+    # Before the steps: conditions, schedule, noises.
 
     @torch.no_grad()
     def condition(
@@ -196,7 +197,8 @@ class Pipeline:
         sources', if they have been encoded before.
         """
         images = [[] for _ in prompts] if images is None else images
-        if (most := max(map(len, images), default=0)) > MOST_IMAGES:
+        most = max(map(len, images), default=0)
+        if most > MOST_IMAGES:
             raise ValueError(f"{most} source pictures for one prompt: at most {MOST_IMAGES} are read")
         for prompt in prompts:
             if len(prompt) > LONGEST:
@@ -204,12 +206,11 @@ class Pipeline:
         resolution = self.resolution if resolution is None else resolution
         if resolution < MULTIPLE:
             raise ValueError(f"resolution {resolution}: at least {MULTIPLE} pixels are needed")
-        # A shared picture is read once.
-        fitted = {id(image): fit(image, resolution, self.source_fit) for row in images for image in row}
+        given = [image for row in images for image in row]
+        fitted = {id(image): fit(image, resolution, self.source_fit) for image in given}  # a shared one is read once
         sources = [[fitted[id(image)] for image in row] for row in images]
-        if fitted:
+        if given:
             limits = PixelSettings.from_pretrained(self.directory / "processor")
-            given = [image for row in images for image in row]
             sizes = [fitted[id(image)].size for image in given]
             check_areas(given, sizes, resolution, limits.shortest_edge, limits.longest_edge)
         with self.at_work(self.encoder) as encoder:
@@ -220,10 +221,11 @@ class Pipeline:
         return Condition(states, mask, latents, slots)
 
     def encode(self, pictures: tuple[Image.Image, ...]) -> Tensor:
-        """The latents (B, 64, h, w) of B fitted pictures; of one that all share, from a single encoding."""
-        once = pictures[:1] if all(picture is pictures[0] for picture in pictures) else pictures
+        """The latents (B, 64, h, w) of B fitted pictures. A picture that all share is encoded once."""
+        shared = all(picture is pictures[0] for picture in pictures)
+        images = to_tensor(list(pictures[:1] if shared else pictures))  # (B or 1, 4, H, W)
         with self.at_work(self.vae) as vae:
-            z = vae.encode(to_tensor(list(once)).to(self.device, self.dtype))  # (B or 1, 64, h, w)
+            z = vae.encode(images.to(self.device, self.dtype))  # (B or 1, 64, h, w)
         check_stage("the latents of a source picture", z, vae.quant_conv.weight.dtype)
         return z.expand(len(pictures), -1, -1, -1)  # (B, 64, h, w)
 
@@ -246,9 +248,10 @@ class Pipeline:
             )
         conditions = [self.condition(prompts, images, resolution)]
         if guidance > 1:  # the same sources with other words: guidance is about the words alone
-            words = negative_prompt or ""
-            words = [words] * len(prompts) if isinstance(words, str) else list(words)
-            conditions.append(self.condition(words, images, resolution, conditions[0].sources))
+            negative_prompts = negative_prompt or ""
+            if isinstance(negative_prompts, str):
+                negative_prompts = [negative_prompts] * len(prompts)
+            conditions.append(self.condition(list(negative_prompts), images, resolution, conditions[0].sources))
         return [condition.to("cpu", self.dtype) for condition in conditions]
 
     def sigmas(self, steps: int | None, tokens: int) -> list[float]:
@@ -343,9 +346,8 @@ class Pipeline:
                             later steps, where the checkpoint takes any (stochastic_sampling)
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        images = [] if images is None else images if isinstance(images, (list, tuple)) else [images]
-        rows = images if images and isinstance(images[0], (list, tuple)) else [images] * len(prompts)
-        conditions = self.conditions(prompts, rows, resolution, guidance, negative_prompt)
+        sources = source_lists(images, len(prompts))
+        conditions = self.conditions(prompts, sources, resolution, guidance, negative_prompt)
         self.free_encoder()
         pictures = self.pictures(conditions, height, width, resolution, steps, guidance, seed, noise)
         return pictures[0] if isinstance(prompt, str) else pictures
@@ -369,7 +371,8 @@ class Pipeline:
             default = [16 * side for side in conditions[0].sources[-1].shape[-2:]]
         else:
             default = [self.resolution if resolution is None else resolution] * 2
-        height, width = default[0] if height is None else height, default[1] if width is None else width
+        height = default[0] if height is None else height
+        width = default[1] if width is None else width
         h, w = latent_grid(height, width, self.resolution)
         sigmas = self.sigmas(steps, h * w)
         noises = self.noises(len(conditions[0].mask), h, w, len(sigmas) - 1, seed, noise)
@@ -377,80 +380,100 @@ class Pipeline:
         return self.decode(self.draw(conditions, noises, sigmas, guidance))
 
 
+def source_lists(images: Source | list[Source] | list[list[Source]] | None, prompts: int) -> list[list[Source]]:
+    """A list of sources for each prompt, from what a call takes: none, one, one list for all, or the lists themselves."""
+    if images is None:
+        images = []
+    elif not isinstance(images, (list, tuple)):
+        images = [images]
+    if images and isinstance(images[0], (list, tuple)):
+        return list(images)
+    return [images] * prompts
+
+
 # ---- The command line ------------------------------------------------------------------------------------------------
 
 
-def export_student(pipeline: Pipeline, args: sample_options.SampleOptions) -> None:
-    """--export: the checkpoint's student, with what --lora makes of it, as a folder; or what it changed in --base."""
+def export_student(pipeline: Pipeline, options: SampleOptions) -> None:
+    """--export: the checkpoint's student, changed by --lora, as a folder; or its difference from --base as a LoRA."""
     sigmas, scheduler = pipeline.sample_sigmas, pipeline.scheduler
     if sigmas is None:
         raise ValueError(
-            f"{args.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
+            f"{options.checkpoint}: no few-step student (it has no sample_sigmas); if it is one, give --sigmas"
         )
-    may_write(args.export, args.overwrite, folder=not args.base)  # before the weights are read
-    if args.base:
-        print(export_lora(args.base, pipeline.mmdit, args.export, sigmas, scheduler, args.rank, args.exact))
+    may_write(options.export, options.overwrite, folder=not options.base)  # before the weights are read
+    mmdit, out = pipeline.mmdit, options.export
+    if options.base:
+        print(export_lora(options.base, mmdit, out, sigmas, scheduler, options.rank, options.exact))
         return
     renoises = scheduler.stochastic_sampling
-    export(args.checkpoint, pipeline.mmdit, sigmas, args.export, link=args.link, stochastic=renoises, bend=scheduler)
-    print(f"{args.export}: {how_it_draws(sigmas, renoises, scheduler)}")
+    export(options.checkpoint, mmdit, sigmas, out, link=options.link, stochastic=renoises, bend=scheduler)
+    print(f"{out}: {how_it_draws(sigmas, renoises, scheduler)}")
 
 
-def draw_jobs(pipeline: Pipeline, args: sample_options.SampleOptions) -> None:
-    """Draw, edit, and write what --prompt or --prompt-file ask for. What is wrong is said before the work."""
-    jobs = [(args.prompt, args.image)]
-    if args.prompt_file is not None:
-        jobs = [(line.prompt, line.images) for line in read_prompts([args.prompt_file])]
-    width, height = args.width, args.height
-    if args.shape:
-        width, height = sides(*args.shape, args.resolution or pipeline.resolution, "--aspect")
+def draw_jobs(pipeline: Pipeline, options: SampleOptions) -> None:
+    """Draw and edit what --prompt or --prompt-file ask for. Everything is checked before the work."""
+    jobs = [(options.prompt, options.image)]
+    if options.prompt_file is not None:
+        jobs = [(line.prompt, line.images) for line in read_prompts([options.prompt_file])]
+    width, height = options.width, options.height
+    if options.shape:
+        width, height = sides(*options.shape, options.resolution or pipeline.resolution, "--aspect")
     if width and height:
         latent_grid(height, width, pipeline.resolution)  # checks them
-    guidance = pipeline.guidance if args.guidance is None else args.guidance
-    steps = len(pipeline.sigmas(args.steps, tokens=1)) - 1  # their number is the same for all sizes
-    size = {"height": height, "width": width, "resolution": args.resolution}
-    out, count = Path(args.out), len(jobs) * args.num_images
+    guidance = pipeline.guidance if options.guidance is None else options.guidance
+    steps = len(pipeline.sigmas(options.steps, tokens=1)) - 1  # their number is the same for all sizes
+    out, count = Path(options.out), len(jobs) * options.num_images
     paths = [out] if count == 1 else [out.with_stem(f"{out.stem}-{i}") for i in range(1, count + 1)]
     for path in paths:
-        may_write(path, args.overwrite)
+        may_write(path, options.overwrite)
 
     # The encoder reads all prompts first, and leaves before the MMDiT comes.
-    asked = args.resolution, guidance, args.negative_prompt
-    conditions = [pipeline.conditions([prompt], [images], *asked) for prompt, images in jobs]
+    conditions, asked = [], (options.resolution, guidance, options.negative_prompt)
+    for prompt, images in jobs:
+        conditions.append(pipeline.conditions([prompt], [images], *asked))
     pipeline.free_encoder()
+
+    size = {"height": height, "width": width, "resolution": options.resolution}
     settings = {"steps": steps, "guidance": guidance, **size}
-    notes = {"negative_prompt": args.negative_prompt, "sigmas": pipeline.sample_sigmas, "shift": args.shift}
-    notes |= {
-        "lora": args.lora,
-        "checkpoint": args.checkpoint,
+    notes = {
+        "negative_prompt": options.negative_prompt,
+        "sigmas": pipeline.sample_sigmas,
+        "shift": options.shift,
+        "lora": options.lora,
+        "checkpoint": options.checkpoint,
         "dtype": str(pipeline.dtype).removeprefix("torch."),
-        "fit": args.fit,
+        "fit": options.fit,
     }
     for number, path in enumerate(paths):
-        job, nth = divmod(number, args.num_images)
-        (prompt, images), seed = jobs[job], args.seed + nth
+        job, repeat = divmod(number, options.num_images)
+        prompt, images = jobs[job]
+        seed = options.seed + repeat
         picture = pipeline.pictures(conditions[job], seed=seed, **settings)[0]
-        save(picture, path, {"prompt": prompt, "images": [str(i) for i in images], "seed": seed, **settings, **notes})
+        job_notes = {"prompt": prompt, "images": [str(image) for image in images], "seed": seed}
+        save(picture, path, job_notes | settings | notes)
         print(f"{path}: {picture.width} x {picture.height}, seed {seed}, {prompt!r}")
 
 
-def run(args: sample_options.SampleOptions) -> None:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+def run(options: SampleOptions) -> None:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = options.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     pipeline = Pipeline.from_pretrained(
-        args.checkpoint,
+        options.checkpoint,
         getattr(torch, dtype),
         device,
-        args.offload,
-        loras=args.loras,
-        sigmas=list(args.sigmas) or None,
-        shift=args.bend,
+        options.offload,
+        loras=options.loras,
+        sigmas=list(options.sigmas) or None,
+        shift=options.bend,
     )
-    pipeline.compile, pipeline.source_fit = args.compile, args.fit
-    work = draw_jobs if args.export is None else export_student
-    work(pipeline, args)
+    pipeline.compile, pipeline.source_fit = options.compile, options.fit
+    if options.export is None:
+        draw_jobs(pipeline, options)
+    else:
+        export_student(pipeline, options)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line, for a caller in Python."""
-    run(sample_options.parse(arguments))
+    run(parse(arguments))

@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 
 from checkpoint.files import digest, read_json, write_json
-from toy import judge, world
+from toy import judge, painter, world
 from training.run import faster_dtype
 
 
@@ -43,5 +43,5 @@ def row_name(model: str, cases: dict[str, int]) -> str:
 @cache
 def judge_version() -> str:
     """A hash of the sources of the picture world and of its judge."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (judge, world))
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (judge, world, painter))
     return digest(sources)[:8]

@@ -97,7 +97,7 @@ def student_row(folder: Path, words: list[str], seed: int, cases: dict[str, int]
             train.main([*words, "--seed", str(seed), "--out", str(out), *resume])
         pipeline = open_checkpoint(out / "student")
         sampler = default_sampler(f"{folder.name}, seed {seed}", pipeline, None, 1.0)
-        row, _ = evaluation.evaluate(pipeline, sampler, list(cases), cases, each=True)
+        row, _ = evaluation.evaluate(pipeline, sampler, cases)
         write_json(file, row)
     return read_json(file)
 
@@ -121,7 +121,7 @@ def teacher_rows(folder: Path, teacher: Pipeline, steps: int, cases: dict[str, i
             rows[sampler.name] = [logged[sampler.name]]
             continue
         if not file.exists():
-            row, _ = evaluation.evaluate(teacher, sampler, list(cases), cases, each=True)
+            row, _ = evaluation.evaluate(teacher, sampler, cases)
             write_json(file, row)
         rows[sampler.name] = [read_json(file)]
     return rows

@@ -121,9 +121,9 @@ class Students:
 
     def score(self, file: Path, pipeline: Pipeline, sampler: Sampler, bench: str, cases: int) -> None:
         for category in evaluation.CATEGORIES[bench]:  # before the clock runs: only the first row would pay for it
-            benched = world.bench(bench, category, cases)
+            benched = world.bench_cases(bench, category, cases)
             self.condition([case.prompt for case in benched], [case.images for case in benched])
-        row, _ = evaluation.evaluate(pipeline, sampler, [bench], {bench: cases}, each=True)
+        row, _ = evaluation.evaluate(pipeline, sampler, {bench: cases})
         write_json(file, row)
 
     def few_steps(self, name: str) -> Sampler:

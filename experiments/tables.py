@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import eval as evaluation
 from checkpoint.files import read_json, write_json
@@ -22,8 +21,7 @@ from experiments.students import STUDENT, Students, stages
 from scores.charts import chart
 from scores.rows import check_place, markdown, scores_of_cases
 from scores.statistics import agreement, difference_of_models
-from toy import world
-from toy.draw import draw_cases
+from toy.draw import Pictures
 from toy.figures import contact_sheet
 
 TIMES = 5  # so many times as long are the rows that ask what happens later
@@ -170,7 +168,7 @@ def run(name: str, options: TableOptions) -> dict:
     return result
 
 
-def pictures(students: Students, experiment: Experiment) -> dict[str, dict[str, list[Image.Image]]]:
+def pictures(students: Students, experiment: Experiment) -> dict[str, Pictures]:
     """Of the first cases: base teacher, undistilled, and the first seed of every row."""
     drawn, tasks = {}, tuple(experiment.paper)
     for label in (TEACHER, START, *experiment.rows):
@@ -178,12 +176,7 @@ def pictures(students: Students, experiment: Experiment) -> dict[str, dict[str, 
         if label in experiment.rows:
             student = replace(STUDENT, recipe=experiment.rows[label], seed=0)
             weights = students.weights(student, length(label, students.steps), tasks)
-        pipeline, drawn[label] = students.opened(weights), {}
-        for bench in tasks:
-            seeds = list(range(evaluation.SHOWN[bench]))
-            for category in evaluation.CATEGORIES[bench]:
-                cases = world.bench(bench, category, len(seeds))
-                drawn[label][f"{bench} {category}"], _ = draw_cases(pipeline, sampler, cases, seeds)
+        drawn[label], _ = evaluation.first_pictures(students.opened(weights), sampler, tasks)
     return drawn
 
 

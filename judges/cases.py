@@ -15,7 +15,8 @@ from data.pictures import open_picture
 from data.prompts import Prompt, read_prompts
 from judges.chat import Chat
 from judges.rubrics import FAMILIES
-from scores.measures import colour_measures, edit_measures, mean_distance, pixels
+from scores.colours import pixels
+from scores.measures import colour_measures, edit_measures, mean_distance
 from scores.statistics import averages, interval_over_cases
 
 SMALL = (64, 64)  # pixels, to which pictures of one prompt are reduced before they are compared

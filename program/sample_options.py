@@ -2,7 +2,7 @@
 
 examples:
   python sample.py --prompt "A landscape of hills, clear day sky, house on the left." --out house.png
-  python sample.py --checkpoint runs/dmd-flash/student --prompt "This house at night, by the sea." --image house.png --out night.png
+  python sample.py --checkpoint runs/dmd-flash/student --prompt "This house at night, by the sea." --image house.png
   python sample.py --checkpoint base --lora student.safetensors:0.8 --prompt "a red house"    draw with a LoRA
   python sample.py --checkpoint base --lora student.safetensors --export student              make it a folder
   python sample.py --checkpoint student --base base --export student.safetensors              make a folder a LoRA

@@ -9,8 +9,11 @@ from PIL import Image, ImageDraw, ImageFont
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
 
 
-def chart(panels: dict[str, dict], path: Path, along: str = "updates of the student", log: bool = False) -> None:
-    """Writes the picture of `curves`."""
+Lines = dict[str, list[tuple[float, list[float]]]]  # name of a line -> [(x, values at x)]
+
+
+def chart(panels: dict[str, Lines], path: Path, along: str = "updates of the student", log: bool = False) -> None:
+    """Write the picture of `curves`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     curves(panels, along, log=log).save(path)
 
@@ -31,52 +34,72 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def curves(
-    panels: dict[str, dict[str, list[tuple[float, list[float]]]]],
+    panels: dict[str, Lines],
     along: str,
     width: int = 520,
     height: int = 340,
     log: bool = False,
     reach: Sequence[float] = (),
 ) -> Image.Image:
-    """Panels side by side: {title: {name of the line: [(x, values at x)]}}. A line runs through the means; its shadow reaches
-    from the lowest to the highest value: of all seeds, or the ends of an interval. along: what x is; log: on a logarithmic
-    scale, where all x are above 0; reach: values that every panel has room for."""
-    left, top, foot = 52, 34, 40
+    """Panels side by side, by title, above a legend.
+
+    A line runs through the means; its shadow reaches from the lowest to the highest value: of all seeds, or the ends of an
+    interval. along: what x is; log: on a logarithmic scale, where all x are above 0; reach: values that every panel has
+    room for. width, height: of a panel, in pixels.
+    """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colours = dict(zip(names, COLOURS * (1 + len(names) // len(COLOURS))))
     canvas = Image.new("RGB", (len(panels) * width, height + 20 * len(names) + 10), "white")
     pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(13)
     for panel, (title, lines) in enumerate(panels.items()):
-        steps = sorted({x for line in lines.values() for x, _ in line})
-        values = [y for line in lines.values() for _, at_x in line for y in at_x] + [*reach]
-        levels = ticks(min(values), max(values))
-        x0, x1, y0, y1 = panel * width + left, (panel + 1) * width - 18, top, height - foot
-
-        def place(x: float, y: float) -> tuple[float, float]:
-            if log:
-                along_x = math.log(x / steps[0]) / math.log(steps[-1] / steps[0]) if len(steps) > 1 else 0.5  # noqa: B023
-            else:
-                along_x = x / (steps[-1] or 1)  # noqa: B023
-            along_y = (y - levels[0]) / (levels[-1] - levels[0])  # noqa: B023
-            return x0 + (x1 - x0) * along_x, y1 - (y1 - y0) * along_y  # noqa: B023
-
+        x0, x1 = panel * width + 52, (panel + 1) * width - 18
+        y0, y1 = 34, height - 40
         pen.text((x0, 8), title, fill="black", font=font)
-        for level in levels:
-            y = place(steps[0], level)[1]
-            pen.line([(x0, y), (x1, y)], fill="black" if abs(level) < 1e-9 else "#dddddd")
-            pen.text((x0 - 6, y), f"{level:.4g}", fill="black", font=font, anchor="rm")
-        for x in steps:
-            pen.text((place(x, levels[0])[0], y1 + 6), f"{x:g}", fill="black", font=font, anchor="ma")
         pen.text(((x0 + x1) / 2, height - 18), along, fill="black", font=font, anchor="ma")
-        for name, line in lines.items():
-            upper, lower = ([place(x, bound(at_x)) for x, at_x in line] for bound in (max, min))
-            pen.polygon(upper + lower[::-1], fill=colours[name] + "22")
-            means = [place(x, sum(at_x) / len(at_x)) for x, at_x in line]
-            pen.line(means, fill=colours[name], width=2)
-            for x, y in means:
-                pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colours[name])
+        draw_lines(pen, (x0, y0, x1, y1), lines, colours, log, reach)
     for i, name in enumerate(names):
         y = height + 20 * i + 8
-        pen.line([(left, y), (left + 24, y)], fill=colours[name], width=3)
-        pen.text((left + 32, y), name, fill="black", font=font, anchor="lm")
+        pen.line([(52, y), (76, y)], fill=colours[name], width=3)
+        pen.text((84, y), name, fill="black", font=font, anchor="lm")
     return canvas
+
+
+def draw_lines(
+    pen: ImageDraw.ImageDraw,
+    frame: tuple[float, float, float, float],
+    lines: Lines,
+    colours: dict[str, str],
+    log: bool,
+    reach: Sequence[float],
+) -> None:
+    """Axes and lines inside a frame (left, top, right, bottom), in pixels; the axes' numbers stand outside."""
+    x0, y0, x1, y1 = frame
+    font = ImageFont.load_default(13)
+    steps = sorted({x for line in lines.values() for x, _ in line})
+    values = [y for line in lines.values() for _, at_x in line for y in at_x]
+    levels = ticks(min([*values, *reach]), max([*values, *reach]))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        if not log:
+            along_x = x / (steps[-1] or 1)
+        elif len(steps) > 1:
+            along_x = math.log(x / steps[0]) / math.log(steps[-1] / steps[0])
+        else:
+            along_x = 0.5
+        along_y = (y - levels[0]) / (levels[-1] - levels[0])
+        return x0 + (x1 - x0) * along_x, y1 - (y1 - y0) * along_y
+
+    for level in levels:
+        y = place(steps[0], level)[1]
+        pen.line([(x0, y), (x1, y)], fill="black" if abs(level) < 1e-9 else "#dddddd")
+        pen.text((x0 - 6, y), f"{level:.4g}", fill="black", font=font, anchor="rm")
+    for x in steps:
+        pen.text((place(x, levels[0])[0], y1 + 6), f"{x:g}", fill="black", font=font, anchor="ma")
+    for name, line in lines.items():
+        upper = [place(x, max(at_x)) for x, at_x in line]
+        lower = [place(x, min(at_x)) for x, at_x in line]
+        pen.polygon(upper + lower[::-1], fill=colours[name] + "22")
+        means = [place(x, sum(at_x) / len(at_x)) for x, at_x in line]
+        pen.line(means, fill=colours[name], width=2)
+        for x, y in means:
+            pen.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colours[name])

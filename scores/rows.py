@@ -12,13 +12,13 @@ import torch
 from checkpoint.files import digest, may_write, read_json, write_json
 
 
-def scores_of_cases(rows: list[dict], bench: str, part: str, category: str = "average") -> np.ndarray:
+def scores_of_cases(rows: list[dict], task: str, part: str, category: str = "average") -> np.ndarray:
     """(seeds, categories, cases): one part of a score, such as "fidelity", of every case, from the rows of a model's seeds.
 
-    The rows hold the numbers of single cases, under BENCH_each; NaN stands for none. category: one alone, or "average" for
+    The rows hold the numbers of single cases, under TASK_each; NaN stands for none. category: one alone, or "average" for
     all.
     """
-    of_rows = [row[f"{bench}_each"][part] for row in rows]
+    of_rows = [row[f"{task}_each"][part] for row in rows]
     chosen = list(of_rows[0]) if category == "average" else [category]
     return np.array([[scores[name] for name in chosen] for scores in of_rows], dtype=float)
 
@@ -56,12 +56,12 @@ def checksum(row: dict) -> str:
     return digest(json.dumps(row, sort_keys=True))[:16]
 
 
-def check_place(path: Path, made: dict, overwrite: bool, beside: Iterable[str] = ()) -> None:
+def check_place(path: Path, settings: dict, overwrite: bool, beside: Iterable[str] = ()) -> None:
     """Before the work begins: ValueError or OSError if results cannot be written to the JSON file `path`, and to the files
-    `beside` it, or if others are there. Results with all the values in `made` are replaced; others only with `overwrite`."""
+    `beside` it, or if other results are there. Those with all these settings are replaced, others only with `overwrite`."""
     with suppress(OSError, ValueError):  # no JSON: not ours
         before = read_json(path)
-        overwrite = overwrite or all(before.get(key) == value for key, value in made.items())
+        overwrite = overwrite or all(before.get(key) == value for key, value in settings.items())
     for file in (path, *(path.parent / name for name in beside)):
         may_write(file, overwrite=overwrite)
 
@@ -71,5 +71,8 @@ def markdown(lines: list[list[str]]) -> str:
     lines = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in padded)
+    rows = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows)

@@ -67,11 +67,8 @@ def test_the_whole_chain(tiny, tmp_path, monkeypatch):
     assert edit != files(folder / "teachers" / "text")
     log = read_json(folder / "build.json")
     assert set(log) >= {"language", "vae", "base", "more", "text", "edit", "score base", "premises"}
-    assert (
-        len(log["premises"]["premises"]) == 9
-        and build.evaluation.build_log(folder) == log
-        and log["score base"]["rows"][0]["nfe"] == 2
-    )
+    assert len(log["premises"]["premises"]) == 9 and log["score base"]["rows"][0]["nfe"] == 2
+    assert build.evaluation.build_log(folder) == log
     used = read_json(tmp_path / "toy" / "edit" / "args.json")["arguments"]
     assert (used["recipe"], used["steps"], used["batch"], used["guidance"]) == ("edit", 1, 2, build.GUIDANCE)
     assert (used["muon_lr"], used["lr"]) == pytest.approx((0.5 * 0.02, 0.5 * 2e-3))
@@ -79,12 +76,12 @@ def test_the_whole_chain(tiny, tmp_path, monkeypatch):
 
 def row(name: str, t2i: dict[str, float], edit: float, apart: float) -> dict:
     """A teacher's row with these scores, the same in all of a category's cases."""
-    found = {"name": name}
-    for bench, scores in (("t2i", t2i), ("edit", dict.fromkeys(build.world.FAMILIES, edit))):
-        found[bench] = scores | {"average": sum(scores.values()) / len(scores)}
-        found[f"{bench}_each"] = {"score": {category: [score] * 4 for category, score in scores.items()}}
-        found[f"{bench}_diversity"] = {"distance": dict.fromkeys(scores, apart)}
-    return found
+    content = {"name": name}
+    for task, scores in (("t2i", t2i), ("edit", dict.fromkeys(build.world.FAMILIES, edit))):
+        content[task] = scores | {"average": sum(scores.values()) / len(scores)}
+        content[f"{task}_each"] = {"score": {category: [score] * 4 for category, score in scores.items()}}
+        content[f"{task}_diversity"] = {"distance": dict.fromkeys((*scores, "average"), apart)}
+    return content
 
 
 def test_premises_of_known_rows():
@@ -111,5 +108,5 @@ def test_premises_of_known_rows():
         rows = good | (worse[broken] if broken is not None else {})
         log = {"score base": {"rows": [rows["base"], rows["euler"], rows["renoise"]]}}
         log |= {f"score {name}": {"rows": [rows[name]]} for name in ("text", "edit")}
-        holds = [one["holds"] for one in build.premises(log)]
+        holds = [premise["holds"] for premise in build.premises(log)]
         assert [i for i, held in enumerate(holds) if not held] == ([] if broken is None else [broken])

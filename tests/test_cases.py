@@ -18,7 +18,8 @@ from judges import rubrics, writing
 from judges.cases import name_cases
 from recipe import Prompt, read_prompts
 from sample import Pipeline
-from scores.measures import colours, mean_distance, pixels
+from scores.colours import colours, pixels
+from scores.measures import mean_distance
 from toy import world
 
 ROOT = Path(evaluation.__file__).parent
@@ -44,10 +45,10 @@ def cases(tmp_path) -> Path:
     """A folder of two files: one T2I prompt, one edit. The toy's template knows no other words than the toy's."""
     folder = tmp_path / "bench"
     folder.mkdir()
-    case = world.bench("edit", "style", 1)[0]
+    case = world.bench_cases("edit", "style", 1)[0]
     case.images[0].save(folder / "source.png")
     edit = {"task": "edit", "category": "style", "prompt": case.prompt, "images": ["source.png"]}
-    draw = {"task": "t2i", "category": "text", "prompt": world.bench("t2i", "text", 1)[0].prompt}
+    draw = {"task": "t2i", "category": "text", "prompt": world.bench_cases("t2i", "text", 1)[0].prompt}
     (folder / "edit.jsonl").write_text(json.dumps(edit))
     (folder / "t2i.jsonl").write_text(json.dumps(draw))
     return folder

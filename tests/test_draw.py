@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.pictures import to_pictures, to_tensor
 from sample import Pipeline
-from toy import draw, figures, world
+from toy import draw, world
 from toy.draw import Sampler, draw_cases, open_checkpoint, reconstruct
 
 SIGMAS = [1.0, 0.6, 0.3, 0.0]
@@ -34,7 +34,7 @@ def lengths(pipeline: Pipeline, cases: list[world.Case]) -> set[int]:
 @pytest.mark.parametrize(("task", "category"), [("t2i", "landscape"), ("edit", "enhance")])
 def test_draws_what_sample_draws_alone(pipeline, monkeypatch, task, category):
     """Whatever the batch: prompts of unequal length, guided, from the same noise, one by one through the pipeline."""
-    cases = world.bench(task, category, 8)
+    cases = world.bench_cases(task, category, 8)
     assert len(lengths(pipeline, cases)) > 1  # so padding would have come in
     sampler = Sampler("x", pipeline.sigmas(3, 64), guidance=2.0)
     together, _ = draw_cases(pipeline, sampler, cases, list(range(8)))
@@ -50,7 +50,7 @@ def test_draws_what_sample_draws_alone(pipeline, monkeypatch, task, category):
 
 def test_padding_would_have_mattered(pipeline):
     """The reason for the groups of equal length: a longer neighbour in the batch changes a picture."""
-    short, long = sorted((case.prompt for case in world.bench("t2i", "landscape", 8)), key=len)[::7]
+    short, long = sorted((case.prompt for case in world.bench_cases("t2i", "landscape", 8)), key=len)[::7]
     noise = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
     padded = pipeline([short, long], steps=3, noise=noise.expand(2, -1, -1))[0]
     assert pixel_difference(padded, pipeline(short, steps=3, noise=noise)) > 0.1
@@ -63,7 +63,7 @@ def latents(pipeline: Pipeline, monkeypatch, sampler: Sampler, count: int = 3) -
     monkeypatch.setattr(pipeline, "vae", type("Spy", (), {
         "encode": pipeline.vae.encode, "decode": lambda self, z: (kept.append(z), torch.zeros(len(z), 4, 128, 128))[1],
     })())  # fmt: skip
-    draw_cases(pipeline, sampler, world.bench("t2i", "text", count), list(range(10, 10 + count)))
+    draw_cases(pipeline, sampler, world.bench_cases("t2i", "text", count), list(range(10, 10 + count)))
     monkeypatch.undo()
     return torch.cat(kept)
 
@@ -90,13 +90,13 @@ def test_network_evaluations_are_counted(pipeline, monkeypatch, guidance, renois
             pipeline.mmdit, name, lambda z, *rest, real=real: (pictures.append(len(z)), real(z, *rest))[1]
         )
     sampler = Sampler("x", SIGMAS, guidance, renoise)
-    draw_cases(pipeline, sampler, world.bench("edit", "text", 4), list(range(4)))
+    draw_cases(pipeline, sampler, world.bench_cases("edit", "text", 4), list(range(4)))
     assert sum(pictures) == 4 * sampler.nfe == 4 * 3 * guidance
 
 
 def test_reconstruction_is_the_autoencoders(pipeline):
     """Opaque pictures in [0, 1], through the VAE and back, over white."""
-    pictures = [figures.answer(case) for case in world.bench("t2i", "portrait", 2)]
+    pictures = [case.answer() for case in world.bench_cases("t2i", "portrait", 2)]
     arrays = np.stack([np.asarray(picture)[..., :3] / np.float32(255) for picture in pictures])
     again = reconstruct(pipeline, arrays)
     with torch.no_grad():

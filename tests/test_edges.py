@@ -1,9 +1,11 @@
 """How a program begins and ends, tried with one whose work is imported slowly."""
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -93,3 +95,16 @@ def test_at_work_ctrl_c_is_an_exception_that_tidies_up(start):
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 130 and out.strip() == "tidied"
+
+
+@pytest.mark.parametrize("script", ["sample.py", "eval.py"])
+def test_help_and_a_mistyped_flag_do_not_wait_for_torch(script, tmp_path):
+    """A torch that cannot be imported stands in its place."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError('torch was imported')")
+    command = [sys.executable, str(Path(__file__).parents[1] / script)]
+    run = partial(subprocess.run, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    shown, wrong = run([*command, "--help"]), run([*command, "--no-such-flag"])
+    assert shown.returncode == 0 and "examples:" in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 120
+    assert wrong.returncode == 2 and "--no-such-flag" in wrong.stderr and "torch" not in wrong.stderr

@@ -392,7 +392,7 @@ def test_no_benched_prompt_is_trained_on():
     """Captions name all attributes, so this compares combinations; that edits keep away too is shown in test_world.py."""
     for category in world.CATEGORIES:
         trained = {p.prompt for p in world.training_prompts("t2i", category, students.POOL["t2i"], 0, targets=False)}
-        benched = {case.prompt for case in world.bench("t2i", category, evaluation.CASES["t2i"])}
+        benched = {case.prompt for case in world.bench_cases("t2i", category, evaluation.CASES["t2i"])}
         assert len(benched) > 20 and not trained & benched
 
 

@@ -68,7 +68,7 @@ ARROWS = {
     "data": "checkpoint model networks program",
     "recipe": "data",
     "training": "checkpoint data flow model networks program",
-    "judges": "checkpoint data program scores",
+    "judges": "checkpoint data program sample scores",
     "train": "data dmd eval flow networks program recipe toy training",  # toy and eval: see below
     "sample": "checkpoint data flow model networks program recipe training",
     "toy": "checkpoint data flow model program recipe sample scores",

@@ -77,7 +77,7 @@ def test_the_student_is_scored_alone_as_in_the_table(job, tmp_path, monkeypatch)
 
 def test_the_student_draws_and_edits(job, tmp_path):
     out, _ = job
-    case = world.bench("edit", "object", 1)[0]
+    case = world.bench_cases("edit", "object", 1)[0]
     case.images[0].convert("RGB").save(tmp_path / "photo.jpg")
     common = ["--checkpoint", str(out / "student"), "--device", "cpu", "--dtype", "float32"]
     sample.main([*common, "--prompt", "A landscape of hills, clear day sky.", "--out", str(tmp_path / "a.png")])

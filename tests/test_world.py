@@ -4,7 +4,7 @@ bench that training never sees."""
 import random
 import subprocess
 import sys
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_case_depends_on_its_index_alone(task, category):
         again = world.draw_case(task, category, 3, index, benched=True)
         for name in ("prompt", "target", "free", "images", "source"):
             assert getattr(again, name) == getattr(first[index], name)
-    assert [case.prompt for case in world.bench(task, category, 3)] == [
+    assert [case.prompt for case in world.bench_cases(task, category, 3)] == [
         world.draw_case(task, category, 2026, index, benched=True).prompt for index in range(3)
     ]
     assert len({str(world.draw_case(task, category, seed, 0, benched=True).target) for seed in range(8)}) > 1
@@ -50,7 +50,7 @@ def test_training_never_meets_the_bench():
     """Over 200 benched cases and 600 training cases of every category and family."""
     benched, trained = set(), set()
     for task, category in STREAMS:
-        for case in world.bench(task, category, 200):
+        for case in world.bench_cases(task, category, 200):
             benched.add(combination(case.target))
             if case.source:
                 benched.add(combination(case.source))
@@ -70,7 +70,7 @@ def test_training_prompts_are_these_cases():
     for index, prompt in enumerate(prompts):
         case = world.draw_case("edit", "style", 5, index, benched=False)
         assert (prompt.prompt, prompt.images) == (case.prompt, case.images)
-        assert prompt.target == world.enlarge(world.render(case.target))
+        assert prompt.target == case.answer()
         assert prompt.target != case.images[0]
     assert world.training_prompts("t2i", "text", 1, seed=5, targets=False)[0].target is None
 
@@ -89,10 +89,10 @@ def test_captions_name_every_attribute_and_nothing_else(category):
     rng = random.Random(0)
     for values in product(*lists.values()):
         spec = world.settle(world.draw_spec(category, rng) | dict(zip(lists, values)))
-        said = tuple(spec[name] for name in ATTRIBUTES[category])
-        captions.setdefault(said, set()).add(world.caption(spec))
-        captions[said].add(world.caption(world.settle(world.draw_spec(category, rng) | dict(zip(lists, values)))))
-    assert all(len(some) == 1 for some in captions.values())
+        other = world.settle(world.draw_spec(category, rng) | dict(zip(lists, values)))
+        named = tuple(spec[name] for name in ATTRIBUTES[category])
+        captions.setdefault(named, set()).update((world.caption(spec), world.caption(other)))
+    assert all(len(texts) == 1 for texts in captions.values())
     assert len(set.union(*captions.values())) == len(captions)
 
 
@@ -105,18 +105,7 @@ def test_attributes_are_what_the_caption_names():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Drawing
-
-
-@pytest.mark.parametrize("category", CATEGORIES)
-def test_every_attribute_shows(category):
-    """Each value against each other, somewhere a large pixel differs by at least 0.05."""
-    for spec in specs(category, 12):
-        for name, values in ATTRIBUTES[category].items():
-            settled = [world.settle(spec | {name: value}) for value in values]
-            drawn = {str(s): world.render(s) for s in settled}
-            for a, b in combinations(drawn.values(), 2):
-                assert np.abs(a - b).max() > 0.05, (name, spec)
+# Pictures
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -130,7 +119,7 @@ def test_equal_pictures_are_equal_specs(category):
             pictures.setdefault(world.render(neighbour).tobytes(), set()).add(str(sorted(neighbour.items())))
             assert world.settle(neighbour) == neighbour
     assert len(pictures) > 500
-    assert all(len(some) == 1 for some in pictures.values())
+    assert all(len(equal) == 1 for equal in pictures.values())
 
 
 def test_pictures_are_large_pixels():
@@ -145,16 +134,6 @@ def test_pictures_are_large_pixels():
             assert np.abs(world.shrink(picture) - small).max() <= 0.5 / 255 + 1e-6
             whole = (small * 255).round() / np.float32(255)  # in the steps of a picture nothing is lost
             assert (world.shrink(world.enlarge(whole)) == whole).all()
-
-
-def test_letters_lie_on_the_token_grid():
-    """Another letter changes one column of tokens, two high: 4 x 8 large pixels."""
-    for spec in specs("text", 20):
-        for i in range(3):
-            others = [world.render(spec | {f"letter{i}": letter}) for letter in world.LETTERS]
-            ys, xs = np.nonzero(np.ptp(np.stack(others), axis=0).max(axis=2))
-            assert set(xs // 4) == {(spec["column"] + 4 * i) // 4}
-            assert set(ys // 4) <= {spec["row"] // 4, spec["row"] // 4 + 1}
 
 
 def test_damaged_pictures():

@@ -1,6 +1,6 @@
 """The held-out cases of the toy world, drawn by any checkpoint, and the autoencoder's own part in the pictures.
 
-No training prompt has a benched case's source, or the picture that it was made from (toy/world.py). Every model starts
+No training prompt has the source of such a case, or the picture that it was made from (toy/world.py). Every model starts
 from the same noise. How the pictures are scored: toy/judge.py and eval.py.
 """
 
@@ -24,6 +24,7 @@ from toy.world import Case
 
 RESOLUTION = world.SIDE * world.ENLARGE  # of the toy world's pictures, in pixels
 BATCH = 32  # pictures drawn at once
+Pictures = dict[tuple[str, str], list[Image.Image]]  # one model's, by task and category, in the order of the bench
 
 
 @dataclass
@@ -52,37 +53,51 @@ def draw_cases(
     long: padding is masked, but it moves the rotary positions of the picture's tokens, and a picture would depend on its
     neighbours. ValueError where latents or pixels are not finite.
     """
-    if own := sampler.specialists.get((cases[0].task, cases[0].category)):
+    began = time.perf_counter()
+    place = (cases[0].task, cases[0].category)
+    if place in sampler.specialists:
         pipeline = copy(pipeline)
-        pipeline.mmdit = own
-    side, began, named = pipeline.resolution // 16, time.perf_counter(), f"{pipeline.directory}: {sampler.name}"
-    images = [case.images for case in cases]
-    conditions = [pipeline.condition([case.prompt for case in cases], images)]
-    if sampler.guidance > 1:  # the same sources with other words
-        states, mask, slots = pipeline.encoder.encode([""] * len(cases), images)
-        conditions.append(Condition(states, mask, conditions[0].sources, slots))
+        pipeline.mmdit = sampler.specialists[place]
+    side, name = pipeline.resolution // 16, f"{pipeline.directory}: {sampler.name}"
+    conditions = encode_cases(pipeline, sampler, cases)
+    lengths = conditions[0].mask.sum(1)  # (N,) tokens of each prompt
     latents = torch.empty(len(cases), 64, side, side)
-    lengths = conditions[0].mask.sum(1)  # (N,)
     for length in lengths.unique():
-        for rows in (lengths == length).nonzero()[:, 0].split(BATCH):
-            noises = []  # (B, 64, h, w) each: one for the start, and one for every stop that is noised again
-            for stop in range(len(sampler.sigmas) - 1 if sampler.renoise else 1):
-                rngs = [torch.Generator().manual_seed(1000 * seeds[row] + stop) for row in rows]
-                noise = torch.stack([torch.randn(64, side, side, generator=rng) for rng in rngs])
-                noises.append(noise.to(pipeline.device))
-            velocity, *negative = [pipeline.velocity(excerpt(condition, rows)) for condition in conditions]
-            if negative:
-                velocity = flow.guided(velocity, negative[0], sampler.guidance)
-            z = flow.walk(velocity, torch.stack(noises), sampler.sigmas)  # (B, 64, h, w)
-            latents[rows.cpu()] = check_stage(f"{named}: latents", z, pipeline.dtype).cpu()
+        for rows in (lengths == length).nonzero()[:, 0].split(BATCH):  # (B,)
+            velocities = [pipeline.velocity(excerpt(condition, rows)) for condition in conditions]
+            noises = draw_noises(sampler, [seeds[row] for row in rows], side).to(pipeline.device)
+            z = flow.draw(velocities, noises, sampler.sigmas, sampler.guidance)  # (B, 64, h, w)
+            latents[rows.cpu()] = check_stage(f"{name}: latents", z, pipeline.dtype).cpu()
     pictures = []
     for z in latents.to(pipeline.device, pipeline.dtype).split(BATCH):
-        pictures += to_pictures(check_stage(f"{named}: decoded pixels", pipeline.vae.decode(z), pipeline.dtype))
+        decoded = check_stage(f"{name}: decoded pixels", pipeline.vae.decode(z), pipeline.dtype)
+        pictures += to_pictures(decoded)
     return pictures, time.perf_counter() - began
 
 
+def encode_cases(pipeline: Pipeline, sampler: Sampler, cases: list[Case]) -> list[Condition]:
+    """The condition of all cases and, with guidance, the one to stay away from: the same sources with other words."""
+    images = [case.images for case in cases]
+    condition = pipeline.condition([case.prompt for case in cases], images)
+    if sampler.guidance == 1:
+        return [condition]
+    states, mask, slots = pipeline.encoder.encode([""] * len(cases), images)
+    return [condition, Condition(states, mask, condition.sources, slots)]
+
+
+def draw_noises(sampler: Sampler, seeds: list[int], side: int) -> Tensor:
+    """(K, B, 64, side, side): one noise for the start and, to re-noise, one for each later stop."""
+    stops = len(sampler.sigmas) - 1 if sampler.renoise else 1
+    noises = torch.empty(stops, len(seeds), 64, side, side)
+    for stop in range(stops):
+        for row, seed in enumerate(seeds):
+            rng = torch.Generator().manual_seed(1000 * seed + stop)
+            noises[stop, row] = torch.randn(64, side, side, generator=rng)
+    return noises
+
+
 def excerpt(condition: Condition, rows: Tensor) -> Condition:
-    """The condition of some of its prompts, rows (B,), without padding. They are equally long."""
+    """The condition of the prompts in these rows (B,), which are equally long, without padding."""
     length = int(condition.mask[rows[0]].sum())
     sources = [source[rows] for source in condition.sources]
     return Condition(condition.states[rows, :length], condition.mask[rows, :length], sources, condition.slots)
@@ -91,19 +106,20 @@ def excerpt(condition: Condition, rows: Tensor) -> Condition:
 @torch.no_grad()
 def reconstruct(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
     """(B, 128, 128, 3) in [0, 1], through the autoencoder and back: what a perfect model's picture would look like."""
-    again = []
-    for part in torch.from_numpy(pictures).permute(0, 3, 1, 2).split(BATCH):
-        images = torch.cat([part, torch.ones_like(part[:, :1])], dim=1) * 2 - 1  # (b, 4, 128, 128), opaque
-        images = images.to(pipeline.device, pipeline.dtype)
+    batches = []
+    for rgb in torch.from_numpy(pictures).permute(0, 3, 1, 2).split(BATCH):
+        opaque = torch.cat([rgb, torch.ones_like(rgb[:, :1])], dim=1)  # (b, 4, 128, 128)
+        images = (opaque * 2 - 1).to(pipeline.device, pipeline.dtype)
         decoded = pipeline.vae.decode(pipeline.vae.encode(images))
         check_stage(f"{pipeline.directory}: the autoencoder's pixels", decoded, pipeline.dtype)
-        decoded = decoded.float().cpu().clamp(-1, 1) / 2 + 0.5  # (b, 4, 128, 128)
-        again.append(decoded[:, :3] * decoded[:, 3:] + 1 - decoded[:, 3:])  # over white, as the judge sees pictures
-    return torch.cat(again).permute(0, 2, 3, 1).numpy()
+        decoded = decoded.float().cpu().clamp(-1, 1) / 2 + 0.5
+        rgb, alpha = decoded[:, :3], decoded[:, 3:]
+        batches.append(rgb * alpha + 1 - alpha)  # over white, as the judge sees pictures
+    return torch.cat(batches).permute(0, 2, 3, 1).numpy()
 
 
 def open_checkpoint(folder: Path) -> Pipeline:
-    """A checkpoint to be scored. ValueError before anything is loaded if it does not draw the toy world's pictures."""
+    """A checkpoint to be scored. ValueError, before anything is loaded, if it does not draw the toy world's pictures."""
     resolution = read_index(folder)["resolution"]
     if resolution != RESOLUTION:
         raise ValueError(
@@ -117,16 +133,16 @@ def open_checkpoint(folder: Path) -> Pipeline:
 
 
 def default_sampler(name: str, pipeline: Pipeline, steps: int | None, guidance: float) -> Sampler:
-    """What `sample.py` would do with this many steps (None: the checkpoint's own)."""
+    """What sample.py does with so many steps. None: the checkpoint's own."""
     sigmas = pipeline.sigmas(steps, (pipeline.resolution // 16) ** 2)
     return Sampler(name, sigmas, guidance, renoise=pipeline.scheduler.stochastic_sampling)
 
 
 def teacher_samplers(pipeline: Pipeline, short: list[float]) -> list[Sampler]:
     """A teacher at 80 NFE, and in the student's few steps by both samplers."""
-    few = len(short) - 1
+    steps = len(short) - 1
     return [
         default_sampler("teacher", pipeline, 40, pipeline.guidance),
-        Sampler(f"teacher, {few} Euler steps", short),
-        Sampler(f"teacher, {few} re-noising steps", short, renoise=True),
+        Sampler(f"teacher, {steps} Euler steps", short),
+        Sampler(f"teacher, {steps} re-noising steps", short, renoise=True),
     ]

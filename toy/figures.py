@@ -1,40 +1,70 @@
-"""The contact sheet: every model on the same cases."""
+"""How rows and pictures of the toy world are shown: the table, and the contact sheet."""
 
 from pathlib import Path
 
-from PIL import Image
-
 from data.sheets import Grid, write_sheet
+from scores.measures import measures_table
+from scores.rows import markdown
 from toy import world
-from toy.world import Case
+from toy.draw import Pictures
 
 
-def contact_sheet(models: dict[str, dict[str, list[Image.Image]]], each: dict[str, int], path: Path) -> None:
-    """The same cases under every model, one model in a row. Above, each["t2i"] cases of the three categories, with their
-    prompts; below, each["edit"] cases of the six families of edits, under their sources. The last row is the truth.
+def table(rows: list[dict]) -> str:
+    """Rows in Markdown, one model in a column. What a row does not have is "-" there."""
+    lines = [["", *(row["name"] for row in rows)]]
+    lines.append(["network evaluations", *(str(row["nfe"]) for row in rows)])
+    for task, title in (("t2i", "T2I"), ("edit", "edit")):
+        if any(task in row for row in rows):
+            lines += task_lines(rows, task, title)
+    lines.append(["seconds per image", *(f"{row['seconds_per_image']:.4f}" for row in rows)])
+    lines.append(["measured on", *(row.get("machine", "-") for row in rows)])
+    text = markdown(lines)
+    if any("variety" in row for row in rows):
+        text += f"\n\n{measures_table(rows)}"
+    return text
 
-    models: {name: {"t2i portrait": pictures, "edit scene": pictures, ...}}, pictures in the order of the bench
+
+def task_lines(rows: list[dict], task: str, title: str) -> list[list[str]]:
+    """The table's lines for one task."""
+
+    def means(key: str, name: str = "average") -> list[str]:
+        return [f"{row[key][name]:.3f}" if name in row.get(key, ()) else "-" for row in rows]
+
+    lines = [[f"{title} {category}", *means(task, category)] for category in world.BENCHES[task]]
+    intervals = [f" ± {row[f'{task}_interval']:.3f}" if task in row else "" for row in rows]
+    averages = [f"**{mean}**{interval}" if interval else mean for mean, interval in zip(means(task), intervals)]
+    lines.append([f"**{title} average**", *averages])
+    for half in ("compliance", "fidelity"):
+        lines.append([f"{title} {half}", *means(f"{task}_{half}")])
+    modes, distances = [], []
+    for row in rows:
+        diversity = row.get(f"{task}_diversity")
+        modes.append(f"{diversity['modes']['average']:.1f} of {diversity['of']}" if diversity else "-")
+        distances.append(f"{diversity['distance']['average']:.3f}" if diversity else "-")
+    return [*lines, [f"{title} modes", *modes], [f"{title} distance", *distances]]
+
+
+def contact_sheet(models: dict[str, Pictures], counts: dict[str, int], path: Path) -> None:
+    """The same cases under every model, one model in a row. Above, the T2I cases with their prompts; below, the edits under
+    their sources. The last row of both is the truth.
+
+    models: by name. counts: by task, cases of each category.
     """
     grids = []
-    for bench, count in each.items():
+    for task, count in counts.items():
         cases, titles = [], []  # of each column
         rows = {name: [] for name in models}
         for key in next(iter(models.values())):
-            task, category = key.split()
-            if task == bench:
-                fewest = min(len(pictures[key]) for pictures in models.values())
-                chosen = world.bench(bench, category, min(count, fewest))
-                cases += chosen
-                titles += [category] * len(chosen)
-                for name, pictures in models.items():
-                    rows[name] += pictures[key][: len(chosen)]
-        if bench == "edit":
+            if key[0] != task:
+                continue
+            fewest = min(len(pictures[key]) for pictures in models.values())
+            shown = world.bench_cases(*key, min(count, fewest))
+            cases += shown
+            titles += [key[1]] * len(shown)
+            for name, pictures in models.items():
+                rows[name] += pictures[key][: len(shown)]
+        if task == "edit":
             rows = {"source": [case.images[0] for case in cases]} | rows
-        rows["one right answer"] = [answer(case) for case in cases]
+        rows["one right answer"] = [case.answer() for case in cases]
         grids.append(Grid(rows, [case.prompt for case in cases], titles))
     write_sheet(grids, path)
-
-
-def answer(case: Case) -> Image.Image:
-    """The picture that the case was made from. For a T2I case it is one of many right ones."""
-    return world.enlarge(world.render(case.target))

@@ -28,24 +28,25 @@ from training.muon import Muon
 
 # Ours. High resolutions get few channels, for pictures are constant over 4 x 4 pixels and nothing is lost there. The coarse
 # levels are wide, where width is cheap.
-CONFIG = dict(base_dim=4, decoder_base_dim=4, dim_mult=[1, 2, 8, 32, 32], num_res_blocks=1)
+CONFIG = {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 2, 8, 32, 32], "num_res_blocks": 1}
 BETA = 2e-4
 L1 = 0.1  # weight of the absolute error: it keeps small things, such as eyes and mouths, from fading
 MUON_LR = 0.02  # for the kernels, as matrices (outputs x all the rest)
 LR = 2e-3  # AdamW, for the rest: biases, gammas, and the first and last convolution of each half
-WHOLE_FROM = 0.8  # part of the steps after which whole pictures are used
+WHOLE_FROM = 0.8  # of the steps; from there on whole pictures are used
 
 
 def random_pictures(count: int, seed: int) -> np.ndarray:
     """(count, 32, 32, 4) float32 in [0, 1], large pixels: everything that the autoencoder will meet.
 
-    One in five is damaged, as the sources of edits are. Some have other colours, and some are partly
-    transparent, so that a user's own picture is not wholly new.
+    One in five is damaged, as the sources of edits are. Some have other colours, and some are partly transparent, so that a
+    user's own picture is not wholly new.
     """
     rng = random.Random(f"vae {seed}")
-    out = np.ones((count, world.SIDE, world.SIDE, 4), dtype=np.float32)
+    pictures = np.ones((count, world.SIDE, world.SIDE, 4), dtype=np.float32)
     for i in range(count):
-        small = world.render(world.draw_spec(rng.choice((*world.CATEGORIES, "portrait")), rng))  # faces are the hardest
+        category = rng.choice((*world.CATEGORIES, "portrait"))  # twice as many faces: they are the hardest
+        small = world.render(world.draw_spec(category, rng))
         kind = rng.random()
         if kind < 0.06:
             small = world.add_noise(small, rng.getrandbits(64))
@@ -56,9 +57,9 @@ def random_pictures(count: int, seed: int) -> np.ndarray:
             small = np.clip(small * rng.uniform(0.6, 1.1) + rng.uniform(-0.1, 0.2), 0, 1)
         if rng.random() < 0.05:  # a transparent part
             x = rng.randrange(4, 28)
-            out[i, :, x:, 3] = rng.choice((0.0, rng.random()))
-        out[i, ..., :3] = small
-    return out
+            pictures[i, :, x:, 3] = rng.choice((0.0, rng.random()))
+        pictures[i, ..., :3] = small
+    return pictures
 
 
 def to_images(small: np.ndarray) -> Tensor:
@@ -69,14 +70,15 @@ def to_images(small: np.ndarray) -> Tensor:
 
 def crop(small: np.ndarray, rng: random.Random) -> np.ndarray:
     """Half the side, cut on the latent grid, so that a letter keeps its place on it."""
-    out = []
+    crops = []
     for picture in small:
         x, y = 4 * rng.randrange(5), 4 * rng.randrange(5)
-        out.append(picture[y : y + 16, x : x + 16])
-    return np.stack(out)
+        crops.append(picture[y : y + 16, x : x + 16])
+    return np.stack(crops)
 
 
 def loss_of(vae: VAE, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss, and the squared error in it."""
     mean, logvar = vae.moments(images)  # (B, 64, h, w) each
     logvar = logvar.clamp(-12, 4)
     difference = vae.decode_raw(mean + (logvar / 2).exp() * noise) - images
@@ -92,12 +94,16 @@ def as_matrix(kernel: Tensor) -> Tensor:
 
 def split_parameters(vae: VAE) -> tuple[list, list, list]:
     """The kernels that Muon updates, the same as matrices that share their memory, and all the rest. Muon takes matrices."""
-    outer = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
-    kernels, rest = [], []
-    for name, p in vae.named_parameters():
-        (kernels if p.ndim == 4 and p[0].numel() > 1 and not any(o in name for o in outer) else rest).append(p)
-    matrices = [nn.Parameter(as_matrix(kernel.detach())) for kernel in kernels]
-    assert all(m.data_ptr() == k.data_ptr() for m, k in zip(matrices, kernels)), "kernels must be channels-last"
+    outer = ("conv_in", "conv_out", "quant_conv")  # and post_quant_conv
+    kernels, matrices, rest = [], [], []
+    for name, parameter in vae.named_parameters():
+        inner = not any(layer in name for layer in outer)
+        if inner and parameter.ndim == 4 and parameter[0].numel() > 1:
+            kernels.append(parameter)
+            matrices.append(nn.Parameter(as_matrix(parameter.detach())))
+            assert matrices[-1].data_ptr() == parameter.data_ptr(), "kernels must be channels-last"
+        else:
+            rest.append(parameter)
     return kernels, matrices, rest
 
 
@@ -105,20 +111,22 @@ def split_parameters(vae: VAE) -> tuple[list, list, list]:
 def psnr(vae: VAE, count: int = 96) -> float:
     """Peak signal-to-noise ratio in dB over `count` held-out pictures."""
     images = to_images(random_pictures(count, seed=-1))
-    mean = torch.cat([vae.moments(part)[0] for part in images.split(16)])
-    again = torch.cat([vae.decode_raw(part) for part in mean.split(16)]).clamp(-1, 1)
-    error = ((again - images) / 2).square().mean(dim=(1, 2, 3))
-    return (-10 * error.log10()).mean().item()
+    errors = []
+    for batch in images.split(16):
+        mean, _ = vae.moments(batch)
+        decoded = vae.decode_raw(mean).clamp(-1, 1)
+        errors.append(((decoded - batch) / 2).square().mean(dim=(1, 2, 3)))
+    return (-10 * torch.cat(errors).log10()).mean().item()
 
 
 def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int = 16, compile: bool = False) -> dict:
-    """Trains, measures the latent statistics, writes `out` (a vae/ folder). Resumes from state_dir. Returns the log."""
+    """Train the autoencoder, measure the statistics of its latents, and write `out`, a vae/ folder. Resumes from state_dir.
+    Returns the log."""
     torch.manual_seed(seed)
     vae = VAE(VAEConfig(**CONFIG)).to(memory_format=torch.channels_last)
     kernels, matrices, rest = split_parameters(vae)
     muon = Muon(matrices, lr=MUON_LR)
     adam = torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.98), weight_decay=0.0)
-    state_dir.mkdir(parents=True, exist_ok=True)
     state_file, start, spent, log = state_dir / "vae.pt", 0, 0.0, []
     if state_file.exists():
         state = torch.load(state_file)
@@ -153,9 +161,10 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
             seconds = round(time.time() - began)
             log.append({"step": step + 1, "seconds": seconds, "loss": loss.item(), "psnr": psnr(vae)})
             tqdm.write(json.dumps(log[-1]))
-            state = {"vae": vae.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict(), "step": step + 1}
-            with aside(state_file) as part:
-                torch.save(state | {"seconds": time.time() - began, "log": log}, part)
+            state = {"vae": vae.state_dict(), "muon": muon.state_dict(), "adam": adam.state_dict()}
+            state |= {"step": step + 1, "seconds": time.time() - began, "log": log}
+            with aside(state_file) as path:
+                torch.save(state, path)
     vae.bfloat16().float()  # what is saved is what is measured below
     measure_statistics(vae)
     vae.save_pretrained(out, dtype=torch.bfloat16)
@@ -166,8 +175,9 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
 def measure_statistics(vae: VAE) -> None:
     """Set latents_mean and latents_std of the config: those of the SAMPLED latents. A channel that carries nothing has a
     constant mean and the prior's width; by its mean alone it would be scaled up to noise."""
-    moments = [vae.moments(part) for part in to_images(random_pictures(512, seed=-2)).split(16)]
-    mean, logvar = (torch.cat(parts) for parts in zip(*moments))
+    images = to_images(random_pictures(512, seed=-2))
+    means, logvars = zip(*[vae.moments(batch) for batch in images.split(16)])
+    mean, logvar = torch.cat(means), torch.cat(logvars)
     centre = mean.mean(dim=(0, 2, 3))
     std = ((mean - centre.view(-1, 1, 1)).square() + logvar.exp()).mean(dim=(0, 2, 3)).sqrt()
     vae.config.latents_mean, vae.config.latents_std = centre.tolist(), std.tolist()

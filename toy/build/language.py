@@ -37,13 +37,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(captions: Iterable[str], directory: str | Path) -> None:
+def build_tokenizer(captions: Iterable[str], directory: Path) -> None:
     """Write `directory`/processor: a byte-level BPE for `captions`, the chat template, the settings for pixels.
 
     It can write any text, byte by byte where the captions do not help. Capitals never merge with each other: a poster's
     word must reach the MMDiT letter by letter, or it could not spell words that no caption had.
     """
-    directory = Path(directory) / "processor"
+    directory = directory / "processor"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     cut = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
@@ -54,16 +54,24 @@ def build_tokenizer(captions: Iterable[str], directory: str | Path) -> None:
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     # A caption is learned inside the template, so that the template's words become short too. Special tokens cut the text
     # before the pattern does; capitals are cut apart here.
-    picture = PICTURE.format(number=1, slots="")
-    texts = (SYSTEM_TURN + USER_TURN.format(pictures=picture, prompt=caption) for caption in captions)
-    pieces = (piece for text in texts for piece in re.split(r"<\|\w+\|>|(?<=[A-Z])(?=[A-Z])", text))
+    picture, pieces = PICTURE.format(number=1, slots=""), []
+    for caption in captions:
+        text = SYSTEM_TURN + USER_TURN.format(pictures=picture, prompt=caption)
+        pieces += re.split(r"<\|\w+\|>|(?<=[A-Z])(?=[A-Z])", text)
     tokenizer.train_from_iterator(pieces, trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
 
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": False, "bos_token": None}
-    settings |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "unk_token": None, "model_max_length": 4096}
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "model_max_length": 4096,
+    }
     write_json(directory / "tokenizer_config.json", settings)
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     pixels = {
@@ -83,15 +91,30 @@ def build_tokenizer(captions: Iterable[str], directory: str | Path) -> None:
 
 
 @torch.no_grad()
-def build_text_encoder(directory: str | Path, seed: int) -> None:
+def build_text_encoder(directory: Path, seed: int) -> None:
     """Write `directory`/text_encoder: a random network for the tokenizer that `directory`/processor already holds."""
-    directory = Path(directory)
     token = Tokenizer.from_file(str(directory / "processor" / "tokenizer.json")).token_to_id
-    text = dict(vocab_size=VOCABULARY, hidden_size=128, intermediate_size=128, num_hidden_layers=3)
-    text |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, rope_theta=1e4, mrope_section=(8, 4, 4))
-    vision = dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, num_position_embeddings=64)
-    vision |= dict(out_hidden_size=128, deepstack_visual_indexes=(0,))
-    config = Qwen3VLConfig(TextConfig(**text), VisionConfig(**vision), image_token_id=token(SLOT))
+    text_config = TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        rope_theta=1e4,
+        mrope_section=(8, 4, 4),
+    )
+    vision_config = VisionConfig(
+        depth=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=2,
+        num_position_embeddings=64,
+        out_hidden_size=128,
+        deepstack_visual_indexes=(0,),
+    )
+    config = Qwen3VLConfig(text_config, vision_config, image_token_id=token(SLOT))
     generator = torch.Generator().manual_seed(seed)
     encoder = Qwen3VL(config, processor=None)
     for name, parameter in encoder.named_parameters():
@@ -100,7 +123,7 @@ def build_text_encoder(directory: str | Path, seed: int) -> None:
         elif name.endswith(("q_norm.weight", "k_norm.weight")):
             parameter.fill_(1.5)  # sharper attention than with 1, which averages over everything
         elif "norm" not in name:  # the norms stay at 1
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * _deviation(name, parameter))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation(name, parameter))
     save_weights(encoder.state_dict(), directory / "text_encoder", "model", torch.bfloat16)
 
     text, vision = asdict(config.text), asdict(config.vision)
@@ -119,7 +142,7 @@ def build_text_encoder(directory: str | Path, seed: int) -> None:
     write_json(directory / "text_encoder" / "config.json", content)
 
 
-def _deviation(name: str, matrix: torch.Tensor) -> float:
+def deviation(name: str, matrix: torch.Tensor) -> float:
     """Standard deviation of a random matrix. Tokens have size 1; an attention adds 0.5 to that, an MLP 0.3."""
     if "embed_tokens" in name:
         return 1.0
