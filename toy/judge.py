@@ -30,6 +30,7 @@ from toy.world import Case
 
 BAD_BLUR = 1.2  # radius in large pixels
 BAD_NOISE = 0.10  # standard deviation per large pixel, of a full range of 1
+EXTRA = 0.04  # of a full range of 1: how much the mean colour of a patch may stand out of the background
 # What is fitted together and not one after the other, because one says nothing without the other.
 TOGETHER = {
     "landscape": (
@@ -44,6 +45,8 @@ TOGETHER = {
     "portrait": ("x size", "hair length", "skin", "hat", "eyes", "mouth", "backdrop pattern", "clothes"),
     "text": ("column row sign", "letter0", "letter1", "letter2", "wall", "bricks", "sticker_a", "sticker_b"),
 }
+# What the background of a picture looks like without anything in front of it.
+BEHIND = {"landscape": ("horizon", "phase"), "portrait": ("pattern",), "text": ("bricks",)}
 # What another value of an attribute leaves open: a house that should not be there may stand anywhere.
 OPENS = {
     "weather": ("clouds",),
@@ -77,8 +80,12 @@ def judge(pictures: list[Image.Image], cases: list[Case], reconstruct: Reconstru
     reads = [read(world.shrink(picture), case) for picture, case in zip(pictures, cases, strict=True)]
     drawn = np.stack([_large(world.render(spec)) for spec, _ in reads])  # (B, 128, 128, 3)
     again = reconstruct(drawn)
-    seen = [world.shrink(picture, drawn.shape[1]) for picture in pictures]  # (128, 128, 3) each
-    return [Verdict(right, spec, fidelity(seen[i], drawn[i], again[i])) for i, (spec, right) in enumerate(reads)]
+    verdicts = []
+    for i, (spec, right) in enumerate(reads):
+        seen = world.shrink(pictures[i], drawn.shape[1])  # (128, 128, 3)
+        right["nothing extra"] = extra(_small(seen), spec, again[i]) <= EXTRA
+        verdicts.append(Verdict(right, spec, fidelity(seen, drawn[i], again[i])))
+    return verdicts
 
 
 def read(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool]]:
@@ -200,6 +207,33 @@ def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray) -> float
     if zero <= one:  # an autoencoder as bad as that draws nothing well
         return 0.0
     return float(np.clip((zero - error(picture)) / (zero - one), 0, 1))
+
+
+def extra(picture: np.ndarray, spec: dict, again: np.ndarray) -> float:
+    """How much the picture shows on the background that the drawing of the spec does not: of all patches of 3 x 3 large
+    pixels, the largest mean colour that stands out, root mean square over red, green, blue.
+
+    A colour stands out as far as it lies outside the range of the colours around it: in the drawing, in what the autoencoder
+    makes of it, and in the drawings with other bricks, patterns or hills. So blur does not count, nor do bricks between two
+    right places. Noise cancels in the mean of a patch. picture: (32, 32, 3), again: (128, 128, 3), both in [0, 1].
+    """
+    lists = {name: world.OPEN[spec["category"]][name] for name in BEHIND[spec["category"]]}
+    drawn, behind = world.render(spec), world.background(spec)
+    likes = [drawn, _small(again), *(world.background(spec | choice) for choice in _combinations(lists))]
+    around = np.stack([_patches(np.pad(like, ((1, 1), (1, 1), (0, 0)), "edge")) for like in likes])
+    low, high = around.min(axis=(0, 4, 5)), around.max(axis=(0, 4, 5))  # (32, 32, 3) each
+    beyond = (picture - picture.clip(low, high)) * (drawn == behind).all(axis=2, keepdims=True)
+    return float(np.sqrt(np.square(_patches(beyond).mean(axis=(3, 4))).mean(axis=2)).max())
+
+
+def _patches(small: np.ndarray) -> np.ndarray:
+    """(h, w, 3) -> (h - 2, w - 2, 3, 3, 3), the last two within a patch."""
+    return np.lib.stride_tricks.sliding_window_view(small, (3, 3), axis=(0, 1))
+
+
+def _small(large: np.ndarray) -> np.ndarray:
+    """(128, 128, 3) -> (32, 32, 3), the means of large pixels."""
+    return large.reshape(world.SIDE, world.ENLARGE, world.SIDE, world.ENLARGE, 3).mean(axis=(1, 3))
 
 
 def local_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:

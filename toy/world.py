@@ -201,7 +201,20 @@ def held_out(spec: dict) -> bool:
 def render(spec: dict) -> np.ndarray:
     """spec -> (32, 32, 3) float32 in [0, 1], in large pixels."""
     painter = {"landscape": _landscape, "portrait": _portrait, "text": _poster}[spec["category"]]
-    return np.asarray(painter(spec).reduce(FINE), dtype=np.float32) / 255
+    return _large_pixels(painter(spec))
+
+
+def background(spec: dict) -> np.ndarray:
+    """The same with nothing in front: sky and land, backdrop, or wall."""
+    if spec["category"] == "landscape":
+        return _large_pixels(_land(_sky(spec["time"]).copy(), spec))
+    if spec["category"] == "portrait":
+        return _large_pixels(_backdrop(spec["backdrop"], spec["pattern"]))
+    return _large_pixels(_wall(spec["wall"], spec["bricks"]))
+
+
+def _large_pixels(canvas: Image.Image) -> np.ndarray:
+    return np.asarray(canvas.reduce(FINE), dtype=np.float32) / 255
 
 
 def add_noise(small: np.ndarray, seed: int) -> np.ndarray:
@@ -290,20 +303,43 @@ def _landscape(spec: dict) -> Image.Image:
         for x, y in (((6, 9), (20, 4)), ((10, 5), (26, 9)), ((4, 4), (16, 10)))[spec["clouds"]]:
             sky.oval(x, y, 5, 1.7, CLOUD[time])
             sky.oval(x + 1, y - 1.3, 2.8, 1.7, CLOUD[time])
-
-    def surface(x: float) -> float:
-        """Height of the ground line at column x."""
+    _land(canvas, spec)
+    if spec["thing"] != "nothing":
+        x = (4 if spec["side"] == "left" else 19) + spec["step"]
+        y = round(_surface(spec, x)) + 2
         if spec["ground"] == "sea":
-            return spec["horizon"]
-        wave = math.sin((x / SIDE + spec["phase"] / 6) * 2 * math.pi)
-        if spec["ground"] == "hills":
-            return spec["horizon"] + 2.5 * wave
-        if spec["ground"] == "dunes":  # asymmetric: a slow rise and a fast fall
-            return spec["horizon"] + 2 + 2.5 * (2 * ((x / SIDE + spec["phase"] / 6) % 1) - 1)
-        return spec["horizon"] + 5
+            pen.oval(x, y + 0.5, 5, 1.8, (214, 190, 120))  # an islet to stand on
+        if spec["thing"] == "house":
+            pen.box(x - 3, y - 5, x + 3, y, (240, 226, 204))
+            pen.shape([(x - 4.4, y - 5), (x, y - 9), (x + 4.4, y - 5)], (190, 44, 40))
+            sky.box(x - 1, y - 3, x + 1, y, (255, 220, 90) if time == "night" else (100, 60, 40))
+        elif spec["thing"] == "tree":
+            pen.box(x - 1, y - 4, x + 1, y, (110, 70, 36))
+            pen.oval(x, y - 7, 4, 4.2, (24, 92, 40))
+        else:
+            for i in range(4):
+                pen.box(x - 2, y - 3 * i - 3, x + 2, y - 3 * i, ((206, 40, 40), (246, 246, 246))[i % 2])
+            sky.box(x - 2, y - 14, x + 2, y - 12, (255, 224, 90))
+    return canvas
 
+
+def _surface(spec: dict, x: float) -> float:
+    """Height of the ground line at column x."""
+    if spec["ground"] == "sea":
+        return spec["horizon"]
+    wave = math.sin((x / SIDE + spec["phase"] / 6) * 2 * math.pi)
+    if spec["ground"] == "hills":
+        return spec["horizon"] + 2.5 * wave
+    if spec["ground"] == "dunes":  # asymmetric: a slow rise and a fast fall
+        return spec["horizon"] + 2 + 2.5 * (2 * ((x / SIDE + spec["phase"] / 6) % 1) - 1)
+    return spec["horizon"] + 5
+
+
+def _land(canvas: Image.Image, spec: dict) -> Image.Image:
+    """The canvas, with the land on it."""
+    pen = Pen(canvas, SKY[spec["time"]][2])
     xs = [i / 2 for i in range(2 * SIDE + 1)]
-    land = [(x, surface(x)) for x in xs] + [(SIDE, SIDE), (0, SIDE)]
+    land = [(x, _surface(spec, x)) for x in xs] + [(SIDE, SIDE), (0, SIDE)]
     rgb = GROUND[spec["ground"]]
     if spec["ground"] == "mountains":
         for peak in range(-1, 4):
@@ -321,42 +357,31 @@ def _landscape(spec: dict) -> Image.Image:
         pen.shape(land, rgb)
         lower = [(x, y + 6 + 0.8 * math.sin(x / 4 + spec["phase"])) for x, y in land[:-2]] + land[-2:]
         pen.shape(lower, tuple(int(c * 0.82) for c in rgb))
+    return canvas
 
-    if spec["thing"] != "nothing":
-        x = (4 if spec["side"] == "left" else 19) + spec["step"]
-        y = round(surface(x)) + 2
-        if spec["ground"] == "sea":
-            pen.oval(x, y + 0.5, 5, 1.8, (214, 190, 120))  # an islet to stand on
-        if spec["thing"] == "house":
-            pen.box(x - 3, y - 5, x + 3, y, (240, 226, 204))
-            pen.shape([(x - 4.4, y - 5), (x, y - 9), (x + 4.4, y - 5)], (190, 44, 40))
-            sky.box(x - 1, y - 3, x + 1, y, (255, 220, 90) if time == "night" else (100, 60, 40))
-        elif spec["thing"] == "tree":
-            pen.box(x - 1, y - 4, x + 1, y, (110, 70, 36))
-            pen.oval(x, y - 7, 4, 4.2, (24, 92, 40))
-        else:
-            for i in range(4):
-                pen.box(x - 2, y - 3 * i - 3, x + 2, y - 3 * i, ((206, 40, 40), (246, 246, 246))[i % 2])
-            sky.box(x - 2, y - 14, x + 2, y - 12, (255, 224, 90))
+
+@cache
+def _backdrop(backdrop: str, pattern: str) -> Image.Image:
+    rgb = BACKDROP[backdrop]
+    canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), rgb)
+    pen, shade = Pen(canvas), tuple(int(c * 0.80) for c in rgb)
+    for i in range(0, 48, 6):
+        if pattern == "columns":
+            pen.box(i, 0, i + 2, SIDE, shade)
+        elif pattern == "rows":
+            pen.box(0, i, SIDE, i + 2, shade)
+        elif pattern == "slanted":
+            pen.shape([(i, 0), (i + 3, 0), (i - SIDE + 3, SIDE), (i - SIDE, SIDE)], shade)
+            pen.shape([(i + 18, 0), (i + 21, 0), (i + 21 - SIDE, SIDE), (i + 18 - SIDE, SIDE)], shade)
+        elif pattern == "dots":
+            for j in range(0, SIDE, 6):
+                pen.oval(i + 2 + (j // 6 % 2) * 3, j + 2, 1.4, 1.4, shade)
     return canvas
 
 
 def _portrait(spec: dict) -> Image.Image:
-    rgb = BACKDROP[spec["backdrop"]]
-    canvas = Image.new("RGB", (SIDE * FINE, SIDE * FINE), rgb)
-    pen, shade = Pen(canvas), tuple(int(c * 0.80) for c in rgb)
-    for i in range(0, 48, 6):
-        if spec["pattern"] == "columns":
-            pen.box(i, 0, i + 2, SIDE, shade)
-        elif spec["pattern"] == "rows":
-            pen.box(0, i, SIDE, i + 2, shade)
-        elif spec["pattern"] == "slanted":
-            pen.shape([(i, 0), (i + 3, 0), (i - SIDE + 3, SIDE), (i - SIDE, SIDE)], shade)
-            pen.shape([(i + 18, 0), (i + 21, 0), (i + 21 - SIDE, SIDE), (i + 18 - SIDE, SIDE)], shade)
-        elif spec["pattern"] == "dots":
-            for j in range(0, SIDE, 6):
-                pen.oval(i + 2 + (j // 6 % 2) * 3, j + 2, 1.4, 1.4, shade)
-
+    canvas = _backdrop(spec["backdrop"], spec["pattern"]).copy()
+    pen = Pen(canvas)
     x, s = spec["x"], spec["size"]
     y = 31 - 14 * s  # centre of the face: the shoulders always touch the lower edge
     hair, skin = HAIR[spec["hair"]], SKIN[spec["skin"]]
