@@ -3,8 +3,8 @@
 import fcntl
 from pathlib import Path
 
-from checkpoint.files import digest, read_json, write_json
-from toy import judge, world
+from checkpoint.files import read_json, write_json
+from toy import judge
 from training.run import faster_dtype
 
 
@@ -22,10 +22,10 @@ def hold(folder: Path) -> object:
 def check_settings(folder: Path, settings: dict, device: str) -> dict:
     """What everything in the folder was made with, from its settings.json, which the first command writes.
 
-    "judge" is added: a hash of the judge, so that no table mixes two. So is "dtype", the faster one, which is measured once.
+    "judge" is added: the judge's version, so that no table mixes two. So is "dtype", the faster one, which is measured once.
     ValueError if the folder was made with other settings.
     """
-    settings = settings | {"judge": judge_version()}
+    settings = settings | {"judge": judge.version()}
     file = folder / "settings.json"
     if not file.exists():
         write_json(file, {"dtype": faster_dtype(device)} | settings)
@@ -33,8 +33,3 @@ def check_settings(folder: Path, settings: dict, device: str) -> dict:
     if changed := [key for key in settings if before.get(key) != settings[key]]:
         raise ValueError(f"{folder}: its students were made with other {', '.join(changed)}; name another folder")
     return before
-
-
-def judge_version() -> str:
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (judge, world))
-    return digest(sources)[:16]

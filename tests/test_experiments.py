@@ -134,7 +134,7 @@ def test_experiments_with_tiny_numbers(tiny, monkeypatch, capsys):
     assert run(tiny, "mixture", "--seeds", "1", "--nfe", "2") == (result, table)
     # Another judge, another checkpoint: another folder.
     with monkeypatch.context() as changed, pytest.raises(ValueError, match="other judge; name another folder"):
-        changed.setattr(kept, "judge_version", lambda: "another")
+        changed.setattr(judge, "version", lambda: "another")
         run(tiny, "mixture", "--seeds", "1", "--nfe", "2")
     shutil.copy(tiny / "teachers" / "text" / "diffusion_pytorch_model.safetensors", tiny / "transformer")
     with pytest.raises(ValueError, match="made with other weights"):

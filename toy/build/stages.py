@@ -1,6 +1,6 @@
 """Makes the checkpoint in toy/checkpoint: `python -m toy.build --out runs/toy` (hours of two cores: toy/README.md).
 
-Stages. Each is done once; a killed build goes on where it was:
+Stages. Each is done once; a killed build goes on where it was. Scores of another version of the judge are made anew:
 
     language     tokenizer trained on the captions; a random, frozen Qwen3-VL
     vae          the autoencoder (toy/build/autoencoder.py)
@@ -210,6 +210,10 @@ def main(argv: list[str] | None = None) -> None:
     folder, log_file = args.out / "checkpoint", args.out / "build.json"
     args.out.mkdir(parents=True, exist_ok=True)
     log = json.loads(log_file.read_text()) if log_file.exists() else {}
+
+    if log.get("judge") != judge.version():
+        log = {name: entry for name, entry in log.items() if not name.startswith("score ") and name != "premises"}
+        log["judge"] = judge.version()
 
     def stage(name: str, work) -> None:
         """Do the work unless the log has it; what it returns is logged."""
