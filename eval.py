@@ -251,10 +251,12 @@ def first_pictures(pipeline: Pipeline, sampler: Sampler, tasks: Iterable[str]) -
 
 
 def build_log(checkpoint: Path) -> dict:
-    """What `python -m toy.build` measured of this checkpoint. Empty where it did not make it, or where weights were changed
-    since."""
+    """What `python -m toy.build` measured of this checkpoint. Empty where it did not make it, where another version of the
+    judge scored it, or where weights were changed since."""
     file = checkpoint / "build.json"
     log = read_json(file) if file.is_file() else {}
+    if log.get("judge") != judge.version():
+        return {}
     return log if log.get("fingerprint") == fingerprint_with_teachers(checkpoint) else {}
 
 

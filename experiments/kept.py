@@ -1,11 +1,10 @@
 """Students and their scores, in a folder that several commands use: finished ones are reused."""
 
 import fcntl
-from functools import cache
 from pathlib import Path
 
-from checkpoint.files import digest, read_json, write_json
-from toy import judge, painter, world
+from checkpoint.files import read_json, write_json
+from toy import judge
 from training.run import faster_dtype
 
 
@@ -37,11 +36,4 @@ def check_settings(folder: Path, settings: dict, device: str) -> dict:
 def row_name(model: str, cases: dict[str, int]) -> str:
     """The name of a row's file. It has the judge's version: a changed judge scores every student again, and no table mixes
     two judges. Students do not depend on the judge."""
-    return f"{model}-{'-'.join(map(str, cases.values()))}-judge-{judge_version()}.json"
-
-
-@cache
-def judge_version() -> str:
-    """A hash of the sources of the picture world and of its judge."""
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (judge, world, painter))
-    return digest(sources)[:8]
+    return f"{model}-{'-'.join(map(str, cases.values()))}-judge-{judge.version()}.json"

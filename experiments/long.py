@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoint.files import read_json, write_json
-from experiments.kept import hold, judge_version
+from experiments.kept import hold
 from experiments.options import LongOptions
 from experiments.students import STUDENT, Students, stages
 from scores.charts import chart
 from scores.pages import fill, open_page
 from scores.rows import markdown
 from scores.statistics import mean_over_seeds
+from toy import judge
 from training.options import TrainOptions
 
 TITLES = {"t2i": "T2I", "edit": "editing"}
@@ -57,7 +58,7 @@ def run(options: LongOptions) -> None:
     open_page(options.out / "README.md")
     students, cases = Students(options.runs, options.checkpoint, options.steps, nfe=4), dict(zip(TITLES, options.cases))
     made_with = {name: value for name, value in students.settings.items() if name != "dtype"}
-    made_with |= {"judge": judge_version(), "cases": cases, "steps": options.steps}
+    made_with |= {"judge": judge.version(), "cases": cases, "steps": options.steps}
     for seed in range(options.seeds):
         for name in ROWS:
             read_row(

@@ -16,13 +16,14 @@ import eval as evaluation
 import flow
 import train
 from checkpoint.files import read_json, write_json
-from experiments.kept import check_settings, hold, judge_version, row_name
+from experiments.kept import check_settings, hold, row_name
 from experiments.measures import interval, measured_edits, measures_of, measures_table
 from experiments.options import SeedsOptions
 from program.options import flag
 from sample import Pipeline
 from scores.rows import check_place, markdown, scores_of_cases, without_cases
 from scores.statistics import difference_of_models, seeds_half
+from toy import judge
 from toy.draw import default_sampler, open_checkpoint, teacher_samplers
 from training.options import TrainOptions
 
@@ -61,7 +62,7 @@ def run(options: SeedsOptions, words: list[str]) -> dict:
     tables += [measures_table(measures, "models"), measures_table(measures, "students minus")]
     text = "\n\n".join([f"# {options.name}", about(result), *tables, measured_edits(rows)])
     result |= {
-        "judge": judge_version(),
+        "judge": judge.version(),
         "minus": options.minus,
         "rows": [without_cases(row) for row in rows],
         "differences": differences,

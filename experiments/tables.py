@@ -15,12 +15,13 @@ import numpy as np
 import eval as evaluation
 from checkpoint.files import read_json, write_json
 from experiments.claims import EXPERIMENTS, HALFWAY, LONGER, SPECIALISTS, START, TEACHER, Above, Experiment
-from experiments.kept import hold, judge_version
+from experiments.kept import hold
 from experiments.options import TableOptions
 from experiments.students import STUDENT, Students, stages
 from scores.charts import chart
 from scores.rows import check_place, markdown, scores_of_cases
 from scores.statistics import agreement, difference_of_models
+from toy import judge
 from toy.draw import Pictures
 from toy.figures import contact_sheet
 
@@ -134,7 +135,7 @@ def run(name: str, options: TableOptions) -> dict:
     for bench in experiment.paper:
         means[bench] = {label: averaged(bench, measured.rows[label, bench]) for label in labels}
     result |= {
-        "made_with": students.settings | {"judge": judge_version()},
+        "made_with": students.settings | {"judge": judge.version()},
         "rows": {label: {} for label in labels},
         "claims": [],
     }

@@ -215,7 +215,7 @@ def by_colour(pictures: list[Image.Image], cases: list, reconstruct) -> list[jud
 
 
 def test_compare_takes_a_teachers_rows_from_its_log(toy_checkpoint, tmp_path, monkeypatch):
-    """Those of the first cases are the rows measured anew, and no teacher is judged. Other weights: measured."""
+    """Those of the first cases are the rows measured anew, and no teacher is judged. Other weights or judge: measured."""
     monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": ("text",), "edit": ("text",)})
     monkeypatch.setattr(judge, "judge", by_colour)  # the exact one finds nothing right in a random network's pictures
     teacher, cases = shutil.copytree(toy_checkpoint, tmp_path / "teacher"), {"t2i": 2, "edit": 3}
@@ -225,7 +225,8 @@ def test_compare_takes_a_teachers_rows_from_its_log(toy_checkpoint, tmp_path, mo
     samplers = teacher_samplers(base, [1.0, 0.5, 0.0])
     more = {"t2i": 4, "edit": 4}
     rows = [evaluation.evaluate(base, sampler, more)[0] for sampler in samplers]
-    log = {"score base": {"rows": rows}, "fingerprint": evaluation.fingerprint_with_teachers(teacher)}
+    log = {"score base": {"rows": rows}, "judge": judge.version()}
+    log["fingerprint"] = evaluation.fingerprint_with_teachers(teacher)
     (teacher / "build.json").write_text(json.dumps(log))
     judged, real = [], evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", lambda p, s, *rest: (judged.append(s.name), real(p, s, *rest))[1])
@@ -234,6 +235,10 @@ def test_compare_takes_a_teachers_rows_from_its_log(toy_checkpoint, tmp_path, mo
     for row, again in zip(expected, rows):
         for key in again.keys() - {"seconds_per_image"}:
             assert again[key] == (row[key] if "diversity" in key else pytest.approx(row[key], abs=1e-4)), key
+    assert evaluation.recorded(teacher, cases)
+    (teacher / "build.json").write_text(json.dumps(log | {"judge": "another"}))
+    assert evaluation.recorded(teacher, cases) == {}
+    (teacher / "build.json").write_text(json.dumps(log))
     with open(teacher / "transformer" / "diffusion_pytorch_model.safetensors", "r+b") as file:
         file.seek(-4, 2)
         file.write(b"\0\0\0\0")

@@ -305,7 +305,7 @@ def test_seeds_with_tiny_numbers(tiny, tmp_path, monkeypatch, capsys):
     # Another judge scores the same students again, and its rows stand beside the old ones.
     with monkeypatch.context() as changed:
         changed.setattr(train, "train", None)
-        changed.setattr(kept, "judge_version", lambda: "another")
+        changed.setattr(judge, "version", lambda: "another")
         changed.setattr(judge, "judge", lambda *words: [judge.Verdict({"dark": True}, {}, 1.0) for _ in words[0]])
         assert {row["t2i"]["average"] for row in run_seeds("plain", "--seeds", "5", "6")["rows"]} == {1.0}
     assert run_seeds("plain", "--seeds", "5", "6") == first

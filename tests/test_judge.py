@@ -3,13 +3,17 @@ unless a test brings its own."""
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from toy import judge, world
+from toy.draw import open_checkpoint, reconstruct
 from toy.world import CATEGORIES, FAMILIES
+
+TOY = Path(world.__file__).parent / "checkpoint"
 
 STREAMS = [("t2i", category) for category in CATEGORIES] + [("edit", family) for family in FAMILIES]
 
@@ -60,7 +64,7 @@ def test_every_right_answer_is_right(task, category):
             assert found.compliance and found.fidelity == 1 and found.score == 1
             assert draw(found.fitted).tobytes() == draw(spec).tobytes()
             if task == "t2i":
-                assert found.fitted == spec and set(found.right) == set(world.attributes(spec))
+                assert found.fitted == spec and set(found.right) == {*world.attributes(spec), "nothing extra"}
                 assert judge.fit_free(world.shrink(draw(spec)), case) == tuple(spec[name] for name in case.free)
 
 
@@ -196,6 +200,102 @@ def test_other_clothes_are_others():
     for case in some[:4]:
         kept = case.target | {"clothes": case.source["clothes"]}
         assert wrong(draw(kept), case) == {"clothes"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Extras
+
+
+def copied(spec: dict, place: tuple, to: tuple, share: float) -> np.ndarray:
+    """The drawing with a piece of it once more, mixed in by `share`. place: row, column, height, width; to: row, column."""
+    small = world.render(spec)
+    row, column, height, width = place
+    piece = small[row : row + height, column : column + width].copy()
+    there = small[to[0] : to[0] + height, to[1] : to[1] + width]
+    there += share * (piece - there)
+    return small
+
+
+def with_extras(spec: dict, share: float) -> list[np.ndarray]:
+    """A second sun; a third eye; the sign, its last two letters, and one letter beside it once more."""
+    if spec["category"] == "landscape":
+        to = 12 if spec["sun"] != 16 else 23
+        return [copied(spec, (1, spec["sun"] - 4, 8, 8), (1, to), share)]
+    if spec["category"] == "portrait":
+        eye = (round(31 - 14.4 * spec["size"]) - 2, round(spec["x"] - 2.7 * spec["size"]) - 2, 4, 4)
+        return [copied(spec, eye, (2, 1 if spec["x"] > 15 else 27), share)]
+    row, column, other = spec["row"], spec["column"], (spec["row"] + 16) % 32
+    places = [((row, column - 2, 7, 15), (other, 10)), ((row, column + 4, 7, 8), (other, 12))]
+    places.append(((row, column + 8, 7, 5), (row, column + 13 if column < 12 else column - 7)))
+    return [copied(spec, place, to, share) for place, to in places]
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_what_nobody_asked_for_is_wrong(category):
+    """Whole or half transparent, also through usual blur and noise."""
+    bare = {"landscape": {"thing": "nothing", "weather": "clear"}, "portrait": {"hat": "nothing"}, "text": {}}[category]
+    for case in cases("t2i", category, 4):
+        case = replace(case, target=world.settle(case.target | bare))
+        for share in (1, 0.5):
+            for small in with_extras(case.target, share):
+                grain = np.random.default_rng(0).normal(0, 0.03, small.shape)
+                worn = np.clip(world.blur(small, 0.5) + grain, 0, 1)
+                for picture in (small, worn):
+                    assert "nothing extra" in wrong(world.enlarge(picture), case), (case.prompt, share)
+
+
+@pytest.mark.parametrize(("task", "category"), STREAMS)
+def test_blur_noise_and_a_mixed_background_are_nothing_extra(task, category):
+    for case in cases(task, category, 3):
+        small = world.render(case.target)
+        grain = np.random.default_rng(0).normal(0, 0.05, small.shape)
+        names = judge.BEHIND[case.target["category"]]
+        lists = world.OPEN[case.target["category"]]
+        other = world.render(case.target | {name: lists[name][-1] for name in names} | {"thing": "nothing"})
+        behind = (small == world.background(case.target)).all(axis=2, keepdims=True)
+        mixed = np.where(behind, (small + other) / 2, small)
+        for picture in (world.blur(small, 0.8), np.clip(small + grain, 0, 1), mixed):
+            assert judge.extra(picture, case.target, judge._large(small)) < judge.EXTRA, case.prompt
+
+
+def test_what_the_autoencoder_makes_is_nothing_extra():
+    """Nor is it after usual blur and noise; a second sign, after it, is."""
+    pipeline = open_checkpoint(TOY)
+    some = [case for category in CATEGORIES for case in cases("t2i", category, 4)]
+    drawn = [judge._large(world.render(case.target)) for case in some]
+    signs = [judge._large(with_extras(case.target, 0.5)[0]) for case in some[8:]]
+    again = reconstruct(pipeline, np.stack(drawn + signs))
+    grain = np.random.default_rng(0).normal(0, 0.03, (32, 32, 3))
+    for i, case in enumerate(some):
+        for picture in (judge._small(again[i]), world.blur(judge._small(again[i]), 0.6) + grain):
+            assert judge.extra(picture, case.target, again[i]) < judge.EXTRA
+    for i, case in enumerate(some[8:]):
+        assert judge.extra(judge._small(again[12 + i]), case.target, again[8 + i]) > judge.EXTRA
+
+
+def test_edits_that_show_more_are_wrong():
+    """A second sign in an edited poster. In a filled half and where noise was removed, nothing but the extra is wrong."""
+    seen = set()
+    for family in ("enhance", "text", "style"):
+        for case in cases("edit", family, 40):
+            kind = (family, case.noise is None)
+            if case.target["category"] == "text" and kind not in seen and case.visible is None:
+                seen.add(kind)
+                assert wrong(world.enlarge(with_extras(case.target, 1)[0]), case) == {"nothing extra"}
+    half = next(c for c in cases("edit", "enhance", 80) if c.visible is not None and c.target["category"] == "text")
+    assert "nothing extra" in wrong(world.enlarge(with_extras(half.target, 1)[0]), half)
+    assert len(seen) == 3
+
+
+def test_the_version_is_of_the_code_and_not_of_its_words(tmp_path, monkeypatch):
+    source = Path(judge.__file__).read_text()
+    versions = []
+    words = source.replace("import re\n", 'import re  # more\n# words\n"""of it"""\n')
+    for text in (source, words, source.replace("EXTRA = 0.04", "EXTRA = 0.05")):
+        (tmp_path / "judge.py").write_text(text)
+        monkeypatch.setattr(judge, "__file__", str(tmp_path / "judge.py"))
+        versions.append(judge.version())
+    assert versions[0] == versions[1] != versions[2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Makes the checkpoint in toy/checkpoint: `python -m toy.build --out runs/toy` (hours of two cores: toy/README.md).
 
-Stages. Each is done once; a killed build resumes:
+Stages. Each is done once; a killed build goes on where it was. Scores of another version of the judge are made anew:
 
     language     tokenizer trained on the captions; a random, frozen Qwen3-VL
     vae          the autoencoder (toy/build/autoencoder.py)
@@ -232,6 +232,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     folder, log_file = args.out / "checkpoint", args.out / "build.json"
     log = read_json(log_file) if log_file.exists() else {}
+
+    if log.get("judge") != judge.version():
+        log = {name: entry for name, entry in log.items() if not name.startswith("score ") and name != "premises"}
+        log["judge"] = judge.version()
 
     def stage(name: str, work: Callable[[], dict | None]) -> None:
         """Do the work unless the log has it; what it returns is logged."""
