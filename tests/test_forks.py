@@ -21,6 +21,7 @@ from model import MMDiT
 from plane import forks
 from plane.__main__ import main
 from plane.forks import ORDER, UNCHANGED, Row, changed_lines, copy_sources, patch, rows_to_make
+from plane.method import TASKS
 from scores import pages
 
 NAMES = sorted(file.stem for file in forks.PATCHES.glob("*.patch"))
@@ -233,9 +234,7 @@ def test_forks_resume_and_leave_the_pages_own_words(tmp_path, monkeypatch, capsy
     def make_row(row: Row, file: Path) -> None:
         made.append(row)
         line = "0.5 0.7" if row.fork == UNCHANGED else "0.6 0.8"
-        looks = {
-            look: {c: {m: line for m in ("precision", "fine", "distance")} for c in forks.TASKS} for look in ("1", "5")
-        }
+        looks = {look: {c: {m: line for m in ("precision", "fine", "distance")} for c in TASKS} for look in ("1", "5")}
         row_file = {"setting": dict(row.values), "patch": forks.fingerprint(row.fork), "looks": looks}
         forks.write_json(file, row_file | {"seconds": {"1": 1.0, "5": 2.0}})
 

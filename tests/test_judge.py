@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toy import judge, world
+from toy import judge, painter, world
 from toy.draw import open_checkpoint, reconstruct
 from toy.world import CATEGORIES, FAMILIES
 
@@ -162,7 +162,7 @@ def test_the_source_itself_is_no_answer(family):
 def test_edit_that_changes_too_much():
     """What was asked for, and other eyes: not compliant, though the picture is a good one."""
     case = cases("edit", "identity", 1)[0]
-    eyes = next(e for e in world.EYES if e != case.target["eyes"])
+    eyes = next(e for e in painter.EYES if e != case.target["eyes"])
     found = verdict(draw(case.target | {"eyes": eyes}), case)
     assert not found.right["eyes"] and sum(found.right.values()) == len(found.right) - 1
     assert found.fidelity == 1
@@ -173,7 +173,7 @@ def test_edit_that_moves_the_face():
     for case in [c for c in cases("edit", "object", 20) if c.target["category"] == "portrait"][:3]:
         found = verdict(draw(case.target | {"x": 11 if case.target["x"] > 15 else 21}), case)
         assert found.fidelity == 0
-        clothes = next(c for c in world.CLOTHES if c != case.target["clothes"])
+        clothes = next(c for c in painter.CLOTHES if c != case.target["clothes"])
         found = verdict(draw(case.target | {"clothes": clothes}), case)
         assert found.compliance and found.fidelity < 0.4
 
