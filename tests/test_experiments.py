@@ -361,7 +361,7 @@ def test_every_file_of_the_results_comes_from_a_command_or_stands_on_a_page():
     made = set()
     for name, options, _ in map(command.parse, page_commands("experiments")):
         if name == "seeds" and options.json:
-            made.add(str(options.json))
+            made |= {str(options.json), str(options.json.with_suffix(".md"))}
         elif name in EXPERIMENTS:
             made |= {f"results/{name}/{file}" for file in ("table.md", "table.json", "sheet.png", "curve.png")}
     for name in plane.UPDATES:  # python -m plane --experiment NAME --out results/plane
