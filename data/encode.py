@@ -241,12 +241,18 @@ def read_shards(folder: Path) -> dict[str, dict]:
             with safe_open(path, framework="pt") as file:
                 layouts = json.loads((file.metadata() or {}).get("slots", ""))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (SafetensorError, OSError, ValueError):
+            entries |= {key: entry_parts(key, slots, tensors) for key, slots in layouts.items()}
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
             say(f"{path}: damaged or of an earlier version, and not used")
-            continue
-        for key, slots in layouts.items():
-            parts = {name: tensors.get(f"{key}.{name}") for name in ("states", "empty", "target")}
-            parts["sources"] = [tensors[f"{key}.{i}"] for i in range(len(slots))]
-            parts["slots"] = [tuple(slot) for slot in slots]
-            entries[key] = parts
     return entries
+
+
+def entry_parts(key: str, slots: list, tensors: dict[str, Tensor]) -> dict:
+    """One entry of a shard. KeyError: its states or one of its sources are missing."""
+    return {
+        "states": tensors[f"{key}.states"],
+        "empty": tensors.get(f"{key}.empty"),
+        "target": tensors.get(f"{key}.target"),
+        "sources": [tensors[f"{key}.{i}"] for i in range(len(slots))],
+        "slots": [tuple(slot) for slot in slots],
+    }

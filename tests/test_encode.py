@@ -270,3 +270,12 @@ def test_a_source_of_the_wrong_area_is_named_before_the_encoding(checkpoint, gro
         encode_prompts(tmp_path / "cache", read_prompts([grouped]), other, How(SIZE))
     monkeypatch.undo()
     assert len(encode_prompts(tmp_path / "cache", read_prompts([grouped]), other, How(96)).entries) == 6
+
+
+def test_a_shard_without_some_states_is_not_used(tmp_path, capsys):
+    """Its prompts are encoded again; the other shard stays."""
+    whole = {"states": torch.ones(3, 4), "empty": None, "target": None, "sources": [], "slots": []}
+    encode.write_shard(tmp_path, {"a": whole})
+    encode.write_shard(tmp_path, {"b": whole | {"states": None, "empty": torch.ones(1, 4)}})
+    assert set(encode.read_shards(tmp_path)) == {"a"}
+    assert "damaged or of an earlier version" in "".join(capsys.readouterr())
