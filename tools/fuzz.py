@@ -478,7 +478,8 @@ def main() -> None:
             count = args.count or COUNTS[surface]
             words, faults = tried(surface, args.first, count, made, Path(folder))
             print(f"| {surface} | {count} | {' | '.join(str(words[word]) for word in columns)} |", flush=True)
-            print("\n".join(faults), file=sys.stderr, end="", flush=True)
+            for fault in faults:
+                print(fault.rstrip(), file=sys.stderr, flush=True)
             failed = failed or bool(faults)
     sys.exit(failed)
 
