@@ -1,12 +1,13 @@
 """Nonsense goes in, one clear error comes out: thousands of mutated inputs, by surface. A few of each are a test.
 
-    python tools/fuzz.py                               some 11,000 inputs in an hour or two, and a table
+    python tools/fuzz.py                               some 11,000 inputs, 20 minutes of an idle core, and a table
     python tools/fuzz.py --first 100000                as many others: input number i follows from its surface and i alone
     python tools/fuzz.py --surface LoRA --first 431 --count 1        one again
 
 An input may be accepted or refused. A refusal is a ValueError, an OSError or a FloatingPointError, which the programs
 print as one line, or argparse's own exit. Anything else is a traceback, and counts as a fault; so does a call that takes
-more than 30 seconds, and a wrong answer where one answer is right (PROPERTIES).
+more than 30 seconds (time in which the fuzzer is stopped counts, too), and a wrong answer where one answer is right
+(PROPERTIES).
 """
 
 import argparse
