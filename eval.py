@@ -20,7 +20,7 @@ A ROW is the result for one model. In JSON:
     t2i, edit                    {"portrait": mean, ..., "average": mean of the means}
     t2i_interval, edit_interval  the +- of the average
     edit_shift, edit_scale, edit_colour, t2i_colour, variety        measures that need no judge: scores/measures.py
-    of the toy world             t2i_compliance, t2i_fidelity, ... like t2i; t2i_diversity; cases, in a category
+    of the toy world             t2i_compliance, t2i_fidelity, t2i_extras, ... like t2i; t2i_diversity; cases, in a category
     of your own cases            scale, 5; bench, a hash of the cases; judges, scores and intervals of each judge
     checksum                     of all the rest; --table rejects a row that was changed
 
@@ -67,7 +67,8 @@ CASES = {"t2i": 192, "edit": 96}  # in a category
 COMPARED = {"t2i": 48, "edit": 24}  # the same for `compare`, which ends a run of minutes
 SHOWN = {"t2i": 4, "edit": 2}  # the same for the contact sheet
 VARIETY = (2, 8)  # prompts in a category, and pictures of each, from which diversity is measured
-MEASURES = ("edit_shift", "edit_scale", "edit_colour", "t2i_colour", "variety")  # keys of scores/measures.py
+# A row's keys that it has over all its cases only: of scores/measures.py, and the share of pictures with an extra.
+MEASURES = ("edit_shift", "edit_scale", "edit_colour", "t2i_colour", "variety", "t2i_extras", "edit_extras")
 # Families whose edits leave things where they are. The others draw a new scene, which has no unchanged parts.
 IN_PLACE = ("enhance", "object", "style")
 
@@ -95,6 +96,14 @@ def case_scores(verdicts: dict[str, list[judge.Verdict]]) -> CaseScores:
         for part in PARTS:
             scores[part][category] = [of_case[part] for of_case in of_cases]
     return scores
+
+
+def shares_with_extras(verdicts: dict[str, list[judge.Verdict]]) -> dict[str, list[float]]:
+    """category -> 1 for each picture that shows something nobody asked for, else 0."""
+    extras = {}
+    for category, of_category in verdicts.items():
+        extras[category] = [float(not verdict.right["nothing extra"]) for verdict in of_category]
+    return extras
 
 
 def summary(task: str, scores: CaseScores) -> dict:
@@ -133,6 +142,7 @@ def evaluate(
         scores = case_scores(verdicts)
         row |= summary(task, scores)
         row[f"{task}_each"] = scores
+        row[f"{task}_extras"] = averages(shares_with_extras(verdicts))
         row[f"{task}_diversity"] = diversity(pipeline, sampler, task, only or CATEGORIES[task])
     measures, of_cases = toy_measures(row, pictures)
     row |= measures

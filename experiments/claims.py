@@ -19,8 +19,8 @@ class Above:
     row: str
     other: str
     category: str = "average"
-    bench: str = "t2i"
-    part: str = "score"
+    task: str = "t2i"
+    measure: str = "score"  # one of eval.PARTS
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Experiment:
     """A table. One student may stand in two: E5 is "base only", and "step-wise" is 10:0."""
 
     rows: dict[str, str]  # name: recipe
-    paper: dict[str, dict[str, str]]  # bench: {row: the averages of Gemini / GPT, from 1 to 5}
+    paper: dict[str, dict[str, str]]  # task: {row: the averages of Gemini / GPT, from 1 to 5}
     claims: dict[str, list[Above]]  # the paper's, in our words: all parts of one must hold
 
 
@@ -75,8 +75,8 @@ EXPERIMENTS = {
                 Above("step-wise", TEACHER),
                 Above(SPECIALISTS, "step-wise"),
             ],
-            "The first-step loss steadies the structure": [Above(FIRST_STEP, "specialised only", part="attributes")],
-            "... at some cost in visual quality.": [Above("specialised only", FIRST_STEP, part="fidelity")],
+            "The first-step loss steadies the structure": [Above(FIRST_STEP, "specialised only", measure="attributes")],
+            "... at some cost in visual quality.": [Above("specialised only", FIRST_STEP, measure="fidelity")],
         },
     ),
     "mixture": Experiment(  # section 5, tables 3 and 4
@@ -88,11 +88,11 @@ EXPERIMENTS = {
             | {"10:0": "2.77 / 3.28", "9:1": "2.58 / 3.31", "7:3": "2.87 / 3.36", "5:5": "2.97 / 3.41"},
         },
         {
-            "Editing needs editing data: 5:5 stands above none.": [Above("5:5", "10:0", bench="edit")],
-            "Of the mixtures 5:5 edits best.": [Above("5:5", other, bench="edit") for other in ("9:1", "7:3")],
-            "A little is worse than none (Gemini; GPT says the opposite).": [Above("10:0", "9:1", bench="edit")],
+            "Editing needs editing data: 5:5 stands above none.": [Above("5:5", "10:0", task="edit")],
+            "Of the mixtures 5:5 edits best.": [Above("5:5", other, task="edit") for other in ("9:1", "7:3")],
+            "A little is worse than none (Gemini; GPT says the opposite).": [Above("10:0", "9:1", task="edit")],
             "At 5:5 the student edits better than its teachers (Gemini; not GPT).": [
-                Above("5:5", SPECIALISTS, bench="edit")
+                Above("5:5", SPECIALISTS, task="edit")
             ],
             "Editing data helps drawing, too.": [Above("5:5", "10:0")],
         },

@@ -47,7 +47,7 @@ DIFFERENCES = (
 PARTS = ("score", "compliance", "extras", "fidelity", "modes", "distance")
 LOOKS = 6  # times at which a student is scored
 
-Look = dict[str, dict[str, dict[str, float]]]  # bench -> part -> category, or "average" -> number
+Look = dict[str, dict[str, dict[str, float]]]  # task -> part -> category, or "average" -> number
 Row = dict[int, Look]  # updates -> the scores of one seed
 
 
@@ -60,10 +60,8 @@ def run(options: LongOptions) -> None:
     made_with = {name: value for name, value in students.settings.items() if name != "dtype"}
     made_with |= {"judge": judge.version(), "cases": cases, "steps": options.steps}
     for seed in range(options.seeds):
-        for name in ROWS:
-            read_row(
-                options.out, name, seed, made_with
-            )  # what was made with other settings is said before the training
+        for name in ROWS:  # what was made with other settings is said before the training
+            read_row(options.out, name, seed, made_with)
     for seed in range(options.seeds):
         for name in ROWS:
             try:
@@ -105,14 +103,13 @@ def make_row(students: Students, out: Path, name: str, seed: int, made_with: dic
 
 def make_look(students: Students, student: TrainOptions, updates: int, cases: dict[str, int]) -> Look:
     look = {}
-    for bench in TITLES:
-        row = students.student_row(student, updates, tuple(TITLES), bench, cases[bench])
-        look[bench] = {"score": row[bench]}
+    for task in TITLES:
+        row = students.student_row(student, updates, tuple(TITLES), task, cases[task])
+        look[task] = {"score": row[task]}
         for part in ("compliance", "extras", "fidelity"):
-            if f"{bench}_{part}" in row:
-                look[bench][part] = row[f"{bench}_{part}"]
+            look[task][part] = row[f"{task}_{part}"]
         for part in ("modes", "distance"):
-            look[bench][part] = row[f"{bench}_diversity"][part]
+            look[task][part] = row[f"{task}_diversity"][part]
     return look
 
 
@@ -124,21 +121,20 @@ def report(options: LongOptions, made_with: dict) -> None:
     rows = {name: [read_row(options.out, name, seed, made_with) for seed in range(options.seeds)] for name in ROWS}
     looks = stages(options.steps, LOOKS)
     tables = []
-    for bench, title in TITLES.items():
+    for task, title in TITLES.items():
         tables += [
             f"**{title}**",
-            markdown(end_table(rows, bench, looks[-1])),
-            markdown(score_table(rows, bench, looks)),
+            markdown(end_table(rows, task, looks[-1])),
+            markdown(score_table(rows, task, looks)),
         ]
-        chart(curves(rows, bench, looks), options.out / f"{bench}.png")
+        chart(curves(rows, task, looks), options.out / f"{task}.png")
     tables += ["**Differences of scores**", markdown(differences_table(rows, looks))]
     fill(options.out / "README.md", "\n\n".join(tables))
 
 
-def values(rows: list[Row], bench: str, part: str, updates: int) -> dict[int, float]:
+def values(rows: list[Row], task: str, part: str, updates: int) -> dict[int, float]:
     """seed -> the average over categories, of the seeds that are there."""
-    there = {seed: row[updates][bench] for seed, row in enumerate(rows) if updates in row}
-    return {seed: look[part]["average"] for seed, look in there.items() if part in look}
+    return {seed: row[updates][task][part]["average"] for seed, row in enumerate(rows) if updates in row}
 
 
 def cell(numbers: list[float], sign: str = "") -> str:
@@ -149,21 +145,20 @@ def cell(numbers: list[float], sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + (f" ± {half:.3f}" if len(numbers) > 1 else "")
 
 
-def end_table(rows: dict[str, list[Row]], bench: str, updates: int) -> list[list[str]]:
+def end_table(rows: dict[str, list[Row]], task: str, updates: int) -> list[list[str]]:
     """All parts after all updates."""
-    parts = [part for part in PARTS if any(values(rows[name], bench, part, updates) for name in rows)] or [*PARTS]
-    lines = [[f"after {updates} updates", "seeds", *parts]]
+    lines = [[f"after {updates} updates", "seeds", *PARTS]]
     for name in rows:
-        numbers = {part: [*values(rows[name], bench, part, updates).values()] for part in parts}
-        lines.append([name, str(len(numbers[parts[0]])), *(cell(numbers[part]) for part in parts)])
+        numbers = [[*values(rows[name], task, part, updates).values()] for part in PARTS]
+        lines.append([name, str(len(numbers[0])), *map(cell, numbers)])
     return lines
 
 
-def score_table(rows: dict[str, list[Row]], bench: str, looks: list[int]) -> list[list[str]]:
+def score_table(rows: dict[str, list[Row]], task: str, looks: list[int]) -> list[list[str]]:
     """The score at every look."""
     lines = [["score after updates", *(str(updates) for updates in looks)]]
     for name in rows:
-        by_look = [values(rows[name], bench, "score", updates) for updates in looks]
+        by_look = [values(rows[name], task, "score", updates) for updates in looks]
         lines.append([name, *(cell([*of_seeds.values()]) for of_seeds in by_look)])
     return lines
 
@@ -174,23 +169,23 @@ def differences_table(rows: dict[str, list[Row]], looks: list[int]) -> list[list
     lines = [["", *(f"{title}, {updates} updates" for title in TITLES.values() for updates in ends)]]
     for name, other in DIFFERENCES:
         cells = []
-        for bench in TITLES:
+        for task in TITLES:
             for updates in ends:
-                a, b = (values(rows[row], bench, "score", updates) for row in (name, other))
+                a, b = (values(rows[row], task, "score", updates) for row in (name, other))
                 cells.append(cell([a[seed] - b[seed] for seed in a.keys() & b.keys()], sign="+"))
         lines.append([f"{name}, minus {other}", *cells])
     return lines
 
 
-def curves(rows: dict[str, list[Row]], bench: str, looks: list[int]) -> dict[str, dict[str, list]]:
+def curves(rows: dict[str, list[Row]], task: str, looks: list[int]) -> dict[str, dict[str, list]]:
     """For scores.charts: part -> row -> [(updates, a value for each seed)]."""
     panels = {}
     for part in PARTS:
         lines = {}
         for name in rows:
-            by_look = [(updates, [*values(rows[name], bench, part, updates).values()]) for updates in looks]
+            by_look = [(updates, [*values(rows[name], task, part, updates).values()]) for updates in looks]
             lines[name] = [(updates, numbers) for updates, numbers in by_look if numbers]
         lines = {name: line for name, line in lines.items() if line}
         if lines:
-            panels[f"{TITLES[bench]}: {part}"] = lines
+            panels[f"{TITLES[task]}: {part}"] = lines
     return panels

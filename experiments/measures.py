@@ -16,11 +16,11 @@ LEAST_MEASURED = 6  # cases with a value, for a measure that needs no judge
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure that needs no judge (scores/measures.py), of all cases of a bench."""
+    """A measure that needs no judge (scores/measures.py), of all cases of a task."""
 
     title: str
-    bench: str
-    part: str  # of the row's BENCH_each
+    task: str
+    part: str  # of the row's TASK_each
     statistic: Callable[[np.ndarray], float] = np.median  # of the cases that have a value, (N,)
 
 
@@ -45,12 +45,12 @@ def measures_of(rows: list[dict], others: dict[str, list[dict]]) -> dict[str, di
     """title -> "models" -> model -> the measure with its interval, and "students minus" -> model -> the difference."""
     measures = {}
     for measure in MEASURES:
-        models = {"mean": rows} | others
-        values = {name: scores_of_cases(models[name], measure.bench, measure.part) for name in models}
-        zero = np.zeros_like(values["mean"][:1])
+        models = {"students": rows} | others
+        values = {name: scores_of_cases(models[name], measure.task, measure.part) for name in models}
+        zero = np.zeros_like(values["students"][:1])
         measures[measure.title] = {
             "models": {name: measured_difference(values[name], zero, measure) for name in models},
-            "students minus": {name: measured_difference(values["mean"], values[name], measure) for name in others},
+            "students minus": {name: measured_difference(values["students"], values[name], measure) for name in others},
         }
     return measures
 
@@ -74,7 +74,7 @@ def measured_edits(rows: list[dict]) -> str:
     )
 
 
-def measures_table(measures: dict[str, dict[str, dict]], of: str) -> str:
+def table_of(measures: dict[str, dict[str, dict]], of: str) -> str:
     """Markdown: a line for each measure that needs no judge. of: "models" or "students minus"."""
     names = list(next(iter(measures.values()))[of])
     lines = [[of, *names]]

@@ -68,13 +68,13 @@ def passes_of(metrics: Path) -> int:
 
 def make_row(result: dict, changed: str, commit: str, updates: int, passes: list[int]) -> dict:
     """From what `seeds.run` returned. A score is the mean of T2I and editing, its half-width one of the mean over seeds."""
-    scores = {bench: [row[bench]["average"] for row in result["rows"]] for bench in seeds.TITLES}
+    scores = {task: [row[task]["average"] for row in result["rows"]] for task in seeds.TITLES}
     mean, half = mean_over_seeds([sum(pair) / 2 for pair in zip(*scores.values(), strict=True)])
     minus = {}
     for name in ("teacher", result["minus"]):
         if name:
-            of_benches = result["differences"][name]
-            minus[f"minus {name}"] = {bench: of_benches[bench]["score"] for bench in seeds.TITLES}
+            of_tasks = result["differences"][name]
+            minus[f"minus {name}"] = {task: of_tasks[task]["score"] for task in seeds.TITLES}
     return {
         "name": result["name"],
         "changed": changed,
@@ -84,7 +84,7 @@ def make_row(result: dict, changed: str, commit: str, updates: int, passes: list
         "updates": updates,
         "passes": round(sum(passes) / len(passes)),
         "score": {"mean": mean, "half": half},
-        **{bench: sum(numbers) / len(numbers) for bench, numbers in scores.items()},
+        **{task: sum(numbers) / len(numbers) for task, numbers in scores.items()},
         **minus,
     }
 
@@ -110,8 +110,8 @@ def tables(rows: list[dict]) -> str:
 def table(rows: list[dict]) -> str:
     lines = [["score", "T2I", "editing", "minus teacher: T2I", "editing", "passes", "updates", "changed", "commit"]]
     for row in rows:
-        score, minus = row["score"], [number(row["minus teacher"][bench]) for bench in seeds.TITLES]
-        line = [f"**{score['mean']:.3f}** ± {score['half']:.3f}", *(f"{row[bench]:.3f}" for bench in seeds.TITLES)]
+        score, minus = row["score"], [number(row["minus teacher"][task]) for task in seeds.TITLES]
+        line = [f"**{score['mean']:.3f}** ± {score['half']:.3f}", *(f"{row[task]:.3f}" for task in seeds.TITLES)]
         job = f"{row['changed']} (`{row['train.py']}`)" if row["train.py"] else row["changed"]
         lines.append([*line, *minus, f"{row['passes']:,}", f"{row['updates']}", job, row["commit"]])
     return markdown(lines)

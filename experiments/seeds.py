@@ -17,7 +17,7 @@ import flow
 import train
 from checkpoint.files import read_json, write_json
 from experiments.kept import check_settings, hold, row_name
-from experiments.measures import interval, measured_edits, measures_of, measures_table
+from experiments.measures import interval, measured_edits, measures_of, table_of
 from experiments.options import SeedsOptions
 from program.options import flag
 from sample import Pipeline
@@ -55,11 +55,11 @@ def run(options: SeedsOptions, words: list[str]) -> dict:
         words = [*words, "--dtype", job.dtype or settings["dtype"]]
         rows = [student_row(folder, words, seed, cases) for seed in options.seeds]
         others = teacher_rows(folder, teacher, job.student_steps, cases) | minus
-    models = others | {row["name"]: [row] for row in rows} | {"mean": rows}
+    models = others | {row["name"]: [row] for row in rows} | {"students": rows}
     differences = {name: differences_from(rows, other) for name, other in others.items()}
     measures = measures_of(rows, others)
     tables = [scores_table(models), categories_table(models), differences_table(differences)]
-    tables += [measures_table(measures, "models"), measures_table(measures, "students minus")]
+    tables += [table_of(measures, "models"), table_of(measures, "students minus")]
     text = "\n\n".join([f"# {options.name}", about(result), *tables, measured_edits(rows)])
     result |= {
         "judge": judge.version(),
@@ -132,28 +132,28 @@ def teacher_rows(folder: Path, teacher: Pipeline, steps: int, cases: dict[str, i
 
 
 def differences_from(rows: list[dict], others: list[dict]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """bench -> part -> the mean difference of the students from other models, and half the width of its 95% interval."""
+    """task -> part -> the mean difference of the students from other models, and half the width of its 95% interval."""
     differences = {}
-    for bench in TITLES:
-        differences[bench] = {}
+    for task in TITLES:
+        differences[task] = {}
         for part in PARTS:
-            a, b = (scores_of_cases(models, bench, part) for models in (rows, others))
-            differences[bench][part] = interval(*difference_of_models(a, b))
+            a, b = (scores_of_cases(models, task, part) for models in (rows, others))
+            differences[task][part] = interval(*difference_of_models(a, b))
         for name in VARIETY:
-            a, b = (variety_of_seeds(models, bench, name) for models in (rows, others))
+            a, b = (variety_of_seeds(models, task, name) for models in (rows, others))
             half = seeds_half(a, b) if len(a) > 1 else None  # one seed says nothing about others
-            differences[bench][name] = interval(float(a.mean() - b.mean()), half)
+            differences[task][name] = interval(float(a.mean() - b.mean()), half)
     return differences
 
 
-def variety_of_seeds(rows: list[dict], bench: str, name: str) -> np.ndarray:
+def variety_of_seeds(rows: list[dict], task: str, name: str) -> np.ndarray:
     """(seeds,)"""
-    return np.array([row[f"{bench}_diversity"][name]["average"] for row in rows])
+    return np.array([row[f"{task}_diversity"][name]["average"] for row in rows])
 
 
 def about(result: dict) -> str:
     job = f"`train.py {result['train.py']}`".replace(" `", "`")
-    counts = " and ".join(f"{count} cases a category at {TITLES[bench]}" for bench, count in result["cases"].items())
+    counts = " and ".join(f"{count} cases a category at {TITLES[task]}" for task, count in result["cases"].items())
     chance = "seeds and cases" if len(result["seeds"]) > 1 else "cases alone"
     seeds = ", ".join(map(str, result["seeds"]))
     return f"{job}, seeds {seeds}; {counts}. ± is a 95% interval over {chance}; of modes and distance over seeds alone."
@@ -166,19 +166,19 @@ def scores_table(models: dict[str, list[dict]]) -> str:
         head += [title, *PARTS[1:], *VARIETY]
     for name, rows in models.items():
         line = [name]
-        for bench in TITLES:
-            line += [f"{scores_of_cases(rows, bench, part).mean():.3f}" for part in PARTS]
-            line += [f"{variety_of_seeds(rows, bench, measure).mean():.3f}" for measure in VARIETY]
+        for task in TITLES:
+            line += [f"{scores_of_cases(rows, task, part).mean():.3f}" for part in PARTS]
+            line += [f"{variety_of_seeds(rows, task, measure).mean():.3f}" for measure in VARIETY]
         lines.append(line)
     return markdown([head, *lines])
 
 
 def categories_table(models: dict[str, list[dict]]) -> str:
     """Markdown: the score in every category."""
-    places = [(bench, category) for bench in TITLES for category in evaluation.CATEGORIES[bench]]
+    places = [(task, category) for task in TITLES for category in evaluation.CATEGORIES[task]]
     lines = [["score", *(category for _, category in places)]]
     for name, rows in models.items():
-        means = [scores_of_cases(rows, bench, "score", category).mean() for bench, category in places]
+        means = [scores_of_cases(rows, task, "score", category).mean() for task, category in places]
         lines.append([name, *(f"{mean:.3f}" for mean in means)])
     return markdown(lines)
 
@@ -187,8 +187,8 @@ def differences_table(differences: dict[str, dict]) -> str:
     """Markdown: a line for each of the other models."""
     parts = (*PARTS, *VARIETY)
     lines = [["students minus", *(word for title in TITLES.values() for word in (title, *parts[1:]))]]
-    for name, of_benches in differences.items():
-        numbers = [of_benches[bench][part] for bench in TITLES for part in parts]
+    for name, of_tasks in differences.items():
+        numbers = [of_tasks[task][part] for task in TITLES for part in parts]
         lines.append([name, *(signed(number) for number in numbers)])
     return markdown(lines)
 

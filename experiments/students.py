@@ -102,28 +102,28 @@ class Students:
             shutil.rmtree(old)
         return place
 
-    def student_row(self, student: TrainOptions, step: int, tasks: tuple[str, ...], bench: str, cases: int) -> dict:
+    def student_row(self, student: TrainOptions, step: int, tasks: tuple[str, ...], task: str, cases: int) -> dict:
         """The row of a student after so many steps. It is trained only if neither row nor weights are there."""
         place = self.place(student, step)
-        file = place.with_name(row_name(f"{place.name}-{bench}", {bench: cases}))
+        file = place.with_name(row_name(f"{place.name}-{task}", {task: cases}))
         if not file.exists():
             pipeline = self.opened(self.weights(student, step, tasks))
-            self.score(file, pipeline, self.few_steps(f"{student.recipe}, step {step}"), bench, cases)
+            self.score(file, pipeline, self.few_steps(f"{student.recipe}, step {step}"), task, cases)
         return read_json(file)
 
-    def teacher_row(self, sampler: Sampler, bench: str, cases: int) -> dict:
+    def teacher_row(self, sampler: Sampler, task: str, cases: int) -> dict:
         """The row of one of the `teachers`."""
         name = sampler.name.replace(" ", "-").replace(",", "")
-        file = self.folder / row_name(f"{name}-{sampler.nfe}nfe-{bench}", {bench: cases})
+        file = self.folder / row_name(f"{name}-{sampler.nfe}nfe-{task}", {task: cases})
         if not file.exists():
-            self.score(file, self.opened(None), sampler, bench, cases)
+            self.score(file, self.opened(None), sampler, task, cases)
         return read_json(file)
 
-    def score(self, file: Path, pipeline: Pipeline, sampler: Sampler, bench: str, cases: int) -> None:
-        for category in evaluation.CATEGORIES[bench]:  # before the clock runs: only the first row would pay for it
-            benched = world.bench_cases(bench, category, cases)
+    def score(self, file: Path, pipeline: Pipeline, sampler: Sampler, task: str, cases: int) -> None:
+        for category in evaluation.CATEGORIES[task]:  # before the clock runs: only the first row would pay for it
+            benched = world.bench_cases(task, category, cases)
             self.condition([case.prompt for case in benched], [case.images for case in benched])
-        row, _ = evaluation.evaluate(pipeline, sampler, {bench: cases})
+        row, _ = evaluation.evaluate(pipeline, sampler, {task: cases})
         write_json(file, row)
 
     def few_steps(self, name: str) -> Sampler:
@@ -153,10 +153,10 @@ class Students:
         folders = find_teachers(replace(STUDENT, checkpoint=self.checkpoint))
         networks = {name: self.opened(folder).mmdit for name, folder in folders.items()}
         routing, drawn_by = recipes.find("specialised-only"), {}
-        for bench, categories in evaluation.CATEGORIES.items():
+        for task, categories in evaluation.CATEGORIES.items():
             for category in categories:
-                (name,) = routing.weights(0, 4, bench, category)
+                (name,) = routing.weights(0, 4, task, category)
                 if name in networks:
-                    drawn_by[bench, category] = networks[name]
+                    drawn_by[task, category] = networks[name]
         specialists = replace(full, name=SPECIALISTS, specialists=drawn_by)
         return {TEACHER: full, SPECIALISTS: specialists, START: self.few_steps(START)}

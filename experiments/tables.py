@@ -42,7 +42,7 @@ def length(row: str, steps: int) -> int:
 class Measured:
     """What a table is made from."""
 
-    rows: dict[tuple[str, str], list[dict]]  # (row, bench) -> what `evaluate` gives, for each seed
+    rows: dict[tuple[str, str], list[dict]]  # (row, task) -> what `evaluate` gives, for each seed
     curve: dict[str, dict[str, list[tuple[int, list[float]]]]]  # panel -> row -> [(steps, a score for each seed)]
 
 
@@ -50,40 +50,40 @@ def measure(students: Students, experiment: Experiment, seeds: int) -> Measured:
     """Train and score all students of a table, and score the teachers."""
     measured, tasks = Measured({}, defaultdict(dict)), tuple(experiment.paper)
     for label, sampler in students.teachers.items():
-        for bench in tasks:
-            row = students.teacher_row(sampler, bench, evaluation.CASES[bench])
-            measured.rows[label, bench] = [row]
+        for task in tasks:
+            row = students.teacher_row(sampler, task, evaluation.CASES[task])
+            measured.rows[label, task] = [row]
     claimed = {row for parts in experiment.claims.values() for part in parts for row in (part.row, part.other)}
     for label, recipe in experiment.rows.items():
         steps = stages(length(label, students.steps), STAGES)
         half, end = steps[(len(steps) - 1) // 2], steps[-1]
         whole = {end, half} if label + HALFWAY in claimed else {end}  # scored on all cases, not on the curve's few
-        rows = defaultdict(list)  # (step, bench) -> rows of all seeds
+        rows = defaultdict(list)  # (step, task) -> rows of all seeds
         for seed in range(seeds):
             student = replace(STUDENT, recipe=recipe, seed=seed)
             for step in steps:
-                for bench in tasks:
-                    cases = evaluation.CASES[bench] if step in whole else few_cases(bench)
-                    row = students.student_row(student, step, tasks, bench, cases)
-                    rows[step, bench].append(row)
-        for bench in tasks:
-            measured.rows[label, bench], measured.rows[label + HALFWAY, bench] = rows[end, bench], rows[half, bench]
-            line = [(0, on_curve(measured.rows[START, bench], bench))]
-            line += [(step, on_curve(rows[step, bench], bench)) for step in steps]
-            measured.curve[bench + LONGER if label.endswith(LONGER) else bench][label] = line
-            mean = np.mean([row[bench]["average"] for row in rows[end, bench]])
-            print(f"{label}: {bench} {mean:.3f}", flush=True)
+                for task in tasks:
+                    cases = evaluation.CASES[task] if step in whole else few_cases(task)
+                    row = students.student_row(student, step, tasks, task, cases)
+                    rows[step, task].append(row)
+        for task in tasks:
+            measured.rows[label, task], measured.rows[label + HALFWAY, task] = rows[end, task], rows[half, task]
+            line = [(0, on_curve(measured.rows[START, task], task))]
+            line += [(step, on_curve(rows[step, task], task)) for step in steps]
+            measured.curve[task + LONGER if label.endswith(LONGER) else task][label] = line
+            mean = np.mean([row[task]["average"] for row in rows[end, task]])
+            print(f"{label}: {task} {mean:.3f}", flush=True)
     return measured
 
 
-def few_cases(bench: str) -> int:
+def few_cases(task: str) -> int:
     """Cases in a category for a point of a curve."""
-    return min(evaluation.COMPARED[bench], evaluation.CASES[bench])
+    return min(evaluation.COMPARED[task], evaluation.CASES[task])
 
 
-def on_curve(rows: list[dict], bench: str) -> list[float]:
+def on_curve(rows: list[dict], task: str) -> list[float]:
     """The score of each seed on the first few cases: all points of a curve have the same ones."""
-    return [float(scores_of_cases([row], bench, "score")[..., : few_cases(bench)].mean()) for row in rows]
+    return [float(scores_of_cases([row], task, "score")[..., : few_cases(task)].mean()) for row in rows]
 
 
 def weigh(parts: list[Above], rows: dict[tuple[str, str], list[dict]], seeds: int) -> tuple[str, list[str]]:
@@ -91,25 +91,25 @@ def weigh(parts: list[Above], rows: dict[tuple[str, str], list[dict]], seeds: in
     differences, evidence = [], []
     for part in parts:
         a, b = (
-            scores_of_cases(rows[row, part.bench], part.bench, part.part, part.category)
+            scores_of_cases(rows[row, part.task], part.task, part.measure, part.category)
             for row in (part.row, part.other)
         )
         mean, half = difference_of_models(a, b)
         differences.append((mean, half if seeds > 1 else math.inf))  # one seed says nothing about others
-        what = " ".join(word for word in (part.bench, part.category, part.part) if word not in ("average", "score"))
+        what = " ".join(word for word in (part.task, part.category, part.measure) if word not in ("average", "score"))
         evidence.append(f"{part.row} - {part.other}, {what}: {mean:+.3f} ± {half:.3f}")
     return agreement(differences), evidence
 
 
-def averaged(bench: str, rows: list[dict]) -> dict:
+def averaged(task: str, rows: list[dict]) -> dict:
     """The rows of one student's seeds as one row: means, the interval over seeds and cases, and each seed's average."""
-    _, half = difference_of_models(scores_of_cases(rows, bench, "score"), np.zeros((1, 1, 1)))
-    mean = {"nfe": rows[0]["nfe"], "seeds": len(rows), f"{bench}_interval": half}
-    mean[f"{bench}_by_seed"] = [row[bench]["average"] for row in rows]
-    for key in (bench, f"{bench}_compliance", f"{bench}_attributes", f"{bench}_fidelity"):
+    _, half = difference_of_models(scores_of_cases(rows, task, "score"), np.zeros((1, 1, 1)))
+    mean = {"nfe": rows[0]["nfe"], "seeds": len(rows), f"{task}_interval": half}
+    mean[f"{task}_by_seed"] = [row[task]["average"] for row in rows]
+    for key in (task, f"{task}_compliance", f"{task}_attributes", f"{task}_fidelity"):
         mean[key] = {name: float(np.mean([row[key][name] for row in rows])) for name in rows[0][key]}
-    several = [row[f"{bench}_diversity"] for row in rows]
-    mean[f"{bench}_diversity"] = {
+    several = [row[f"{task}_diversity"] for row in rows]
+    mean[f"{task}_diversity"] = {
         key: float(np.mean([diversity[key]["average"] for diversity in several])) for key in ("modes", "distance")
     }
     mean["seconds_per_image"] = float(np.mean([row["seconds_per_image"] for row in rows]))
@@ -132,29 +132,29 @@ def run(name: str, options: TableOptions) -> dict:
         measured = measure(students, experiment, options.seeds)
         sheet = pictures(students, experiment)
     labels, means = [TEACHER, SPECIALISTS, START, *experiment.rows], {}
-    for bench in experiment.paper:
-        means[bench] = {label: averaged(bench, measured.rows[label, bench]) for label in labels}
+    for task in experiment.paper:
+        means[task] = {label: averaged(task, measured.rows[label, task]) for label in labels}
     result |= {
         "made_with": students.settings | {"judge": judge.version()},
         "rows": {label: {} for label in labels},
         "claims": [],
     }
     for label in labels:
-        for bench in experiment.paper:
-            result["rows"][label] |= means[bench][label]
+        for task in experiment.paper:
+            result["rows"][label] |= means[task][label]
     for claim, parts in experiment.claims.items():
         word, evidence = weigh(parts, measured.rows, options.seeds)
         result["claims"].append({"claim": claim, "verdict": word, "evidence": evidence})
 
     chance = "seeds and cases" if options.seeds > 1 else "cases alone"
-    counts = ", ".join(f"{bench} {evaluation.CASES[bench]}" for bench in experiment.paper)
+    counts = ", ".join(f"{task} {evaluation.CASES[task]}" for task in experiment.paper)
     machines = ", ".join(sorted({row["machine"] for rows in means.values() for row in rows.values()}))
     about = (
         f"{options.seeds} seeds a row, {options.steps} updates of {STUDENT.batch} samples ({TIMES} times as many in a row "
         f"that is called longer), students of {options.nfe} NFE. Cases in a category: {counts}. ± is a 95% interval over "
         f"{chance}; s/image is without the encoding of prompts and sources, on {machines}."
     )
-    blocks = [about, *(table(bench, means[bench], experiment.paper[bench]) for bench in experiment.paper)]
+    blocks = [about, *(table(task, means[task], experiment.paper[task]) for task in experiment.paper)]
     blocks.append(claims_table(result["claims"]))
     if log := evaluation.build_log(options.checkpoint):
         blocks.append(premises_table(log["premises"]["premises"]))
@@ -181,16 +181,16 @@ def pictures(students: Students, experiment: Experiment) -> dict[str, Pictures]:
     return drawn
 
 
-def table(bench: str, rows: dict[str, dict], paper: dict[str, str]) -> str:
+def table(task: str, rows: dict[str, dict], paper: dict[str, str]) -> str:
     """Markdown, a line for each of the averaged rows."""
-    categories = evaluation.CATEGORIES[bench]
-    head = [bench, "NFE", "seeds", *categories, "average", "compliance", "fidelity", "modes", "distance", "s/image"]
+    categories = evaluation.CATEGORIES[task]
+    head = [task, "NFE", "seeds", *categories, "average", "compliance", "fidelity", "modes", "distance", "s/image"]
     lines = [[*head, "paper: Gemini / GPT"]]
     for name, row in rows.items():
-        line = [name, str(row["nfe"]), str(row["seeds"]), *(f"{row[bench][c]:.3f}" for c in categories)]
-        line.append(f"**{row[bench]['average']:.3f}** ± {row[f'{bench}_interval']:.3f}")
-        line += [f"{row[f'{bench}_{part}']['average']:.3f}" for part in ("compliance", "fidelity")]
-        line += [f"{row[f'{bench}_diversity'][key]:.2f}" for key in ("modes", "distance")]
+        line = [name, str(row["nfe"]), str(row["seeds"]), *(f"{row[task][c]:.3f}" for c in categories)]
+        line.append(f"**{row[task]['average']:.3f}** ± {row[f'{task}_interval']:.3f}")
+        line += [f"{row[f'{task}_{part}']['average']:.3f}" for part in ("compliance", "fidelity")]
+        line += [f"{row[f'{task}_diversity'][key]:.2f}" for key in ("modes", "distance")]
         lines.append([*line, f"{row['seconds_per_image']:.3f}", paper.get(name, "")])
     return markdown(lines)
 

@@ -40,10 +40,10 @@ from scores.statistics import mean_over_seeds
 
 PREMISES = {
     "Four plain steps lose at T2I.": Above(TEACHER, START),
-    "Four plain steps lose at editing.": Above(TEACHER, START, bench="edit"),
+    "Four plain steps lose at editing.": Above(TEACHER, START, task="edit"),
     "The specialist is better at text.": Above(SPECIALISTS, TEACHER, "text"),
-    "The specialist is better at edits.": Above(SPECIALISTS, TEACHER, bench="edit"),
-    "It is narrower.": Above(SPECIALISTS, TEACHER, "text", part="fidelity"),
+    "The specialist is better at edits.": Above(SPECIALISTS, TEACHER, task="edit"),
+    "It is narrower.": Above(SPECIALISTS, TEACHER, "text", measure="fidelity"),
 }
 CLAIMS = {claim: parts for table in EXPERIMENTS.values() for claim, parts in table.claims.items()}
 

@@ -83,8 +83,8 @@ def difference(row: Scores, other: Scores, part: Above, by: str = "precision") -
 
     by: "precision", for which a part may ask for another measure of single pictures; or "distance".
     """
-    measure = MEASURES[part.part] if by == "precision" else by
-    categories = CATEGORIES[part.bench] if part.category == "average" else [part.category]
+    measure = MEASURES[part.measure] if by == "precision" else by
+    categories = CATEGORIES[part.task] if part.category == "average" else [part.category]
     gain = average(row, categories, measure) - average(other, categories, measure)  # (S,)
     if by == "distance":
         gain = -gain  # the smaller the distance, the better
@@ -95,7 +95,7 @@ def difference(row: Scores, other: Scores, part: Above, by: str = "precision") -
 
 
 def label(part: Above) -> str:
-    return f"{part.row} - {part.other}, {part.bench} {part.category}".replace(LONGER, "")
+    return f"{part.row} - {part.other}, {part.task} {part.category}".replace(LONGER, "")
 
 
 def cell(difference: tuple[float, float]) -> str:

@@ -67,17 +67,17 @@ TABLES = {
 RISES = [Above(BASE, START), Above(SPECIAL, START)]
 FALLS = [Above(BASE + HALFWAY, BASE), Above(SPECIAL + HALFWAY, SPECIAL)]
 ROUTING = [Above(STEPS, SPECIAL, "text"), Above(STEPS, AVERAGE, "text")]
-EDITING = [Above("5:5", "10:0", bench="edit"), Above("5:5", "10:0")]
+EDITING = [Above("5:5", "10:0", task="edit"), Above("5:5", "10:0")]
 TEXT = [Above(E1, E3, "text"), Above(E1, E3), Above(E4, E5, "text"), Above(E1, START, "text")]
-DISTILLED = [Above(TEACHER, EDITS_BASE), Above(TEACHER, EDITS_BASE, bench="edit")]
-OPEN = [Above(TEACHER, START, bench="edit"), *EDITING, Above("10:0", "9:1", bench="edit")]
+DISTILLED = [Above(TEACHER, EDITS_BASE), Above(TEACHER, EDITS_BASE, task="edit")]
+OPEN = [Above(TEACHER, START, task="edit"), *EDITING, Above("10:0", "9:1", task="edit")]
 SWEEPS = {  # a knob of Setting: its values, and the differences to look at
     "blur": ((1.0, 2.0, 3.0, 4.0), TEXT),
     "sharp": ((0.25, 0.5, 1.0), ROUTING),
     "displaced": ((0.0, 0.5, 1.0, 2.0), ROUTING),
     "open": ((0.0, 0.5, 1.0, 1.5), OPEN),
     "oracle": ((0, 1), RISES + FALLS),
-    "renoise": ((0, 1), [Above(TEACHER, START), Above(TEACHER, START, bench="edit"), *RISES, *DISTILLED]),
+    "renoise": ((0, 1), [Above(TEACHER, START), Above(TEACHER, START, task="edit"), *RISES, *DISTILLED]),
 }
 
 
@@ -93,7 +93,7 @@ def table(name: str, setting: Setting, out: Path) -> None:
         result[students], cells = {"seconds": seconds}, []
         for task, categories in CATEGORIES.items():
             result[students][task] = {m: average(scored, categories, m).mean().item() for m in SHOWN}
-            gain = cell(difference(scored, first, Above(row, "", bench=task))) if lines else ""
+            gain = cell(difference(scored, first, Above(row, "", task=task))) if lines else ""
             cells += [values_cell(result[students][task]), gain]
         lines.append([students, f"{seconds:.0f}", *cells])
     head = ["students", "seconds", "T2I", "above the first", "edits", "above the first"]

@@ -44,7 +44,11 @@ def test_the_whole_chain(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(build.evaluation, "CASES", {"t2i": 2, "edit": 2})
     monkeypatch.setattr(build.evaluation, "CATEGORIES", {"t2i": ("landscape", "text"), "edit": ("object",)})
     monkeypatch.setattr(build.evaluation, "VARIETY", (1, 2))
-    monkeypatch.setattr(build.judge, "judge", lambda pictures, *_: [build.judge.Verdict({}, {}, 0.5) for _ in pictures])
+    monkeypatch.setattr(
+        build.judge,
+        "judge",
+        lambda pictures, *_: [build.judge.Verdict({"nothing extra": True}, {}, 0.5) for _ in pictures],
+    )
     full = draw.default_sampler
     monkeypatch.setattr(draw, "default_sampler", lambda name, pipeline, steps, w: full(name, pipeline, 1, w))
     real = build.train_teacher

@@ -137,7 +137,7 @@ def test_tables_of_rows(toy_checkpoint, tmp_path, capsys):
             walk(inner, *keys, key)
 
     walk(row)
-    assert len(places) == 117
+    assert len(places) == 130
     for *keys, last in places[1:]:  # whatever is changed, or taken out
         for new in (0.5, -1, float("nan"), "1", None, True, [], {}, ...):
             changed = copy.deepcopy(row)
@@ -211,7 +211,7 @@ def test_compare_writes_table_and_pictures(toy_checkpoint, tmp_path, monkeypatch
 
 def by_colour(pictures: list[Image.Image], cases: list, reconstruct) -> list[judge.Verdict]:
     means = [float(np.asarray(picture.convert("RGB"), np.float32).mean()) / 255 for picture in pictures]
-    return [judge.Verdict({"bright": mean > 0.5}, {}, mean) for mean in means]
+    return [judge.Verdict({"bright": mean > 0.5, "nothing extra": mean < 0.9}, {}, mean) for mean in means]
 
 
 def test_compare_takes_a_teachers_rows_from_its_log(toy_checkpoint, tmp_path, monkeypatch):

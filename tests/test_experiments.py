@@ -71,7 +71,7 @@ def enlarged(z: torch.Tensor) -> torch.Tensor:
 
 def colour(pictures: list[Image.Image], cases: list, reconstruct) -> list[judge.Verdict]:
     means = [float(np.asarray(picture)[..., :3].mean()) * 10 % 1 for picture in pictures]  # sensitive to anything
-    return [judge.Verdict({"dark": mean < 0.5}, {}, mean) for mean in means]
+    return [judge.Verdict({"dark": mean < 0.5, "nothing extra": True}, {}, mean) for mean in means]
 
 
 def run(tiny: Path, name: str, *words: str) -> tuple[dict, str]:
@@ -156,28 +156,28 @@ def check(tiny: Path, name: str, result: dict, table: str, count: int) -> None:
     longer = [label for label in plan.rows if label.endswith(LONGER)]
     for label, row in result["rows"].items():
         assert row["seeds"] == (count if label in plan.rows else 1)
-        for bench in plan.paper:
-            scores = dict(row[bench])
-            assert row[bench]["average"] == pytest.approx(np.mean(row[f"{bench}_by_seed"]))
+        for task in plan.paper:
+            scores = dict(row[task])
+            assert row[task]["average"] == pytest.approx(np.mean(row[f"{task}_by_seed"]))
             assert scores.pop("average") == pytest.approx(np.mean(list(scores.values())))
-            columns = {"t2i": 13, "edit": 12}[bench]
+            columns = {"t2i": 13, "edit": 12}[task]
             lines = [
                 line for line in table.splitlines() if line.split("|")[1:2] and line.split("|")[1].strip() == label
             ]
             (line,) = [line for line in lines if line.count("|") == columns + 1]
-            assert f"**{row[bench]['average']:.3f}**" in line
-            assert plan.paper[bench].get(label, "") in line
+            assert f"**{row[task]['average']:.3f}**" in line
+            assert plan.paper[task].get(label, "") in line
         assert row["seconds_per_image"] > 0
     assert [claim["claim"] for claim in result["claims"]] == list(plan.claims)
     assert all(claim["claim"] in table and claim["verdict"] in table for claim in result["claims"])
-    for bench in plan.paper:
-        lines, later = result["curve"][bench], result["curve"].get(bench + LONGER, {})
+    for task in plan.paper:
+        lines, later = result["curve"][task], result["curve"].get(task + LONGER, {})
         assert [*lines, *later] == [label for label in plan.rows if label not in longer] + longer
         assert all([x for x, _ in line] == [0, 1, 2] for line in lines.values())
         assert all([x for x, _ in line] == [0, 3, 5, 8, 10] for line in later.values())
         assert len({line[0][1][0] for line in lines.values()}) == 1  # all begin at the undistilled network
         for label, line in (lines | later).items():  # the cases of the curve are here all cases
-            assert line[-1][1] == pytest.approx(result["rows"][label][f"{bench}_by_seed"])
+            assert line[-1][1] == pytest.approx(result["rows"][label][f"{task}_by_seed"])
     for picture in ("sheet.png", "curve.png"):
         with Image.open(tiny.parent / "results" / name / picture) as image:
             assert min(image.size) > 300 and len(image.getcolors(1 << 24)) > 50
@@ -234,8 +234,8 @@ def test_long_rows_resume_and_are_reused_on_any_machine(tiny, tmp_path, monkeypa
     assert run_long("elsewhere", "--seeds", "1") == text
     monkeypatch.setattr(train, "train", real)
     assert "±" in run_long("elsewhere", "--seeds", "2")
-    for bench in ("t2i", "edit"):
-        with Image.open(tmp_path / "out" / f"{bench}.png") as image:
+    for task in ("t2i", "edit"):
+        with Image.open(tmp_path / "out" / f"{task}.png") as image:
             assert image.width > 2000
 
     with pytest.raises(ValueError, match="seed0.json: made with other cases; remove it, or name another --out"):
@@ -306,7 +306,11 @@ def test_seeds_with_tiny_numbers(tiny, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as changed:
         changed.setattr(train, "train", None)
         changed.setattr(judge, "version", lambda: "another")
-        changed.setattr(judge, "judge", lambda *words: [judge.Verdict({"dark": True}, {}, 1.0) for _ in words[0]])
+        changed.setattr(
+            judge,
+            "judge",
+            lambda *words: [judge.Verdict({"dark": True, "nothing extra": True}, {}, 1.0) for _ in words[0]],
+        )
         assert {row["t2i"]["average"] for row in run_seeds("plain", "--seeds", "5", "6")["rows"]} == {1.0}
     assert run_seeds("plain", "--seeds", "5", "6") == first
 
@@ -314,7 +318,7 @@ def test_seeds_with_tiny_numbers(tiny, tmp_path, monkeypatch, capsys):
     assert first["measures"]["edits: scale, %"]["models"]["teacher"] == {"mean": None, "half": None}
     saturation = first["measures"]["T2I: saturation, CIELAB"]
     means = [row["t2i_colour"]["saturation"] for row in first["rows"]]
-    assert saturation["models"]["mean"]["mean"] == pytest.approx(np.mean(means))
+    assert saturation["models"]["students"]["mean"] == pytest.approx(np.mean(means))
     assert f"{saturation['students minus']['teacher']['mean']:+.3f} ± " in (tmp_path / "plain.md").read_text()
     modes = [row["t2i_diversity"]["modes"]["average"] for row in first["rows"]]
     minus = np.mean(modes) - of_teacher["t2i_diversity"]["modes"]["average"]
@@ -429,8 +433,8 @@ def test_claims_speak_of_rows_that_are_there():
     for plan in EXPERIMENTS.values():
         known = {*plan.rows, *(row + HALFWAY for row in plan.rows), TEACHER, SPECIALISTS, START}
         for part in (part for parts in plan.claims.values() for part in parts):
-            assert {part.row, part.other} <= known and part.bench in plan.paper and part.part in evaluation.PARTS
-            assert part.category in ("average", *evaluation.CATEGORIES[part.bench])
+            assert {part.row, part.other} <= known and part.task in plan.paper and part.measure in evaluation.PARTS
+            assert part.category in ("average", *evaluation.CATEGORIES[part.task])
         assert all(label in known for rows in plan.paper.values() for label in rows)
 
 

@@ -268,9 +268,9 @@ def test_the_pages_scores_of_pictures_are_those_of_the_records():
             score, minus = row["score"], row.get("minus main", {})
             expected = [
                 f"{score['mean']:.3f} ± {score['half']:.3f}",
-                *(f"{row[bench]:.3f}" for bench in forks.CATEGORIES),
+                *(f"{row[task]:.3f}" for task in forks.CATEGORIES),
             ]
-            expected += [records.number(minus[bench]) if minus else "" for bench in forks.CATEGORIES]
+            expected += [records.number(minus[task]) if minus else "" for task in forks.CATEGORIES]
             assert cells == expected
         else:
             assert set(cells) == {"not run"}

@@ -16,7 +16,7 @@ ROOT = records.Path(records.__file__).parents[1]
 def result(name: str, t2i: list[float], edit: list[float], minus: float) -> dict:
     """As seeds.run returns it: three students' averages, and their difference from the teacher."""
     rows = [{"t2i": {"average": a}, "edit": {"average": b}} for a, b in zip(t2i, edit, strict=True)]
-    gain = {bench: {"score": {"mean": minus, "half": 0.02}} for bench in ("t2i", "edit")}
+    gain = {task: {"score": {"mean": minus, "half": 0.02}} for task in ("t2i", "edit")}
     students = {"name": name, "train.py": "--lr 0.1", "seeds": [0, 1, 2], "minus": "main"}
     return students | {"rows": rows, "differences": {"teacher": gain, "main": gain}}
 
