@@ -64,7 +64,7 @@ def metrics(trainees: dict[str, Trainee], all_gather: Callable[[list], list]) ->
         for record in trainee.records:
             pairs = zip(record.times, record.losses.tolist(), strict=True)
             mine += [(name, record.task, t, loss) for t, loss in pairs]
-    of_ranks = all_gather(mine)  # the one exchange of a step's log
+    of_ranks = all_gather(mine)  # one exchange for all of these numbers
     samples = sum(of_ranks, [])
 
     means, norms, details = {}, {}, {}
