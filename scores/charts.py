@@ -52,7 +52,7 @@ def curves(
     canvas = Image.new("RGB", (len(panels) * width, height + 20 * len(names) + 10), "white")
     pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(13)
     for panel, (title, lines) in enumerate(panels.items()):
-        x0, x1 = panel * width + 52, (panel + 1) * width - 18
+        x0, x1 = panel * width + 52, (panel + 1) * width - 26
         y0, y1 = 34, height - 40
         pen.text((x0, 8), title, fill="black", font=font)
         pen.text(((x0 + x1) / 2, height - 18), along, fill="black", font=font, anchor="ma")
