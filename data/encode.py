@@ -242,7 +242,8 @@ def read_shards(folder: Path) -> dict[str, dict]:
                 layouts = json.loads((file.metadata() or {}).get("slots", ""))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             entries |= {key: entry_parts(key, slots, tensors) for key, slots in layouts.items()}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):  # a header may hold any JSON
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            # A damaged header may hold any JSON.
             say(f"{path}: damaged or of an earlier version, and not used")
     return entries
 
