@@ -10,7 +10,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,15 +24,20 @@ import recipe
 import sample
 import train
 from checkpoint.files import build_config
+from checkpoint.layout import Drawing, Scheduler
 from checkpoint.lora import new_lora, read_lora, write_lora
 from data.encode import How, encode_prompts
 from data.prompts import Prompt, read_prompts
+from experiments.options import LongOptions, RecordOptions, TableOptions
 from judges import rubrics
 from judges.chat import Chat
-from model import Condition, MMDiT
-from networks.qwen3vl import Qwen3VL
+from model import Condition, MMDiT, MMDiTConfig
+from networks.qwen3vl import PixelSettings, Qwen3VL, TextConfig, VisionConfig
 from networks.vae import VAE, VAEConfig
 from program import options, ranges
+from program.eval_options import EvalOptions
+from program.sample_options import SampleOptions
+from program.writing_options import WritingOptions
 from recipe import Recipe, Rule
 from sample import Pipeline
 from training.options import TrainOptions
@@ -106,28 +111,22 @@ PROMPT_LINES = [
     ({"task": "t2i", "prompt": "a face"}, "'category' is missing"),
     (T2I | {"prompt": 3}, "'prompt' must be a text"),
     (T2I | {"prompt": " "}, "'prompt' must be a text that is not empty"),
-    (T2I | {"category": None}, "'category' must be a text"),
     (T2I | {"target": ["pictures/a.png"]}, "'target' must be a text"),
     (T2I | {"task": "video"}, "'task' must be one of.*'video'"),
     (T2I | {"images": ["pictures/a.png"]}, "t2i takes no 'images'"),
     (EDIT | {"images": []}, "an edit needs its source"),
-    ({key: EDIT[key] for key in ("task", "category", "prompt")}, "an edit needs its source"),
-    (EDIT | {"images": "pictures/a.png"}, "'images' must be a list"),
+    (EDIT | {"images": "x" * 3000}, r"'images' must be a list of paths, not .*\.\.\.$"),
     (EDIT | {"images": [1]}, "'images' must be a list"),
     (EDIT | {"images": ["pictures/a.png", "pictures/c.png"]}, r"no picture at .*pictures/c.png"),
     (EDIT | {"target": "pictures"}, "no picture at .*pictures"),
     (EDIT | {"images": ["x" * 300]}, "no picture at 'x{59}...: File name too long"),
     (EDIT | {"images": ["x/" * 1500]}, r"no picture at '(x/){29}x\.\.\.$"),
     (EDIT | {"images": ["x" * 200]}, "no picture at /.*/x{200}$"),  # a path of the usual length is not cut
-    (EDIT | {"images": {"a": "x" * 3000}}, r"'images' must be a list of paths, not .*\.\.\.$"),
-    (T2I | {"target": ["x" * 3000]}, r"'target' must be a text that is not empty, not .*\.\.\.$"),
-    (T2I | {"task": "x" * 3000}, r"'task' must be one of .*\.\.\.$"),
     (T2I | {"x" * 3000: 1}, r"unknown key .*\.\.\.; known are"),
     ('{"%s": 1, "%s": 2}' % (("x" * 3000,) * 2), r"key 'x*\.\.\. is given twice"),
     (EDIT | {"images": ["a\0b.png"]}, "no picture at"),
     (EDIT | {"images": ["pictures/a.png"] * 11}, "11 pictures in 'images'"),
     (r'{"task": "t2i", "category": "a", "prompt": "cat \ud83d"}', "'prompt' has half of a character"),
-    (r'{"task": "t2i", "category": "\ude00", "prompt": "cat"}', "'category' has half of a character"),
     (r'{"task": "edit", "category": "a", "prompt": "b", "images": ["\ud83d.png"]}', "'images' has half of a char"),
     (T2I | {"prompt": "cat" * 10_000}, "'prompt' has 30,000 characters"),
     (T2I | {"prompt": "a <|image_pad|>"}, "which stands for a picture"),
@@ -168,67 +167,56 @@ def config(given, damage: tuple[str, str, object]) -> None:
 
 ENCODER, NETWORK, AUTOENCODER = (f"{folder}/config.json" for folder in ("text_encoder", "transformer", "vae"))
 SCHEDULER, PICTURES = "scheduler/scheduler_config.json", "processor/preprocessor_config.json"
-CONFIGS = [  # file, key, values of it that are refused, words; without words the key's own name
-    (ENCODER, "text_config.num_attention_heads", [-4, 0, 4.0, "4", None, 3]),
-    (ENCODER, "text_config.num_hidden_layers", [10**30, -1, True]),
-    (ENCODER, "text_config.head_dim", [31, 30]),
-    (ENCODER, "text_config.rms_norm_eps", [1e300, 0.0, NAN, INF, "small"]),
-    (ENCODER, "text_config.rope_parameters", ["word", [1]]),
-    (ENCODER, "text_config.rope_parameters.mrope_section", ["word", [12, 4], [12, 2, 3], [-12, 14, 14], [[1], 2, 2]]),
-    (ENCODER, "vision_config.spatial_merge_size", [0.5, 0, 3]),
-    (ENCODER, "vision_config.depth", [10**30, 0]),
-    (ENCODER, "vision_config.num_position_embeddings", [35, -36]),
-    (ENCODER, "vision_config.deepstack_visual_indexes", [[0, 4], [1, 1], [-1], 2]),
-    (ENCODER, "vision_config.num_heads", [3, 16]),
-    (ENCODER, "image_token_id", ["1", 10**6, -1, None]),
-    (NETWORK, "mlp_ratio", [-1, 0, 10**9]),
-    (NETWORK, "num_layers", [10**30, 0, 2.0]),
-    (NETWORK, "eps", [1e300, -1, "1"]),
-    (NETWORK, "axes_dims_rope", [[8, 12], [-8, 20, 20], [8, 12, "12"], 32, [[8], 12, 12]]),
-    (AUTOENCODER, "z_dim", [32, -64, 2.5]),
-    (AUTOENCODER, "dim_mult", [[1] * 40, 4, [1, 2, 4, 8, 10**30]]),
-    (AUTOENCODER, "latents_std", [[0.0] * 64, [INF] * 64, 1.0]),
-    (SCHEDULER, "shift_terminal", [[[1]], 1.0, -1, "word"]),
-    (SCHEDULER, "max_shift", [1e300, NAN, True]),
-    (SCHEDULER, "max_image_seq_len", [256, 10**400, 0.5]),
-    (PICTURES, "image_mean", [0.5, [0.5] * 4, ["a"] * 3]),
-    (PICTURES, "image_std", [[INF] * 3, [0.0] * 3]),
-    (PICTURES, "size", [{}, 5, {"shortest_edge": -1, "longest_edge": 5}, {"shortest_edge": "a", "longest_edge": 5}]),
+CONFIGS = [  # file, key, values that are refused, words (left out: the key itself)
+    (ENCODER, "text_config.num_attention_heads", [3], "num_key_value_heads is 2"),
+    (ENCODER, "text_config.num_hidden_layers", [...]),
+    (ENCODER, "text_config.rms_norm_eps", [NAN]),
+    (ENCODER, "text_config.rope_parameters", ["word"]),
+    (ENCODER, "text_config.rope_parameters.rope_type", ["yarn"]),
+    (ENCODER, "text_config.rope_parameters.mrope_section", [[12, 2, 3]]),
     (ENCODER, "text_config.hidden_act", ["gelu"]),
     (ENCODER, "text_config.attention_bias", [True]),
-    (ENCODER, "text_config.rope_parameters", [{"rope_type": "yarn", "rope_theta": 1.0, "mrope_section": [8, 4, 4]}]),
-    (ENCODER, "text_config.num_hidden_layers", [...]),
+    (ENCODER, "vision_config.num_position_embeddings", [35]),
+    (ENCODER, "vision_config.deepstack_visual_indexes", [[0, 4], [1, 1]]),
+    (ENCODER, "vision_config.num_heads", [3, 16]),
     (ENCODER, "vision_config.hidden_act", ["silu"]),
-    (ENCODER, "vision_config.depth", [...]),
     (ENCODER, "vision_config.out_hidden_size", [32]),
+    (ENCODER, "image_token_id", ["1", 10**6, -1, None]),
     (NETWORK, "shift", [1], "unknown key 'shift'"),
-    (NETWORK, "eps", [...], "'eps'"),
     (NETWORK, "num_layers", ["2"], "num_layers.*'2'"),
-    (NETWORK, "out_channels", [None], "out_channels.*None"),
     (NETWORK, "axes_dims_rope", [[8, 12, 14]], r"axes_dims_rope is \(8, 12, 14\)"),
-    (NETWORK, "axes_dims_rope", [["a", 12, 12]]),
     (NETWORK, "patch_size", [2], "patch_size is 2"),
-    (AUTOENCODER, "is_residual", [False], "is_residual is False"),
-    (AUTOENCODER, "attn_scales", [[0.5]]),
-    (AUTOENCODER, "dropout", [0.1]),
-    (AUTOENCODER, "patch_size", [2]),
-    (AUTOENCODER, "num_res_blocks", [0]),
-    (AUTOENCODER, "decoder_base_dim", ["12"]),
-    (AUTOENCODER, "dim_mult", [[1, 2, "4", 8, 8], [], [1, 2, 3, 4, 5]]),  # no whole groups from 4 to 5
+    (AUTOENCODER, "z_dim", [32], "latents_mean has 64 values"),
+    (AUTOENCODER, "dim_mult", [[], [1] * 40, [1, 2, 3, 4, 5]]),  # no whole groups from 4 to 5
     (AUTOENCODER, "temperal_downsample", [[True, True]]),
     (AUTOENCODER, "latents_std", [[1.0] * 63, [1.0] * 63 + [0.0]]),
-    (AUTOENCODER, "latents_mean", [[0.0] * 63 + [NAN]]),
     (AUTOENCODER, "temporal_downsample", [[True]], "unknown key 'temporal_downsample'"),
-    (AUTOENCODER, "z_dim", [None]),
-    *((AUTOENCODER, key, [...], f"'{key}'") for key in VAEConfig.__dataclass_fields__),
+    (SCHEDULER, "max_image_seq_len", [256], "base_image_seq_len is 256"),
+    (SCHEDULER, "extra", [True]),
+    (PICTURES, "image_std", [[0.0] * 3]),
+    (PICTURES, "size", [5, {"shortest_edge": -1, "longest_edge": 5}], "size|edge"),
     ("model_index.json", "_class_name", ["FluxPipeline"], "FluxPipeline"),
     ("model_index.json", "sample_sigmas", [[0.5, 1.0]]),
     ("model_index.json", "resolution", ["big"]),
-    ("model_index.json", "guidance", [0.5]),
     ("model_index.json", "boundary", [1], "unknown key 'boundary'"),
-    (SCHEDULER, "use_karras_sigmas", [True]),
-    (SCHEDULER, "extra", [True]),
-]  # fmt: skip
+]
+
+
+RANGED = (Drawing, MMDiTConfig, PixelSettings, Scheduler, TextConfig, VAEConfig, VisionConfig)
+
+
+@pytest.mark.parametrize("kind, key", [(kind, f.name) for kind in RANGED for f in fields(kind)])
+def test_every_key_of_every_config_refuses_other_types_and_what_is_out_of_range(kind, key):
+    """Each file's reader builds its config by `build_config`, as the rows above show."""
+    good = json.loads(json.dumps(asdict(kind())))
+    assert build_config(kind, good, "") == kind()
+    for value in ("word", [[1]], {}, 1e300, -1e300, NAN, -INF):
+        with pytest.raises(ValueError, match=f"^file: {key} ") as error:
+            build_config(kind, good | {key: value}, "file: ")
+        assert len(str(error.value)) < 600
+    del good[key]
+    with pytest.raises(ValueError, match=f"^file: '{key}' is missing$"):
+        build_config(kind, good, "file: ")
 
 
 def config_text(given, text: str) -> None:
@@ -311,13 +299,10 @@ def weights(given, damage: tuple[str, str, float | torch.dtype]) -> None:
 
 
 WEIGHTS = [
-    ((folder, tensor, value), words)
-    for folder, tensor in (
-        ("vae", "decoder.conv_out.bias"),
-        ("text_encoder", "model.language_model.layers.1.mlp.up_proj.weight"),
-        ("transformer", "proj_out.weight"),
-    )
-    for value, words in ((NAN, "not finite"), (INF, "not finite"), (torch.int32, "has the type I32"))
+    (("vae", "decoder.conv_out.bias", NAN), "not finite"),
+    (("text_encoder", "model.language_model.layers.1.mlp.up_proj.weight", INF), "not finite"),
+    (("transformer", "proj_out.weight", NAN), "not finite"),
+    (("transformer", "proj_out.weight", torch.int32), "has the type I32"),
 ]
 
 
@@ -369,17 +354,14 @@ NETWORK_FOLDERS = [
     ((False, lambda d: (d / FILE).unlink()), rf"{FILE}.*{INDEX}"),
     ((True, lambda d: (d / FILE).touch()), rf"{FILE}.*{INDEX}"),
     ((False, lambda d: cut_off(d / FILE)), rf"{FILE}: not a whole"),
-    ((False, lambda d: (d / FILE).write_bytes(b"")), rf"{FILE}: not a whole"),
     ((False, lambda d: (d / FILE).write_bytes(b"PK" * 99)), rf"{FILE}: not a whole"),
     ((False, lambda d: edit_weights(d / FILE, img_in__bias=torch.ones(1))), rf"{FILE}: tensor img_in\.bias"),
     ((False, lambda d: edit_weights(d / FILE, img_in__weight=None)), rf"{FILE}: tensor img_in\.weight is missing"),
     ((False, lambda d: edit_json(d / "config.json", "in_channels", 9)), r"img_in\.weight has shape \[64, 64\].*\[64, 9\]"),
-    ((False, lambda d: edit_json(d / "config.json", "context_in_dim", 65)), r"txt_in\.in_layer\.weight has shape"),
     ((False, lambda d: edit_json(d / "config.json", "num_layers", 1)), r"transformer_blocks\.1"),
     ((False, lambda d: edit_json(d / "config.json", "num_layers", 3)), r"transformer_blocks\.2"),
     ((True, lambda d: edit_json(d / INDEX, "weight_map", ...)), rf"{INDEX}: weight_map"),
     ((True, lambda d: first_shard(d).unlink()), r"model-00001-of-\d+\.safetensors: not a whole.*No such file"),
-    ((True, lambda d: cut_off(first_shard(d))), r"model-00001-of-\d+\.safetensors: not a whole"),
     ((True, lambda d: move_in_index(d, img_in__weight="../x.safetensors")), rf"{INDEX}.*img_in.*\.\./x"),
     ((True, lambda d: move_in_index(d, img_in__weight="/x.safetensors")), rf"{INDEX}.*img_in.*'/x"),
     ((True, lambda d: move_in_index(d, img_in__weight=3)), rf"{INDEX}.*img_in\.weight.*3"),
@@ -439,15 +421,12 @@ LORA_FILES = [  # what another program wrote, with the keys as a public source s
 LORA_CHANGES = [  # of a good file's tensors
     ({f"{LAYER}.lora_B.weight": None}, f"{LAYER} has only a, alpha"),
     ({f"{LAYER}.lora_B.weight": torch.ones(64, 5)}, rf"{LAYER} has A \[4, 64\] and B \[64, 5\], which make no product"),
-    ({f"{LAYER}.lora_A.weight": torch.ones(4, 63)}, rf"{LAYER} has A \[4, 63\]"),
     (
         {f"{LAYER}.lora_A.weight": torch.ones(0, 64), f"{LAYER}.lora_B.weight": torch.ones(64, 0)},
         f"{LAYER}.lora_A.* empty",
     ),
     ({f"{LAYER}.lora_B.weight": torch.full((64, 4), torch.nan)}, f"{LAYER}.lora_B.* not finite"),
     ({f"{LAYER}.alpha": torch.ones(2)}, rf"{LAYER}.alpha has shape \[2\]; one number"),
-    ({f"{LAYER}.dora_scale": torch.ones(64)}, f"a DoRA, .*; 1 of its 4 keys are unknown: {LAYER}.dora_scale"),
-    ({f"{LAYER}.lora_magnitude_vector.weight": torch.ones(64)}, "a DoRA"),
     ({f"{LAYER}.lokr_w1": torch.ones(64)}, f"a LoKr or LoHa.*: {LAYER}.lokr_w1"),
     ({f"{LAYER}.hada_w1_a": torch.ones(64)}, "a LoKr or LoHa"),
     ({f"{LAYER}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)}, f"{LAYER}.lora_A.weight has the type I32"),
@@ -465,10 +444,8 @@ LORA_HEADERS = [  # of a good file
     ({"lora_adapter_metadata": '{"transformer.use_dora": true}'}, "DoRA"),
     ({"lora_adapter_metadata": '{"transformer.lora_alpha": "rank"}'}, "no number as lora_alpha"),
     ({"lora_adapter_metadata": "[]"}, "no JSON object"),
-    ({"lora_adapter_metadata": '{"transformer.lora_alpha": 1' + "0" * 400 + "}"}, "no number as lora_alpha"),
     ({"lora_adapter_metadata": '{"transformer.lora_alpha": NaN}'}, "no number as lora_alpha"),
     ({"lora_adapter_metadata": "[" * 10_000}, "header"),
-    ({"sample_sigmas": "[1e400]"}, "sample_sigmas"),
 ]
 LORA_FILES += [((WHOLE | change, {}), words) for change, words in LORA_CHANGES]
 LORA_FILES += [((WHOLE, header), words) for header, words in LORA_HEADERS]
@@ -489,14 +466,10 @@ CALLS = [
     ({"steps": 0}, "steps 0"),
     ({"seed": -1}, "seed -1"),
     ({"height": 31}, "96 x 31 pixels"),
-    ({"width": 0}, "0 x 96 pixels"),
     ({"resolution": 16}, "resolution 16: at least 32"),
-    ({"resolution": 0, "images": WIDE}, "resolution 0"),
-    ({"resolution": -64, "images": WIDE}, "resolution -64"),
     ({"images": [WIDE] * 11}, "11 source pictures for one prompt: at most 10"),
     ({"guidance": 0.99}, "guidance 0.99: a number from 1"),
     ({"guidance": float("nan")}, "guidance nan"),
-    ({"guidance": float("inf")}, "guidance inf"),
     ({"negative_prompt": "a dog"}, "negative prompt 'a dog': guidance is 1"),
     ({"prompt": []}, "no prompt"),
     ({"negative_prompt": ["a", "b"], "guidance": 2.0}, "2 prompts and 1 lists"),
@@ -511,7 +484,6 @@ def encoder_call(given, damage: tuple[list[str], list | None]) -> None:
 
 ENCODER_CALLS = [
     ((["<|image_pad|>"], None), "kept for pictures"),
-    ((["a", "<|video_pad|>"], None), "kept for pictures"),
     ((["a", "b"], [[reference.picture(64, 64)]]), "one list per prompt"),
     ((["a", "b"], [[reference.picture(64, 64)], []]), "equally many"),
     ((["a", "b"], [[reference.picture(64, 32)], [reference.picture(32, 64)]]), "equal sizes"),
@@ -540,7 +512,6 @@ CONDITIONS = [
     ((STATES, torch.arange(9) < torch.tensor([[9], [4]]), [SOURCE], [(1, 5)]), r"\[1, 5\) of 4"),
     ((STATES, MASK, [SOURCE], []), "1 sources"),
     ((STATES, MASK, [SOURCE], [(2, 5)]), r"\[2, 5\) of 9"),
-    ((STATES, MASK, [SOURCE], [(6, 10)]), r"\[6, 10\) of 9"),
     ((STATES, MASK, [SOURCE, SOURCE], [(4, 8), (1, 5)]), r"\[1, 5\) of 9"),
 ]
 
@@ -559,17 +530,12 @@ def new_recipe(given, change: dict) -> None:
 
 NEW_RECIPES = [
     ({"ratio": (7, 4)}, r"ratio \(7, 4\).*add up to 10"),
-    ({"ratio": (11, -1)}, "add up to 10"),
     ({"ratio": (10,)}, "add up to 10"),
     ({"ratio": (5.0, 5.0)}, "whole parts"),
-    ({"t2i": {"a": 0.5, "b": 0.5}}, "whole parts"),
     ({"edit": {"a": 1, "b": 0}}, "whole parts from 1 on"),
-    ({"edit": {"a": -1}}, "whole parts from 1 on"),
-    ({"first_step_weight": -0.1}, "first_step_weight -0.1"),
     ({"first_step_weight": float("nan")}, "first_step_weight nan"),
     ({"rules": (rule(0, 0, 0.5, 1.2),)}, "category text, quarter 3.*sum of 1"),
     ({"rules": (rule(0, -0.5, 0.5, 1),)}, "category text, quarter 1.*>= 0"),
-    ({"rules": (rule(0, 0, float("nan"), 1),)}, "quarter 2.*sum of 1"),
     ({"rules": (rule(0, 0, 0.5), rule(0, 0, 0.5, 1))}, "four lambdas"),
     ({"rules": (rule(0, 0, 0, 1, teacher="base"),)}, "not 'base'"),
     ({"rules": (rule(0, 0, 0, 1, task="video"),)}, "'video'.*the task is t2i or edit"),
@@ -625,12 +591,9 @@ def endpoint(given, damage: tuple[str, str | None]) -> None:
 
 ENDPOINTS = [
     (("localhost:8000", None), "no address"),
-    (("http://", None), "no address"),
     (("http://a b/v1", None), "no address"),
     (("http://[::1", None), "no address"),
     (("http://a:99999", None), "no address"),
-    (("http://a:0", None), "no address"),
-    (("http://ä", None), "no address"),
     (("file:///etc", None), "no address"),
     (("http://a/v1", "secret\nkey"), "http://a/v1: the key for it has letters"),
 ]
@@ -674,31 +637,20 @@ DRAWINGS = [
     ("--image {folder}/none.png", "none.png: no such picture"),
     ("--lora {folder}/none.safetensors:0.5", "none.safetensors: no such LoRA file"),
     ("--aspect 16/9", "--aspect 16/9: W:H"),
-    ("--aspect 1:0", "--aspect 1:0"),
     ("--aspect 1:1 --width 64", "leave out --height and --width"),
     ("--sigmas 0.5 1", "sigmas"),
     ("--sigmas 1 0.5 --shift static", "--shift static: expected is none, dynamic or a number"),
     ("--sigmas 1 0.5 --shift 0", r"--shift 0.0: a number in \(0, 100\]"),
     ("--shift dynamic", "--shift dynamic: it bends --sigmas, and none are given"),
     (["--seed", str(2**63 - 1), "--num-images", "2"], "--seed 9223372036854775807: 2 pictures need as many seeds"),
-    ("--guidance nan", "--guidance nan"),
     ("--negative-prompt 'a dog'", "negative prompt 'a dog'"),
-    ("--resolution 0 --aspect 1:1", "--resolution 0"),
-    ("--resolution=-64 --height 64 --width 64", "--resolution -64"),
     (["--image", *["{folder}/a.png"] * 11], "11 source pictures"),
-    ("--lora {lora}:nan", "--lora .*: the scale nan"),
     ("--lora {lora}:1e39", r"the scale 1e\+39: a number in"),
-    ("--width 10000000", "--width 10000000: a number in"),
-    (["--width", str(2**63)], "--width 9223372036854775808: a number in"),
     ("--width 16384 --height 16384", "at most 16777216 are drawn.* 4 GiB"),
-    (["--steps", str(2**63 - 1)], "--steps 9223372036854775807"),
-    ("--seed -1", "--seed -1"),
-    ("--aspect 1e5:1", "--aspect 1e5:1"),
     (["--aspect", "9" * 400 + ":1"], "--aspect 999"),
     ("--aspect 1000:1", "--aspect 1000:1"),
     (["--prompt", "a" * 100_000], "100000 letters; at most 8000"),
     (["--prompt", "cat \ud83d"], "--prompt: 'cat .*half a letter"),
-    ("--prompt-file ''", "either --prompt"),
     ("--fit squeeze", "--fit squeeze: expected is stretch or crop or pad"),
     ("--lora {lora} --steps 40", r"40 steps: .* a LoRA file .* fix them to 2, at \[1.0, 0.5\]"),
     ("--link", "--link is for --export of a folder"),
@@ -730,9 +682,7 @@ def eval_command(given, words: str | list[str]) -> None:
 
 
 EVAL_COMMANDS = [
-    *((["--cases", value], "--cases .*a number in") for value in ("1", "-1", "1000000000000000000000")),
-    *((["--guidance", value], "--guidance .*a number in") for value in ("0.5", "nan", "inf", "1e300")),
-    *((["--steps", value], "--steps .*a number in") for value in ("0", "-4", "9" * 400)),
+    ("--cases 1", "--cases 1: a number in"),
     ("--cases many", "invalid int value"),
     ("--case 2", "unrecognized arguments: --case"),  # no abbreviations: a later flag would change their meaning
     ("--bench video", "--bench video: expected is t2i or edit or all"),
@@ -740,8 +690,6 @@ EVAL_COMMANDS = [
     ("--prompts cases.jsonl --out out --judge ''", "--judge: '' is empty"),
     (["--json", "a\x07.json"], "letters that cannot be shown"),
     ("--judge http://a", "--judge is for --.*, not for the toy world's benches"),
-    ("--list", "--list is for --.*, not for the toy world's benches"),
-    ("--seed 1", "--seed is for --.*, not for the toy world's benches"),
     ("--table row.json", "--checkpoint is for the toy world's benches and --prompts, not for --table"),
     ("--json {folder}", "is a folder"),
     ("--out {folder}/file", "file"),
@@ -783,19 +731,6 @@ def train_command(given, words: str | list[str]) -> None:
     raise error.value
 
 
-NUMBERS = [f for f in fields(TrainOptions) if f.metadata["within"] and "|" not in f.metadata["within"]]
-
-
-def nonsense(f) -> list[str]:
-    """Values that are outside of the field's range, or no numbers."""
-    low, high = (float(end) for end in f.metadata["within"][1:-1].split(","))
-    whole = "int" in str(f.type)
-    below, above = (int(low) - 1, int(high) * 2) if whole else (low - 1e-3, high * 1.001)
-    ends = [low] * f.metadata["within"].startswith("(") + [high] * f.metadata["within"].endswith(")")
-    numbers = (below, above, *ends, 2**63, -(2**63), 10**400, -(10**400))
-    return [*map(str, numbers), "nan", "inf", "-inf", "x", ""]
-
-
 TRAIN_COMMANDS = [
     ("--dtype float16", "--dtype float16: expected is bfloat16 or float32"),
     ("--objective dmd2", "--objective dmd2: expected is dmd or flow"),
@@ -808,7 +743,6 @@ TRAIN_COMMANDS = [
     ("--recipe flush", "unknown recipe 'flush'"),
     ("--stepz 3", "unrecognized arguments: --stepz 3"),
     ("--prompts", "--prompts: expected at least one"),
-    *(([f"{options.flag(f.name)}={x}"], options.flag(f.name)) for f in NUMBERS for x in nonsense(f)),
 ]
 
 
@@ -871,7 +805,7 @@ def named(pattern: str) -> Iterator[None]:
 TABLE = {
     prompt_line: PROMPT_LINES,
     prompt_file: PROMPT_FILES,
-    config: [((file, key, value), *(words or [rf"{key.split('.')[-1]}|rope|edge|head|latents_mean|txt_in"]))
+    config: [((file, key, value), *(words or [key.split(".")[-1]]))
              for file, key, values, *words in CONFIGS for value in values],
     config_text: CONFIG_TEXTS,
     missing: MISSING,
@@ -913,7 +847,22 @@ def test_bad_input_is_one_clear_error(given, surface, damage, words):
     assert len(message) < 600 and "\n" not in message and "secret" not in message
 
 
-def test_every_number_has_a_range():
-    kinds = [f for f in fields(TrainOptions) if "int" in str(f.type) or "float" in str(f.type)]
-    assert kinds == NUMBERS and len(kinds) == 25
-    TrainOptions()  # checks its defaults
+# ---- numbers of all programs -----------------------------------------------------------------------------------------
+
+PROGRAMS = (TrainOptions, SampleOptions, EvalOptions, WritingOptions, TableOptions, RecordOptions, LongOptions)
+NUMBERS = [(kind, f) for kind in PROGRAMS for f in fields(kind) if re.search("int|float", str(f.type))]
+
+
+@pytest.mark.parametrize("kind, f", NUMBERS, ids=[f"{kind.__name__}-{f.name}" for kind, f in NUMBERS])
+def test_every_number_has_a_range_and_refuses_all_else(kind, f):
+    """Values just outside and far outside of it, and words that are no number. Each program parses its flags this way."""
+    flag, interval = options.flag(f.name), f.metadata["within"]
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    whole = "int" in str(f.type)
+    below, above = (int(low) - 1, int(high) * 2) if whole else (low - 1e-3, high * 1.001)
+    ends = [low] * interval.startswith("(") + [high] * interval.endswith(")")
+    numbers = (below, above, *ends, 10**400, -(10**400))
+    for word in [*map(str, numbers), "nan", "inf", "-inf", "x", ""]:
+        with pytest.raises(ValueError, match=f"^{flag}[ :]") as error:
+            options.parse([f"{flag}={word}"], kind, "A program.")
+        assert len(str(error.value)) < 600 and "\n" not in str(error.value)
