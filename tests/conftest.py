@@ -1,9 +1,12 @@
 """What several test files share."""
 
+import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from data.pool import Pool
 from data.prompts import read_prompts
 from model import MMDiT, MMDiTConfig
 from networks.vae import VAE, VAEConfig
+from plane.forks import copy_sources
 from toy.build import stages as build
 
 # Two workers share the tests (pyproject.toml): one thread for each of them, and for the programs that they start.
@@ -76,6 +80,40 @@ def prompts(tmp_path_factory) -> Path:
 def pools(checkpoint, prompts, tmp_path_factory) -> dict[str, Pool]:
     folder, listed = tmp_path_factory.mktemp("pools"), read_prompts([prompts])
     return {o: encode_prompts(folder, listed, checkpoint, How(64, targets=o == "flow")) for o in ("flow", "dmd")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet(monkeypatch):
+    """What is said once in a program is said once in each test."""
+    monkeypatch.setattr("program.edges._said", set())
+
+
+@pytest.fixture
+def forked(tmp_path, monkeypatch) -> Iterator[Callable[[str], Callable[[str], ModuleType]]]:
+    """forked(NAME)(MODULE): a module of a copy that forks/NAME.patch has changed. Until the test ends the copy's modules
+    stand in for this project's own."""
+
+    def change(name: str) -> Callable[[str], ModuleType]:
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        copy_sources(folder, name)
+        for file in folder.rglob("*.py"):
+            module = ".".join(file.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+            if module in sys.modules and not module.startswith("tests"):
+                monkeypatch.delitem(sys.modules, module)
+        monkeypatch.syspath_prepend(str(folder))
+
+        def load(module: str) -> ModuleType:
+            loaded = importlib.import_module(module)
+            assert Path(loaded.__file__).is_relative_to(folder)
+            return loaded
+
+        return load
+
+    yield change
+    for module, loaded in list(sys.modules.items()):
+        if (getattr(loaded, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[module]
 
 
 @pytest.fixture

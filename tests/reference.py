@@ -97,6 +97,7 @@ TRANSFORMER = {
     "axes_dims_rope": (8, 12, 12),
 }
 VAE = {"base_dim": 8, "decoder_base_dim": 12}
+IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}  # a scheduler that bends nothing
 SCHEDULER = {
     "use_dynamic_shifting": True,
     "base_shift": 0.5,

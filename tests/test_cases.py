@@ -1,7 +1,6 @@
 """Cases from files: their names, their pictures, and the commands that draw and judge them."""
 
 import json
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from chat_server import about, well, write_bench
+from page_commands import commands, pages
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -21,8 +21,6 @@ from sample import Pipeline
 from scores.colours import colours, pixels
 from scores.measures import mean_distance
 from toy import world
-
-ROOT = Path(evaluation.__file__).parent
 
 
 def test_names_of_pictures(tmp_path):
@@ -199,7 +197,7 @@ def test_the_layout_of_a_public_bench(tmp_path, monkeypatch):
     ]
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "benches.md").read_text()
+    page = pages("docs/benches.md")
     code = next(block.split("```")[0] for block in page.split("```python\n")[1:] if "GEdit-Bench" in block)
     exec(code, {})
     cases = read_prompts([tmp_path / "gedit" / "edit.jsonl"])
@@ -210,14 +208,11 @@ def test_the_pages_commands(toy_checkpoint, cases, serve, monkeypatch, capsys):
     """As they stand there, in an empty folder: only the checkpoint is tiny, the endpoint local, and numbers small."""
     monkeypatch.chdir(cases.parent)
     server = serve(lambda question, n: well(question) if "grade" in str(question) else '{"prompts": ["a", "b", "c"]}')
-    page = (ROOT / "docs" / "benches.md").read_text().replace("http://localhost:8000/v1", server.url)
+    page = pages("docs/benches.md").replace("http://localhost:8000/v1", server.url)
     page = page.replace("runs/mine/student", str(toy_checkpoint)).replace("--count 20000", "--count 3")
 
-    def commands(program: str) -> list[list[str]]:
-        words = [shlex.split(line) for line in page.splitlines() if f"python {program}" in line]
-        return [line[line.index(program.split()[-1]) + 1 :] for line in words]
-
-    (score, table, measure), (write,) = commands("eval.py"), commands("-m judges.writing")
+    score, table, measure = commands("eval.py", page)
+    (write,) = commands("-m judges.writing", page)
     evaluation.main([*score, "--steps", "1"])
     shutil.copytree("results/mine", "results/other")
     evaluation.main(table)

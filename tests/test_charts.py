@@ -1,7 +1,10 @@
-"""scores/charts.py: the ticks of an axis."""
+"""Charts: the ticks of an axis, and where lines stand."""
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from scores import charts
 from scores.charts import ticks
 
 
@@ -24,3 +27,17 @@ def test_ticks_are_never_more_than_asked_for():
         for most in (3, 5, 6):
             found = ticks(-0.37, i * 0.0173, most)
             assert 2 <= len(found) <= most and found[0] <= -0.37 and found[-1] >= i * 0.0173 - 1e-9
+
+
+def test_chart_draws_every_line_at_its_height(tmp_path):
+    lines = {"up": [(0, [0.0]), (10, [1.0, 1.0])], "down": [(0, [1.0]), (10, [0.0, 0.2])]}
+    charts.chart({"T2I": lines, "edit": {"up": lines["up"]}}, tmp_path / "curve.png")
+    with Image.open(tmp_path / "curve.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    for panel, colours in ((pixels[:300, 60:520], charts.COLOURS[:2]), (pixels[:300, 580:1040], charts.COLOURS[:1])):
+        for colour, rises in zip(colours, (True, False)):
+            rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+            y, x = np.nonzero((np.abs(panel - rgb) < 30).all(axis=2))
+            assert len(x) > 300  # a line from left to right
+            left, right = y[x < x.min() + 40].mean(), y[x > x.max() - 40].mean()
+            assert (left > right) == rises  # y counts downwards

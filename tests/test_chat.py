@@ -33,7 +33,6 @@ MISBEHAVIOURS = {
     "too many requests": (429, {"Retry-After": "0"}),
     "a date to retry after": (429, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}),
     "server error": 500,
-    "overloaded": 503,
     "hangs up": None,
     "hangs up in the middle": (reply(text())[:40], {"Content-Length": 4000}),
     "empty": b"",
@@ -48,7 +47,6 @@ MISBEHAVIOURS = {
     "parts that are no parts": reply([text(), 3]),
     "a part without its text": reply([{"type": "text", "text": None}]),
     "prose": "Sure! " + text(),
-    "two fences": f"```\n```json\n{text()}\n```\n```",
     "a fence and prose": f"Here:\n```json\n{text()}\n```",
     "an open fence": f"```json\n{text()}",
     "a thought without an end": f"<think>\n{text()}",
@@ -58,15 +56,10 @@ MISBEHAVIOURS = {
     "a list": f"[{text()}]",
     "a key twice": '{"score": 1, "score": 5, "reason": "x"}',
     "too much": text(score=5.01),
-    "too little": text(score=0.99),
     "a text for a number": text(score="4.00"),
-    "true for one": text(score=True),
     "not a number": '{"score": NaN, "reason": "x"}',
-    "infinity": '{"score": 1e999, "reason": "x"}',
     "three decimals": text(score=3.257),
-    "another key": text(confidence=1),
     "a missing key": '{"score": 3}',
-    "no reason": text(reason=" "),
     "a number for a reason": '{"score": 3, "reason": 5}',
     "half an emoji": '{"score": 3, "reason": "a cat \\ud83d"}',
 }
@@ -102,23 +95,7 @@ def test_the_text_parts_of_an_answer_in_parts_are_the_answer(serve, before):
 
 def random_text(rng: random.Random) -> str:
     """What models write into an answer, and what could be mistaken for its end."""
-    pieces = [
-        "a cat",
-        " ",
-        "</think>",
-        "<think>",
-        "```",
-        "```json\n",
-        "{",
-        "}",
-        '"',
-        "\\",
-        "\n",
-        "é",
-        "猫",
-        "🐈",
-        "\x00",
-    ]
+    pieces = ["a cat", " ", "</think>", "<think>", "```", "```json\n", "{", "}", '"', "\\", "\n", "é猫", "🐈", "\x00"]
     return "".join(rng.choices(pieces, k=rng.randint(1, 8)))
 
 
@@ -239,7 +216,6 @@ ENDINGS = [
     (b"<html>", Unanswered, "no chat completion: b'<html>'", chat.ATTEMPTS),
     (reply(text(), finish_reason="length"), Unanswered, "no whole answer .finish_reason length", chat.ATTEMPTS),
     (400, Refused, "HTTP 400", 2),  # with JSON mode and without
-    (413, Refused, "HTTP 413", 2),
     (reply(None, refusal="I cannot."), Refused, "refused .finish_reason None.: I cannot", 1),
     (reply("", finish_reason="content_filter"), Refused, "refused .finish_reason content_filter", 1),
     *((code, ValueError, f"/v1: HTTP {code}", 1) for code in (401, 402, 403, 404, 405, 407)),

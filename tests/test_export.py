@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import QwenImage21Pipeline
-from reference import PROMPT, Both, changed, difference, open_pipeline, picture
+from reference import IDENTITY, PROMPT, Both, changed, difference, open_pipeline, picture
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_files import OTHERS
@@ -20,11 +20,10 @@ from checkpoint.files import may_write, read_json
 from checkpoint.layout import how_it_draws
 from checkpoint.lora import merge, new_lora, read_lora, write_lora
 from model import MMDiT
+from program.options import TOY
 from sample import Pipeline
 
-IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
 TALL = picture(40, 90, 2, "RGBA")
-TOY = Path(sample.__file__).parent / "toy" / "checkpoint"
 
 
 @pytest.fixture(scope="module")
@@ -85,27 +84,11 @@ def test_the_library_opens_folders_by_itself(toy_checkpoint, tmp_path, link):
         assert difference(result[0], expected[0]) <= 2 and changed(result[0], expected[0]) < 0.02
 
 
-def test_exports_have_the_permissions_of_new_files(checkpoint, tmp_path):
-    """Those that the umask leaves, whatever the base's are; safetensors' own would be private."""
-    student = MMDiT.from_pretrained(checkpoint / "transformer")
-    (checkpoint / "vae" / "diffusion_pytorch_model.safetensors").chmod(0o600)
-    before = os.umask(0o027)
-    try:
-        export(checkpoint, student, [1.0, 0.5], tmp_path / "student")
-        write_lora(tmp_path / "lora.safetensors", new_lora(student, 2), [1.0, 0.5])
-    finally:
-        os.umask(before)
-    modes = {str(path): oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*") if path.is_file()}
-    assert len(modes) > 10 and set(modes.values()) == {oct(0o640)}, modes
-
-
 def test_export_overwrites_nothing_else(checkpoint, tmp_path):
     student = MMDiT.from_pretrained(checkpoint / "transformer")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("three years of work")
-    published = shutil.copytree(
-        checkpoint, tmp_path / "checkpoint"
-    )  # published: it has a model_index.json, but no mark
+    published = shutil.copytree(checkpoint, tmp_path / "checkpoint")  # it has a model_index.json, but no mark
     there = tree(tmp_path)
     for out in tmp_path / "notes", tmp_path / "notes" / "thesis.txt", checkpoint, published:
         with pytest.raises(ValueError, match=str(out)):
@@ -114,21 +97,6 @@ def test_export_overwrites_nothing_else(checkpoint, tmp_path):
         with pytest.raises(ValueError, match="sigmas"):
             export(checkpoint, student, sigmas, tmp_path / "student")
     assert tree(tmp_path) == there
-
-
-def test_a_failed_export_leaves_what_was_there(checkpoint, tmp_path, monkeypatch):
-    """A disk that is full in the middle, and Ctrl-C: the empty folder is as before, and nothing stands beside it."""
-    student, out = MMDiT.from_pretrained(checkpoint / "transformer"), tmp_path / "student"
-    out.mkdir()
-    for error in OSError(28, "No space left on device"), KeyboardInterrupt():
-        with monkeypatch.context() as patch:
-            patch.setattr(shutil, "copyfile", lambda *_, error=error: (_ for _ in ()).throw(error))
-            with pytest.raises(type(error)) as raised:
-                export(checkpoint, student, [1.0, 0.5], out)
-        assert isinstance(error, KeyboardInterrupt) or f"{out}: cannot be written" in str(raised.value)
-        assert [p.name for p in tmp_path.rglob("*")] == ["student"]
-    export(checkpoint, student, [1.0, 0.5], out)
-    assert [p.name for p in tmp_path.iterdir()] == ["student"]
 
 
 def test_weights_that_are_not_finite_are_not_exported(checkpoint, tmp_path):
@@ -240,34 +208,39 @@ def modes(folder: Path) -> dict[str, set[int]]:
     return {kind: {path.stat().st_mode & 0o777 for path in some} for kind, some in kinds.items()}
 
 
-def test_a_read_only_base_makes_no_read_only_export(read_only_base, tmp_path):
+def test_exports_have_the_permissions_of_new_files(read_only_base, tmp_path):
+    """Those that the umask leaves, whatever the base's are; safetensors' own would be private."""
+    student = MMDiT.from_pretrained(read_only_base / "transformer")
     before = os.umask(0o027)
     try:
-        export(read_only_base, MMDiT.from_pretrained(read_only_base / "transformer"), [1.0, 0.5], tmp_path / "student")
+        export(read_only_base, student, [1.0, 0.5], tmp_path / "student")
+        write_lora(tmp_path / "student" / "lora.safetensors", new_lora(student, 2), [1.0, 0.5])
     finally:
         os.umask(before)
     assert modes(tmp_path / "student") == {"folders": {0o750}, "files": {0o640}}
-    assert {path.name for path in (tmp_path / "student" / "vae").iterdir()} == {
-        "config.json",
-        "diffusion_pytorch_model.safetensors",
-    }
+    copied = {path.name for path in (tmp_path / "student" / "vae").iterdir()}
+    assert copied == {"config.json", "diffusion_pytorch_model.safetensors"}  # and no other program's files
     assert modes(read_only_base / "vae") == {"folders": {0o555}, "files": {0o444}}
 
 
-def test_a_full_disk_leaves_nothing_that_is_read_only(read_only_base, tmp_path, monkeypatch):
-    """What is left of a failed export is removed, so the next one works; as root it would be removed in any case."""
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failed_export_leaves_what_was_there(read_only_base, tmp_path, monkeypatch, error):
+    """A disk that is full in the middle, and Ctrl-C: the empty folder is as before, nothing stands beside it, and the next
+    export works. What was copied by then is writable; as root it would be removed in any case."""
     student, seen, real = MMDiT.from_pretrained(read_only_base / "transformer"), [], shutil.copyfile
+    (tmp_path / "student").mkdir()
 
-    def full(source, target):
+    def broken(source, target):
         if Path(source).parent.name == "text_encoder":
             seen.append(modes(target.parents[1]))
-            raise OSError(28, "No space left on device")
+            raise error
         return real(source, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copyfile", full)
-        with pytest.raises(OSError, match="student: cannot be written"):
-            export(read_only_base, student, [1.0], tmp_path / "student")
-    assert all(mode & 0o200 for some in seen[0].values() for mode in some)
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    with monkeypatch.context() as patch, pytest.raises(type(error)) as raised:
+        patch.setattr(shutil, "copyfile", broken)
+        export(read_only_base, student, [1.0], tmp_path / "student")
+    assert isinstance(error, KeyboardInterrupt) or "student: cannot be written" in str(raised.value)
+    assert all(mode & 0o200 for found in seen[0].values() for mode in found)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "student"}
+    assert not list((tmp_path / "student").iterdir())
     export(read_only_base, student, [1.0], tmp_path / "student")

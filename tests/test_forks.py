@@ -1,6 +1,5 @@
 """The forks: every patch applies to the sources as they are, imports, does what its head says, and trains in its world."""
 
-import importlib
 import json
 import re
 import subprocess
@@ -34,33 +33,6 @@ def world(name: str) -> str:
 
 ON_THE_PLANE = [name for name in NAMES if world(name) != "pictures"]
 IN_PICTURES = [name for name in NAMES if world(name) != "plane"]
-
-
-@pytest.fixture
-def forked(tmp_path, monkeypatch) -> Callable[[str], Callable[[str], ModuleType]]:
-    """forked(NAME)(MODULE): a module of a changed copy, which stands in for this project's own until the test ends."""
-
-    def change(name: str) -> Callable[[str], ModuleType]:
-        folder = tmp_path / name
-        folder.mkdir()
-        copy_sources(folder, name)
-        for file in folder.rglob("*.py"):
-            module = ".".join(file.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
-            if module in sys.modules and not module.startswith("tests"):
-                monkeypatch.delitem(sys.modules, module)
-        monkeypatch.syspath_prepend(str(folder))
-
-        def load(module: str) -> ModuleType:
-            loaded = importlib.import_module(module)
-            assert Path(loaded.__file__).is_relative_to(folder)
-            return loaded
-
-        return load
-
-    yield change
-    for module, loaded in list(sys.modules.items()):
-        if (getattr(loaded, "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[module]
 
 
 # ---- every patch -----------------------------------------------------------------------------------------------------
@@ -122,13 +94,8 @@ def scaled(velocity: Callable) -> Callable:
     return student
 
 
-def test_pooled_takes_away_below_and_told(forked):
-    setting = forked("pooled")("plane.method").Setting()
-    assert not setting.below and not setting.told
-
-
-@pytest.mark.parametrize("name, below, told", [("below", True, False), ("told", False, True)])
-def test_below_and_told_are_each_alone_on_the_plane(name, below, told, forked):
+@pytest.mark.parametrize("name, below, told", [("pooled", False, False), ("below", True, False), ("told", False, True)])
+def test_below_and_told_are_each_alone_on_the_plane_and_pooled_is_neither(name, below, told, forked):
     setting = forked(name)("plane.method").Setting()
     assert (setting.below, setting.told) == (below, told)
 

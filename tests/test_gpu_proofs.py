@@ -3,12 +3,10 @@
 Tensors on the meta device have shapes and no values. So the network of 7.1B parameters passes through here in seconds.
 """
 
-import os
-import socket
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,7 +20,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_runs import job_of
+from training_runs import TINY, exit_codes, job_of
 
 import dmd
 import flow
@@ -42,11 +40,6 @@ from training import trainee as trainee_file
 from training.options import TrainOptions
 from training.roles import add_role
 from training.trainee import recompute
-
-TINY = MMDiTConfig(
-    num_layers=2, num_attention_heads=2, attention_head_dim=16, context_in_dim=24, axes_dims_rope=(4, 6, 6)
-)
-
 
 GRAPHS = 6  # over all forms of a call; the blocks share them, however many there are
 
@@ -182,30 +175,16 @@ def test_the_defaults_can_be_shared_by_any_number_of_processes(processes, lora_r
 def test_torchs_own_error_on_one_rank_ends_all(tmp_path):
     """Running out of memory, say. The others are in an exchange by then, and would wait there for two hours."""
 
-    def work():
-        torch.distributed.all_reduce(torch.ones(2))
-        with ranks.raise_on_all_ranks():
-            if train.rank() == 1:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-        os._exit(0)  # not reached
+    def work(rank: int) -> None:
+        sys.stderr = open(tmp_path / f"{rank}.log", "w")
+        with suppress(BaseException), train.joined():
+            torch.distributed.all_reduce(torch.ones(2))
+            with ranks.raise_on_all_ranks():
+                if rank == 1:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     began = time.monotonic()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    pids = []
-    for rank in range(2):
-        if pid := os.fork():
-            pids.append(pid)
-            continue
-        sys.stderr = open(tmp_path / f"{rank}.log", "w")
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        try:
-            with train.joined():
-                work()
-        finally:
-            os._exit(0)  # not reached either
-    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [1, 1]
+    assert exit_codes(2, work) == [1, 1]
     assert time.monotonic() - began < 60
     assert "rank 1: OutOfMemoryError: CUDA out of memory" in (tmp_path / "1.log").read_text()
 

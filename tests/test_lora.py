@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig
 from reference import (
     EVERYTHING,
+    IDENTITY,
     assert_close,
     merged,
     open_pipeline,
@@ -28,7 +29,6 @@ from model import MMDiT
 from sample import Pipeline
 
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
-IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,13 @@
 """The main job from the command line, with tiny numbers and networks: distil, compare, then draw and score what came out."""
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from page_commands import ROOT, commands, pages
 from PIL import Image
 
 import eval as evaluation
@@ -18,9 +18,7 @@ from checkpoint.files import read_json
 from model import MMDiT
 from toy import world
 
-ROOT = Path(train.__file__).parent
-PAGES = ("README.md", "docs/prompts.md", "docs/node.md")  # as a reader meets them
-README = [line for page in PAGES for line in (ROOT / page).read_text().splitlines() if line.startswith("    ")]
+README = pages("README.md", "docs/prompts.md", "docs/node.md")  # as a reader meets them
 # The job itself has no flag for fewer cases: its table is meant to be compared with the README's.
 TRAIN = """
 import train
@@ -92,26 +90,20 @@ def test_the_student_draws_and_edits(job, tmp_path):
     assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
-def readme_commands(script: str) -> list[list[str]]:
-    """The arguments of every command of the pages that runs `script`, in order."""
-    commands = [shlex.split(line.split("&&")[-1]) for line in README if f"python {script}" in line]
-    return [words[words.index(script) + 1 :] for words in commands]
-
-
 def test_readme_commands(job, toy_checkpoint, tmp_path, monkeypatch):
     """As they stand there, in an empty folder; only checkpoints are the tiny ones, and numbers tiny."""
     student = job[0] / "student"
     monkeypatch.chdir(tmp_path)
-    main_job, _, _, own_prompts, *node = readme_commands("train.py")  # a third teacher: the next test
+    main_job, _, _, own_prompts, *node = commands("train.py", README)  # a third teacher: the next test
     assert main_job == [] and train.parse(main_job).home == Path("runs/dmd-flash")
-    drawn = readme_commands("sample.py")
+    drawn = commands("sample.py", README)
     assert len(drawn) == 2 and all("runs/dmd-flash/student" in words for words in drawn)
     for words in drawn:
         words[words.index("--checkpoint") + 1] = str(student)
         sample.main(words)
         assert Path(words[words.index("--out") + 1]).stat().st_size > 1000
 
-    examples = [line.strip() for line in README if line.startswith('    {"task"')]
+    examples = [line.strip() for line in README.splitlines() if line.startswith('    {"task"')]
     Path("mine.jsonl").write_text("\n".join(examples))
     for name in {name for line in examples for name in json.loads(line).get("images", [])}:
         Image.open("tree.png").convert("RGB").save(name)
@@ -123,7 +115,7 @@ def test_readme_commands(job, toy_checkpoint, tmp_path, monkeypatch):
         train.main([*words, *tiny])
     assert (tmp_path / "runs" / "mine" / "student" / "model_index.json").is_file()
     assert len(node) == 3 and (tmp_path / "runs" / "lora" / "lora.safetensors").is_file()
-    (large,) = [line.split("train.py")[1].split() for line in README if line.strip().startswith("torchrun")]
+    (large,) = [line.split("train.py")[1].split() for line in README.splitlines() if line.startswith("    torchrun")]
     assert list(train.parse(large).prompts) == [Path("mine.jsonl")]  # test_node.py runs the like of it
 
 
@@ -137,7 +129,7 @@ def test_readmes_third_teacher(toy_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": ("text",), "edit": ("style",)})
     monkeypatch.setattr(evaluation, "VARIETY", (1, 2))
     tiny = ["--checkpoint", str(toy_checkpoint), "--steps", "1", "--batch", "2", "--micro-batch", "1", "--pool", "6"]
-    _, teacher, student, *_ = readme_commands("train.py")
+    _, teacher, student, *_ = commands("train.py", README)
     train.main([*teacher, *tiny, "--warmup", "0"])
     train.main([*student, *tiny, "--warmup", "0", "--student-steps", "1"])
     assert (tmp_path / "runs" / "dmd-flash-style" / "comparison.png").is_file()

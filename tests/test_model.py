@@ -208,17 +208,6 @@ def test_a_network_used_in_inference_mode_can_train_afterwards():
     model(z, t, condition).sum().backward()
 
 
-def test_blocks_compile_whole_and_agree(tmp_path):
-    reference(tmp_path, **SMALL)
-    model = MMDiT.from_pretrained(tmp_path)
-    z, t, condition = inputs("one source", SMALL)
-    expected = gradients(model, lambda z: model(z, t, condition), z)
-    for block in model.transformer_blocks:
-        block.compile(fullgraph=True, backend="eager")
-    found = gradients(model, lambda z: model(z, t, condition), z)
-    assert max(difference(found[name], expected[name]) for name in expected) < 1e-5
-
-
 def test_fresh_weights_predict_nothing_and_learn():
     torch.manual_seed(0)
     model = MMDiT(MMDiTConfig(**{**SMALL, "axes_dims_rope": (4, 6, 6)}))
@@ -290,6 +279,3 @@ def test_tensors_named_in_skip_may_be_there_and_no_others(tmp_path):
         load_weights(module, tmp_path, "some", torch.float32, "cpu", skip=("head",))
     load_weights(module, tmp_path, "some", torch.float32, "cpu", skip=(r"head\..*",))
     assert torch.equal(module.weight, linear.weight)
-
-
-# name: (sharded, what is done to the folder, the error, what its message must name)

@@ -8,16 +8,15 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_runs import TINY, exit_codes, forked_process
 
 import dmd
 import train
@@ -26,16 +25,13 @@ from checkpoint.lora import merge, new_lora, read_lora, write_lora
 from data import encode
 from data.encode import How, encode_prompts
 from data.pool import Entry, Pool
-from model import MMDiT, MMDiTConfig
+from model import MMDiT
 from networks.vae import VAE, VAEConfig
 from recipe import Prompt
 from training import sharding, watch
 from training.options import TrainOptions
 from training.run import whole_checkpoints
 
-TINY = MMDiTConfig(
-    num_layers=2, num_attention_heads=2, attention_head_dim=16, context_in_dim=24, axes_dims_rope=(4, 6, 6)
-)
 COMMON = dict(dtype="float32", device="cpu", seed=3, batch=4, micro_batch=2, warmup=0, save_every=2, panel_every=100)
 COMMON |= dict(muon_lr=0.0, fake_muon_lr=0.0, lr=3e-4, fake_lr=3e-4, fake_updates=2, guidance=2.0)
 
@@ -86,36 +82,17 @@ def pool() -> Pool:
     return Pool(entries)
 
 
-def forked(work: Callable[[], None], place: tuple[int, int] | None = None) -> int:
-    """Start `work` in a copy of this process, as a rank of so many where `place` says so; the copy's number."""
-    if pid := os.fork():
-        return pid
-    torch.set_num_threads(1)  # the other threads were not copied
-    log, code = open(f"/tmp/node-{os.getpid()}.log", "w") if "NODE_LOG" in os.environ else open(os.devnull, "w"), 1
-    sys.stdout = sys.stderr = log
-    warnings.simplefilter("ignore")
-    if place is not None:
-        os.environ |= {"RANK": str(place[0]), "LOCAL_RANK": str(place[0]), "WORLD_SIZE": str(place[1])}
-    try:
-        with train.joined():
-            work()
-        code = 0
-    except BaseException:
-        import traceback
-
-        traceback.print_exc(file=log)
-    finally:
-        log.flush()
-        os._exit(code)
-
-
 def in_processes(number: int | None, work: Callable[[], None]) -> None:
     """Run `work` in so many ranks of one group; None: in a process without any."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    pids = [forked(work, place) for place in ([(r, number) for r in range(number)] if number else [None])]
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * len(pids)
+
+    def joined(rank: int = 0) -> None:
+        with train.joined():
+            work()
+
+    if number is None:
+        assert os.waitpid(forked_process(joined), 0)[1] == 0
+    else:
+        assert exit_codes(number, joined) == [0] * number
 
 
 def run(checkpoint: Path, pool: Pool, out: Path, wrong: str | None = None, **numbers) -> None:
@@ -285,9 +262,8 @@ def test_one_rank_stops_all(runs):
         assert end["ended"].endswith("the student's loss is not finite")
         assert [name for name, _ in end["updates"]].count("student") == 1  # the broken step took none
     assert [f.name for f in whole_checkpoints(runs / "two-wrong")] == ["00000001"]
-    assert [end["ended"] for end in noted(runs, "two-stopped")] == [
-        "SystemExit: 143"
-    ] * 2  # rank 1 alone had the signal
+    stopped = [end["ended"] for end in noted(runs, "two-stopped")]
+    assert stopped == ["SystemExit: 143"] * 2  # rank 1 alone had the signal
     assert [f.name for f in whole_checkpoints(runs / "two-stopped")] == ["00000001"]
     for end in noted(runs, "two-uneven"):
         assert end["ended"].startswith("ValueError: --batch 4 in --micro-batch 3 makes parts of 3 samples, which")

@@ -7,27 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
-from reference import picture
+from reference import difference, picture
 
 from data import pictures
 from data.pictures import check_areas, fit, fitted_size, open_picture, upright_size
-
-
-@pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr("program.edges._said", set())
-
-
-def difference(a: Image.Image, b: Image.Image) -> int:
-    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max())
-
-
-def test_camera_rotation(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was held upright: turn a quarter clockwise to see it so
-    upright = picture(48, 64)
-    upright.rotate(90, expand=True).save(tmp_path / "photo.png", exif=exif)
-    assert difference(open_picture(tmp_path / "photo.png"), upright.convert("RGBA")) == 0
 
 
 @pytest.mark.parametrize("mark", [1, 2, 3, 4, 5, 6, 7, 8, 0, 9, 65535, "text"])

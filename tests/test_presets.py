@@ -11,21 +11,11 @@ from program.options import TOY
 from training import presets
 from training.options import TrainOptions
 
-SIZES = {"toy": 0, "100M": 100_000_000, "7B": 7_100_000_000}
-
 
 @pytest.mark.parametrize("lora_rank", [0, 32])
-def test_networks_of_billions_are_drawn_by_eulers_method(lora_rank):
-    args = TrainOptions(**presets.defaults("dmd", SIZES["7B"], lora_rank))
-    assert args.sampler == "euler"
-    given = TrainOptions(**presets.defaults("dmd", SIZES["7B"], lora_rank) | {"sampler": "renoise"})
-    assert given.sampler == "renoise"
-
-
-@pytest.mark.parametrize("lora_rank", [0, 32])
-@pytest.mark.parametrize("size", ["toy", "100M"])
-def test_small_networks_re_noise(size, lora_rank):
-    assert TrainOptions(**presets.defaults("dmd", SIZES[size], lora_rank)).sampler == "renoise"
+@pytest.mark.parametrize("parameters, sampler", [(0, "renoise"), (100_000_000, "renoise"), (7_100_000_000, "euler")])
+def test_small_networks_re_noise_and_networks_of_billions_are_drawn_by_eulers_method(parameters, sampler, lora_rank):
+    assert TrainOptions(**presets.defaults("dmd", parameters, lora_rank)).sampler == sampler
 
 
 def test_the_command_line_asks_the_checkpoint_for_its_size(tmp_path):

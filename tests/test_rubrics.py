@@ -91,10 +91,7 @@ def test_a_dead_endpoint_ends_the_run_and_keeps_the_answers(serve, bench, monkey
     assert len(answers) == 10 and not unscored and len(server.asked) - before == 6
 
 
-REFUSALS = [400, 413, 451, reply(None, finish_reason="content_filter"), reply(None, refusal="I cannot judge people.")]
-
-
-@pytest.mark.parametrize("refusal", REFUSALS)
+@pytest.mark.parametrize("refusal", [400, reply(None, refusal="I cannot judge people.")])
 def test_refused_cases_do_not_end_a_run_first_or_later(serve, bench, monkeypatch, refusal):
     """Only refused cases are left for the second run: more in a row than a dead server would be given."""
     monkeypatch.setattr(chat, "GIVE_UP", 3)

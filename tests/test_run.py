@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,8 @@ import pytest
 import reference
 import torch
 from safetensors.torch import load_file
-from training_runs import forked, metrics, newest, run_options
+from test_layout import flip
+from training_runs import forked_process, metrics, newest, run_options
 
 import train
 from checkpoint.weights import write_tensors
@@ -48,7 +50,7 @@ def test_killed_at_any_moment_of_saving(tmp_path):
                 told.write_text(f"{step:09d}")
 
         told.unlink(missing_ok=True)
-        pid = forked(write)
+        pid = forked_process(write)
         while not told.exists():
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.03))
@@ -83,7 +85,7 @@ def test_full_disk_is_reported_and_the_last_checkpoint_stays(tmp_path):
         with pytest.raises(OSError, match=r"no checkpoint of step 2 \(.*the last whole one: 00000001"):
             train.save(tmp_path, 2, trainees(2))
 
-    assert os.waitpid(forked(write), 0)[1] == 0
+    assert os.waitpid(forked_process(write), 0)[1] == 0
     assert [f.name for f in (tmp_path / "checkpoints").iterdir()] == ["00000001"]
     assert newest(tmp_path)[0] == 1
 
@@ -121,11 +123,15 @@ def finished(checkpoint, pools, tmp_path_factory) -> Path:
     return folder
 
 
+def copy_run(finished: Path, to: Path) -> None:
+    """The run and its checkpoint, which its notes now name at their new place."""
+    shutil.copytree(finished, to, dirs_exist_ok=True)
+    notes = to / "run" / "args.json"
+    notes.write_text(notes.read_text().replace(str(finished), str(to)))
+
+
 def test_a_finished_run_goes_on_and_says_from_where(finished, pools, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "run" / "args.json").write_text(
-        (finished / "run" / "args.json").read_text().replace(str(finished), str(tmp_path))
-    )
+    copy_run(finished, tmp_path)
     (tmp_path / "run" / "student" / "thesis.txt").touch()
     for steps in (2, 3):
         numbers = dict(steps=steps, batch=2, fake_updates=1, dtype=None, resume=True)
@@ -138,75 +144,60 @@ def test_a_finished_run_goes_on_and_says_from_where(finished, pools, tmp_path, c
     assert json.loads((tmp_path / "run" / "args.json").read_text())["arguments"]["steps"] == 3
 
 
-def tamper(change: str, state: Path, tmp: Path) -> None:
-    """One kind of damage to the folder of a checkpoint's state, or to what the run was started with."""
-    student, fake = state / "student-0000-of-0001.safetensors", state / "fake-0000-of-0001.safetensors"
-    tensors, run = load_file(student), state.parent.parent
-    name = {
-        "master": "master time_text_embed.timestep_embedder.linear_1.weight",
-        "average": "average proj_out.weight",
-        "moment": "exp_avg proj_out.weight",
-        "momentum": "momentum_buffer transformer_blocks.0.attn.to_q.weight",
-        "updates": "updates",
-    }.get(change)
-    if name:
-        name = name if name in tensors else next(n for n in sorted(tensors) if n.startswith(name.split()[0]))
-        del tensors[name]
-    name = next(n for n in sorted(tensors) if n.startswith("exp_avg ") and len(set(tensors[n].shape)) == 2)
-    if change == "stray tensor":
-        tensors["master nothing"] = torch.zeros(1)
-    elif change == "broadcast":
-        tensors[name] = tensors[name][:1].clone()
-    elif change == "transposed":
-        tensors[name] = tensors[name].T.contiguous()
-    elif change == "a number":
-        tensors[name] = torch.zeros(())
-    elif change == "integers":
-        tensors[name] = tensors[name].int()
-    elif change == "NaN":
-        tensors[name].view(-1)[-1] = torch.nan
-    elif change == "count":
-        tensors["updates"] += 1
-    write_tensors(student, tensors)
-    if change == "empty file":
-        fake.write_bytes(b"")
-    elif change == "no file":
-        fake.unlink()
-    elif change == "other network":
-        shutil.copy(student, fake)
-    elif change == "stray file":
-        (state / "notes.txt").touch()
-    elif change == "another rank":
-        shutil.copy(fake, state / "fake-0001-of-0002.safetensors")
-    elif change == "weights":
-        file = tmp / "checkpoint" / "transformer" / "diffusion_pytorch_model.safetensors"
-        weights = load_file(file)
-        weights["proj_out.weight"] += 1
-        write_tensors(file, weights)
-    elif change == "teacher":
-        file = tmp / "checkpoint" / "teachers" / "edit" / "config.json"
-        file.write_text(file.read_text() + " ")
-    elif change == "args":
-        (run / "args.json").write_text("{}")
-    elif change == "args list":
-        (run / "args.json").write_text('{"arguments": [], "contents": {}}')
+def without(start: str) -> Callable[[dict], object]:
+    """Takes the first tensor away whose name begins so."""
+    return lambda tensors: tensors.pop(min(name for name in tensors if name.startswith(start)))
 
 
-DAMAGE = (
-    "master, average, moment, momentum, updates, stray tensor, broadcast, transposed, a number, integers, NaN, count, "
-)
-DAMAGE += "empty file, no file, other network, stray file, another rank, "
-DAMAGE += "weights, teacher, args, args list, fewer steps"
+def matrix(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict], object]:
+    """Changes one of Adam's moments, of a matrix that is not square."""
+
+    def replace(tensors: dict) -> None:
+        name = min(n for n in tensors if n.startswith("exp_avg ") and len(set(tensors[n].shape)) == 2)
+        tensors[name] = change(tensors[name])
+
+    return replace
 
 
-@pytest.mark.parametrize("change", DAMAGE.split(", "))
+STATE_DAMAGE = {  # to the tensors of the student's state
+    "no master": without("master "),
+    "no average": without("average "),
+    "no moment": without("exp_avg "),
+    "no momentum": without("momentum_buffer "),
+    "no count": without("updates"),
+    "another count": lambda tensors: tensors.update(updates=tensors["updates"] + 1),
+    "stray tensor": lambda tensors: tensors.update({"master nothing": torch.zeros(1)}),
+    "transposed": matrix(lambda moment: moment.T.contiguous()),
+    "a number": matrix(lambda moment: torch.zeros(())),
+    "integers": matrix(lambda moment: moment.int()),
+    "NaN": matrix(lambda moment: moment * torch.nan),
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+STUDENT, FAKE = "student-0000-of-0001.safetensors", "fake-0000-of-0001.safetensors"
+FILE_DAMAGE = {  # to the folder of a state, to the run's notes, or to what it was started with
+    "empty file": lambda state: (state / FAKE).write_bytes(b""),
+    "no file": lambda state: (state / FAKE).unlink(),
+    "other network": lambda state: shutil.copy(state / STUDENT, state / FAKE),
+    "stray file": lambda state: (state / "notes.txt").touch(),
+    "another rank": lambda state: shutil.copy(state / FAKE, state / "fake-0001-of-0002.safetensors"),
+    "no options": lambda state: (state.parents[1] / "args.json").write_text("{}"),
+    "options in a list": lambda state: (state.parents[1] / "args.json").write_text('{"arguments": [], "contents": {}}'),
+    "weights": lambda state: flip(state.parents[2] / "checkpoint" / "transformer" / WEIGHTS),
+    "teacher": lambda state: flip(state.parents[2] / "checkpoint" / "teachers" / "edit" / WEIGHTS),
+    "fewer steps": lambda state: None,
+}
+
+
+@pytest.mark.parametrize("change", [*STATE_DAMAGE, *FILE_DAMAGE])
 def test_resume_refuses_what_the_run_did_not_write(finished, pools, tmp_path, change):
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "run" / "args.json").write_text(
-        (finished / "run" / "args.json").read_text().replace(str(finished), str(tmp_path))
-    )
+    copy_run(finished, tmp_path)
     state = whole_checkpoints(tmp_path / "run")[0]
-    tamper(change, state, tmp_path)
+    if change in STATE_DAMAGE:
+        tensors = load_file(state / STUDENT)
+        STATE_DAMAGE[change](tensors)
+        write_tensors(state / STUDENT, tensors)
+    else:
+        FILE_DAMAGE[change](state)
 
     def resume(steps: int) -> None:
         numbers = dict(steps=steps, batch=2, fake_updates=1, dtype=None, resume=True)
@@ -242,17 +233,8 @@ def test_a_folder_belongs_to_the_run_that_began_it(checkpoint, prompts, tmp_path
         train.open_run(run_options(checkpoint, tmp_path / "fourth", prompts=(mine,), resume=True))
     with pytest.raises(OSError):
         train.open_run(run_options(checkpoint, prompts / "run"))  # a folder inside a file cannot be made
-    run = [
-        sys.executable,
-        train.__file__,
-        "--checkpoint",
-        str(checkpoint),
-        "--prompts",
-        str(prompts),
-        "--out",
-        str(out),
-    ]  # the folder is taken
-    ended = subprocess.run(run, capture_output=True, text=True)
+    words = ["--checkpoint", str(checkpoint), "--prompts", str(prompts), "--out", str(out)]  # the folder is taken
+    ended = subprocess.run([sys.executable, train.__file__, *words], capture_output=True, text=True)
     assert ended.returncode == 2 and ended.stderr.startswith("train.py: ") and ended.stderr.count("\n") == 1
 
 

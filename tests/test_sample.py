@@ -7,7 +7,6 @@ order or time anywhere shows. The small matrix runs always, the large one with `
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -18,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from page_commands import commands, pages
 from PIL import Image
 from reference import (
+    IDENTITY,
     PROMPT,
     Both,
     changed,
@@ -43,13 +44,6 @@ from model import MMDiT
 from networks.qwen3vl import Qwen3VL
 from program.options import TOY
 from sample import Pipeline
-
-IDENTITY = {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}
-
-
-@pytest.fixture(autouse=True)
-def nothing_said_yet(monkeypatch):
-    monkeypatch.setattr("program.edges._said", set())
 
 
 def variant(checkpoint: Path, directory: Path) -> Path:
@@ -106,7 +100,7 @@ def test_every_setting_matters(shifted):
     assert changed(*pair) > 0.2
 
 
-@pytest.mark.parametrize("sigmas", [[1.0], [1.0, 0.5], [1.0, 0.9, 0.75, 0.5]])
+@pytest.mark.parametrize("sigmas", [[1.0], [1.0, 0.9, 0.75, 0.5]])
 def test_fixed_sigmas(checkpoint, tmp_path, sigmas):
     directory = variant(checkpoint, tmp_path)
     write_scheduler(directory, **IDENTITY)
@@ -335,12 +329,9 @@ LIGHTNING = [1.0, 0.75, 0.5, 0.25]  # lightx2v/Qwen-Image-2.1-Lightning
 @pytest.mark.parametrize(
     ("shift", "scheduler"),
     [
-        ("none", {"use_dynamic_shifting": False, "shift": 1.0, "shift_terminal": None}),
-        (
-            "dynamic",
-            {"shift_terminal": None},
-        ),  # the published scheduler without its terminal, as Lightning's card has it
-        (3.0, {"use_dynamic_shifting": False, "shift": 3.0, "shift_terminal": None}),
+        ("none", IDENTITY),
+        ("dynamic", {"shift_terminal": None}),  # the published one without its terminal, as Lightning's card has it
+        (3.0, IDENTITY | {"shift": 3.0}),
     ],
 )
 def test_given_sigmas_are_bent_as_by_diffusers(checkpoint, shift, scheduler):
@@ -420,13 +411,11 @@ def test_a_student_trained_for_euler_is_drawn_by_a_fresh_scheduler(checkpoint, t
 
 def test_documented_commands(checkpoint, tmp_path, monkeypatch):
     """The page on published checkpoints, its commands as they stand there: a picture, an edit, students."""
-    text = (Path(sample.__file__).parent / "docs" / "checkpoints.md").read_text()
-    commands = [shlex.split(line)[2:] for line in text.splitlines() if "/python sample.py" in line]
     monkeypatch.chdir(tmp_path)
     Path("Qwen-Image-2.1").symlink_to(checkpoint)
     network = MMDiT.from_pretrained(checkpoint / "transformer")
     write_lora("student.safetensors", new_lora(network, 2), [1.0, 0.9, 0.75, 0.5])
-    for words in commands:
+    for words in commands("sample.py", pages("docs/checkpoints.md")):
         cpu = ["--device", "cpu", "--dtype", "float32"]
         few = ["--steps", "2"] if "--out" in words and "--lora" not in words else []
         sample.main([*words, *cpu, *few])
@@ -446,10 +435,8 @@ def test_documented_commands(checkpoint, tmp_path, monkeypatch):
 
 def test_documented_flags_of_public_students(checkpoint, tmp_path, monkeypatch):
     """Every row of the table that has flags draws: with a LoRA of any kind, at as many steps as the row says."""
-    text = (Path(sample.__file__).parent / "docs" / "checkpoints.md").read_text()
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "`--lora FILE --sig" in line
-    ]
+    lines = [line for line in pages("docs/checkpoints.md").splitlines() if "`--lora FILE --sig" in line]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert len(rows) == 7
     monkeypatch.chdir(tmp_path)
     write_lora("FILE", new_lora(MMDiT.from_pretrained(checkpoint / "transformer"), 2))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from scores.statistics import (
-    agreement,
     averages,
     difference_of_models,
     interval_over_cases,
@@ -69,12 +68,6 @@ def test_a_resampled_mean_has_the_interval_of_a_mean_and_a_median_holds_its_own(
     middle, half = resampled_difference(normal, np.zeros_like(normal), np.median)
     assert middle == pytest.approx(np.nanmedian(normal)) and abs(middle - 5) < half
     assert half == pytest.approx(1.96 * (np.pi / 2 / 300) ** 0.5, rel=0.35)  # of a normal distribution's median
-
-
-def test_intervals_decide_whether_a_claim_holds():
-    assert agreement([(0.3, 0.1), (0.2, 0.1)]) == "agree"
-    assert agreement([(0.3, 0.1), (0.05, 0.1)]) == "cannot tell"
-    assert agreement([(0.3, 0.1), (-0.2, 0.1)]) == "disagree"
 
 
 def test_interval_of_a_median_holds_what_it_promises():

@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,9 +13,14 @@ from safetensors.torch import load_file
 
 import flow
 import train
+from model import MMDiTConfig
 from training import presets
 from training.options import TrainOptions
 from training.run import whole_checkpoints
+
+TINY = MMDiTConfig(
+    num_layers=2, num_attention_heads=2, attention_head_dim=16, context_in_dim=24, axes_dims_rope=(4, 6, 6)
+)
 
 
 def run_options(checkpoint: Path, out: Path, objective: str = "dmd", **numbers) -> TrainOptions:
@@ -50,7 +57,7 @@ def metrics(out: Path) -> list[dict]:
     return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
-def forked(work: Callable[[], None]) -> int:
+def forked_process(work: Callable[[], None]) -> int:
     """Start `work` in a copy of this process, which is cheap, and return its number."""
     if pid := os.fork():
         return pid
@@ -62,3 +69,18 @@ def forked(work: Callable[[], None]) -> int:
         code = 0
     finally:
         os._exit(code)  # gone without any cleaning up, like a program that is killed
+
+
+def exit_codes(ranks: int, work: Callable[[int], None]) -> list[int]:
+    """Run `work(rank)` in copies of this process that are the ranks of one group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
+
+    def as_rank(rank: int) -> None:
+        os.environ |= group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        work(rank)
+
+    pids = [forked_process(partial(as_rank, rank)) for rank in range(ranks)]
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
