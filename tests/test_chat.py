@@ -22,11 +22,9 @@ from judges.chat import Chat, Refused, Unanswered
 from recipe import Prompt
 
 
-def ask(client: Chat, case: Prompt | None = None) -> dict:
-    case = case or Prompt("t2i", "portrait", "a man")
-    return client.ask(
-        "grade", [chat.text_part("a man")], lambda answer: rubrics.check_answer(answer, rubrics.form_of(case))
-    )
+def ask(client: Chat) -> dict:
+    form = rubrics.form_of(Prompt("t2i", "portrait", "a man"))
+    return client.ask("grade", [chat.text_part("a man")], lambda answer: rubrics.check_answer(answer, form))
 
 
 MISBEHAVIOURS = {

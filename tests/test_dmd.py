@@ -162,9 +162,7 @@ def test_each_loss_touches_its_own_network_alone():
 
     fake.zero_grad()
     losses, panel = dmd.student_losses(round)
-    assert not any(
-        values.requires_grad for values in panel.values()
-    )  # no graph is kept through teachers and fake score
+    assert not any(values.requires_grad for values in panel.values())  # no graph through teachers and fake score
     (losses + dmd.first_step_losses(student, real, noises[0], [1.0, 0.9, 0.8])).mean().backward()
     assert all(gradient.abs() > 0 for gradient in gradients(student))
     assert all(gradient is None for network in (fake, base, text) for gradient in gradients(network))
@@ -174,9 +172,8 @@ def test_the_students_loss_is_made_of_these_parts():
     """rollout, noise again, both guesses, g, surrogate: put together by hand."""
     student, fake, base = Affine(), Affine(0.1), Affine(0.2)
     noises, xi, t = draw(4, 2, 3), draw(2, 3, seed=1), torch.tensor([0.3, 0.6])
-    losses, panel = dmd.student_losses(
-        round_of(student, fake, dmd.RealScore({"base": 1.0}, {"base": base}), noises, 2, xi, t)
-    )
+    real = dmd.RealScore({"base": 1.0}, {"base": base})
+    losses, panel = dmd.student_losses(round_of(student, fake, real, noises, 2, xi, t))
     x_theta = dmd.rollout(student, noises, SIGMAS, 2).detach()
     g, x0_real, x0_fake = look(base, fake, x_theta, xi, t)
     for name, expected in (("x_theta", x_theta), ("x0_real", x0_real), ("x0_fake", x0_fake)):

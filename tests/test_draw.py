@@ -26,9 +26,8 @@ def pixel_difference(a: Image.Image, b: Image.Image) -> float:
 
 
 def lengths(pipeline: Pipeline, cases: list[world.Case]) -> set[int]:
-    return set(
-        pipeline.condition([case.prompt for case in cases], [case.images for case in cases]).mask.sum(1).tolist()
-    )
+    condition = pipeline.condition([case.prompt for case in cases], [case.images for case in cases])
+    return set(condition.mask.sum(1).tolist())
 
 
 @pytest.mark.parametrize(("task", "category"), [("t2i", "landscape"), ("edit", "enhance")])
@@ -59,10 +58,13 @@ def test_padding_would_have_mattered(pipeline):
 def latents(pipeline: Pipeline, monkeypatch, sampler: Sampler, count: int = 3) -> torch.Tensor:
     """What is drawn where the velocity is 0 everywhere: the noise itself, or for Euler at any number of steps."""
     kept = []
+
+    def decode(z: torch.Tensor) -> torch.Tensor:
+        kept.append(z)
+        return torch.zeros(len(z), 4, 128, 128)
+
     monkeypatch.setattr(pipeline, "velocity", lambda condition: lambda z, t: torch.zeros_like(z))
-    monkeypatch.setattr(pipeline, "vae", type("Spy", (), {
-        "encode": pipeline.vae.encode, "decode": lambda self, z: (kept.append(z), torch.zeros(len(z), 4, 128, 128))[1],
-    })())  # fmt: skip
+    monkeypatch.setattr(pipeline.vae, "decode", decode)
     draw_cases(pipeline, sampler, world.bench_cases("t2i", "text", count), list(range(10, 10 + count)))
     monkeypatch.undo()
     return torch.cat(kept)

@@ -50,6 +50,12 @@ def test_exported_student(checkpoint, tmp_path, shifted, stochastic):
     drawn = both.agree(images=[TALL])[0]
     assert changed(drawn, shifted.ours(PROMPT, [TALL], steps=4)) > 0.2
 
+    # Its README.md says how it draws, and warns where it re-noises, which other programs do not.
+    text = (tmp_path / "student" / "README.md").read_text()
+    assert how_it_draws(sigmas, stochastic) in text and "4 steps at the times [1.0, 0.9, 0.75, 0.5]" in text
+    assert ("new noise after each step" in text and "ComfyUI" in text) == stochastic
+    assert ("by Euler's method." in text) == (not stochastic)
+
     # In fp32 the file's picture is that of the model in memory at those sigmas.
     export(checkpoint, student, sigmas, tmp_path / "linked", dtype=torch.float32, link=True)
     shutil.copytree(tmp_path / "linked", tmp_path / "copy")
@@ -125,17 +131,6 @@ def test_files_that_are_there_are_not_replaced(tmp_path):
     with pytest.raises(OSError, match="cannot be written"):
         may_write(tmp_path / "there.png" / "x.png")
     assert tree(tmp_path) == there
-
-
-@pytest.mark.parametrize("stochastic", [True, False])
-def test_a_student_says_how_it_draws(checkpoint, tmp_path, stochastic):
-    """In its README.md; and a warning where it re-noises, which other programs do not."""
-    student = MMDiT.from_pretrained(checkpoint / "transformer")
-    export(checkpoint, student, [1.0, 0.5], tmp_path / "student", stochastic=stochastic)
-    text = (tmp_path / "student" / "README.md").read_text()
-    assert how_it_draws([1.0, 0.5], stochastic) in text and "2 steps at the times [1.0, 0.5]" in text
-    assert ("new noise after each step" in text and "ComfyUI" in text) == stochastic
-    assert ("by Euler's method." in text) == (not stochastic)
 
 
 def test_a_bent_schedule_is_exported_as_it_is_drawn(checkpoint, tmp_path):

@@ -216,9 +216,9 @@ def noted(runs: Path, name: str) -> list[dict]:
 
 
 def test_two_processes_follow_the_trajectory_of_one(runs):
-    assert {f.name for f in (runs / "two" / "checkpoints" / "00000002").iterdir()} == {
-        f"{name}-{rank:04d}-of-0002.safetensors" for name in ("student", "fake") for rank in range(2)
-    }
+    files = {file.name for file in (runs / "two" / "checkpoints" / "00000002").iterdir()}
+    ranks = [f"{rank:04d}-of-0002.safetensors" for rank in range(2)]
+    assert files == {f"{name}-{rank}" for name in ("student", "fake") for rank in ranks}
     assert_same_trajectory(runs / "one", runs / "two", 2)
     assert_same_trajectory(runs / "one-lora", runs / "two-lora", 2)
     assert_same_trajectory(runs / "one-first", runs / "two-first", 1)  # two forwards before one backward, recomputed

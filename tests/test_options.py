@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import train
-from program import eval_options, options, sample_options
+from program import options
 from training import presets
 from training.options import TrainOptions
 
@@ -27,16 +27,6 @@ def test_a_list_that_is_given_twice_adds_up():
     assert parse(*"--teacher text=A edit=B --sigmas 1 --teacher x=C --sigmas 0.5".split()) == expected
     assert parse(*"--teacher text=A --teacher edit=B x=C --sigmas 1 0.5".split()) == expected
     assert parse().teacher == () and parse("--teacher", "a=A").teacher == ("a=A",)  # nothing stays from before
-
-
-def test_every_list_of_the_programs_adds_up():
-    assert train.parse("--prompts a b --prompts c".split()).prompts == (Path("a"), Path("b"), Path("c"))
-    words = "--prompts a --prompts b --out o --judge http://a --judge http://b --judge-model x --judge-model y".split()
-    args = eval_options.parse(words)
-    assert (args.prompts, args.judge) == ((Path("a"), Path("b")), ("http://a", "http://b"))
-    assert args.judge_model == ("x", "y")
-    args = sample_options.parse("--prompt p --image a --image b --lora c --lora d:0.5".split())
-    assert args.image == ("a", "b") and args.loras == [("c", 1.0), ("d", 0.5)]
 
 
 def test_a_name_in_another_encoding_is_taken_as_it_is():

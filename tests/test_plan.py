@@ -81,13 +81,10 @@ def test_measured_peak_is_within_15_percent(wider, tmp_path, monkeypatch, way):
     slots, source = [(4, 4 + SIDE * SIDE // 4)], torch.randn(64, SIDE, SIDE).bfloat16()
     pool = train.Pool([Entry("edit", "scene", states, states, slots, [source], None, (SIDE, SIDE))] * 8)
 
-    network.prefix_segments(
-        (4, (SIDE, SIDE), WORDS - 4)
-    )  # torch cannot make these under a dispatch mode; they are kept
+    network.prefix_segments((4, (SIDE, SIDE), WORDS - 4))  # kept: torch cannot make these under a dispatch mode
     with Held() as held:
         train.train(args, pool, None)
-    found = recipe.find("mix-0-10")
-    found = replace(found, rules=())
+    found = replace(recipe.find("mix-0-10"), rules=())
     layouts = {"edit": (WORDS + SIDE * SIDE, SIDE * SIDE)}
     planned = plan.make_plan(args, SMALL, found, gpus=1, frozen=1, layouts=layouts)
     assert abs(planned.peak / held.most - 1) < 0.15, (planned.bytes, planned.peak, held.most)

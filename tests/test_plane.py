@@ -129,10 +129,8 @@ def test_guidance_pushes_away_from_all_categories_together(monkeypatch):
 def test_guidance_seen_elsewhere_moves_the_clean_picture_by_as_much_at_any_time():
     setting, rng = Setting(seeds=1, guidance=3.0), torch.Generator().manual_seed(0)
     noises, xi, source, u = setting.draw(16, rng)
-    student, real = (
-        Network(setting, rng)("text", source),
-        setting.real_score({"base": 0.5, "text": 0.5}, "text", source),
-    )
+    student = Network(setting, rng)("text", source)
+    real = setting.real_score({"base": 0.5, "text": 0.5}, "text", source)
     fresh = lambda name, shape: torch.randn(16, *shape, generator=rng)  # noqa: E731
     round = Round(student, student, real, noises, plane_method.SIGMAS, 2, xi, u, fresh)
     pushed, z = plane_method.guided_above(round), torch.randn(16, 2, generator=rng)
@@ -271,9 +269,12 @@ def test_claims_go_on_where_they_were_killed(tmp_path, monkeypatch):
 
     (tmp_path / "rows" / "base-5-5-told.json").unlink()
     trained, train = [], claims.train
-    monkeypatch.setattr(
-        claims, "train", lambda setting, row, looks: (trained.append(row.name), train(setting, row, looks))[1]
-    )
+
+    def noted(setting, row, looks):
+        trained.append(row.name)
+        return train(setting, row, looks)
+
+    monkeypatch.setattr(claims, "train", noted)
     main(few)
     assert trained == ["base-5-5"] and (tmp_path / "claims.json").read_text() == first
     assert {path: path.read_text() for path in (tmp_path / "rows").iterdir()} == kept

@@ -45,12 +45,11 @@ def test_pictures_stand_in_rows_under_their_words(tmp_path):
 
 def test_a_text_that_no_font_has_stands_beside_the_sheet(tmp_path):
     texts = [f"{NO_FONT_HAS_THIS} one", "plain", f"{NO_FONT_HAS_THIS}\ntwo", f"{NO_FONT_HAS_THIS} one"]
-    write_sheet([Grid({"row": [Image.new("RGB", (64, 64))] * 4}, texts)], tmp_path / "sheet.png")
+    row = {"row": [Image.new("RGB", (64, 64))] * 4}
+    write_sheet([Grid(row, texts)], tmp_path / "sheet.png")
     lines = (tmp_path / "sheet.txt").read_text(encoding="utf-8").splitlines()
     assert lines == [f"1: {NO_FONT_HAS_THIS} one", f"2: {NO_FONT_HAS_THIS} two"]
-    write_sheet(
-        [Grid({"row": [Image.new("RGB", (64, 64))] * 4}, ["text 1", "plain", "text 2", "text 1"])], tmp_path / "b.png"
-    )
+    write_sheet([Grid(row, ["text 1", "plain", "text 2", "text 1"])], tmp_path / "b.png")
     assert (pixels(tmp_path / "sheet.png") == pixels(tmp_path / "b.png")).all()
 
 

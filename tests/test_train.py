@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -287,7 +288,9 @@ def test_non_finite_stops_before_the_update(checkpoint, pools, tmp_path, monkeyp
 
 def test_ctrl_c_while_prompts_are_encoded_is_one_line(command, tmp_path):
     run = [sys.executable, train.__file__, *command, "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(run, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ask = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a job in the background ignores Ctrl-C
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(run, preexec_fn=ask, **pipes)
     while not process.stdout.readline().startswith("prompts: "):
         pass
     process.send_signal(signal.SIGINT)
