@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from chat_server import Server
+from PIL import Image
 
 from data.encode import How, encode_prompts
 from data.pool import Pool
@@ -114,6 +115,17 @@ def forked(tmp_path, monkeypatch) -> Iterator[Callable[[str], Callable[[str], Mo
     for module, loaded in list(sys.modules.items()):
         if (getattr(loaded, "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[module]
+
+
+@pytest.fixture
+def small_run(toy_checkpoint, tmp_path) -> list[str]:
+    """train.py's words for a small run with a prompt of each task."""
+    Image.new("RGB", (64, 64), "teal").save(tmp_path / "photo.png")
+    lines = [{"task": "t2i", "category": "portrait", "prompt": "A portrait."}]
+    lines += [{"task": "edit", "category": "scene", "prompt": "Make it night.", "images": ["photo.png"]}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = f"--checkpoint {toy_checkpoint} --prompts {tmp_path / 'mine.jsonl'} --resolution 64 --guidance 2"
+    return [*words.split(), *"--batch 6 --micro-batch 2 --dtype float32 --warmup 0".split()]
 
 
 @pytest.fixture

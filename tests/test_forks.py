@@ -1,6 +1,5 @@
 """The forks: every patch applies to the sources as they are, imports, does what its head says, and trains in its world."""
 
-import json
 import re
 import subprocess
 import sys
@@ -11,7 +10,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from checkpoint.files import read_json
@@ -260,20 +258,12 @@ def test_a_fork_of_the_plane_trains(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, more", [*((name, []) for name in IN_PICTURES), ("told", ["--lora-rank", "2"])])
-def test_a_fork_of_pictures_trains_resumes_and_exports(name, more, toy_checkpoint, tmp_path):
+def test_a_fork_of_pictures_trains_resumes_and_exports(name, more, small_run, toy_checkpoint, tmp_path):
     """Two updates, and the same as one, resumed: equal students, to the last bit, which load strictly."""
     folder = tmp_path / "code"
     folder.mkdir()
     copy_sources(folder, name)
-    Image.new("RGB", (64, 64), "teal").save(tmp_path / "photo.png")
-    prompts = [
-        {"task": "t2i", "category": "portrait", "prompt": "A portrait."},
-        {"task": "edit", "category": "scene", "prompt": "Make it night.", "images": ["photo.png"]},
-    ]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, prompts)))
-    words = ["--checkpoint", str(toy_checkpoint), "--prompts", str(tmp_path / "mine.jsonl"), "--resolution", "64"]
-    words += ["--batch", "4", "--micro-batch", "2", "--dtype", "float32", "--warmup", "0", "--decay", "0"]
-    words += ["--guidance", "2", *(["--sampler", "euler"] if name == "chords" else []), *more]
+    words = [*small_run, "--decay", "0", *(["--sampler", "euler"] if name == "chords" else []), *more]
     for out, steps, resume in (("whole", 2, []), ("parts", 1, []), ("parts", 2, ["--resume"])):
         command = [sys.executable, "train.py", *words, "--out", str(tmp_path / out), "--steps", str(steps), *resume]
         subprocess.run(command, cwd=folder, check=True)

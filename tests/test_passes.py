@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import recipe
@@ -16,15 +15,9 @@ GUIDED = 2  # forwards of a guided teacher
 
 
 @pytest.fixture
-def words(toy_checkpoint, tmp_path) -> list[str]:
-    """A small run of both tasks, with a second teacher, which the default recipe asks for edits in the last two quarters."""
-    Image.new("RGB", (64, 64), "teal").save(tmp_path / "photo.png")
-    lines = [{"task": "t2i", "category": "portrait", "prompt": "A portrait."}]
-    lines += [{"task": "edit", "category": "scene", "prompt": "Make it night.", "images": ["photo.png"]}]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    words = ["--checkpoint", str(toy_checkpoint), "--prompts", str(tmp_path / "mine.jsonl"), "--resolution", "64"]
-    words += ["--teacher", f"edit={toy_checkpoint / 'transformer'}", "--guidance", "2", "--steps", "3"]
-    return [*words, "--batch", "6", "--micro-batch", "2", "--dtype", "float32", "--warmup", "0"]
+def words(small_run, toy_checkpoint) -> list[str]:
+    """With a second teacher, which the default recipe asks for edits in the last two quarters."""
+    return [*small_run, "--teacher", f"edit={toy_checkpoint / 'transformer'}", "--steps", "3"]
 
 
 def sample_passes(name: str, k: int | None = None, scorers: float = 0) -> float:
@@ -56,12 +49,11 @@ def test_counted_passes_are_those_of_the_arithmetic(words, more, tmp_path):
         assert line["passes"] == expected
 
 
-def test_flow_counts_a_forward_and_its_backward(words, tmp_path):
+def test_flow_counts_a_forward_and_its_backward(small_run, tmp_path):
     prompts = tmp_path / "mine.jsonl"
     targets = [json.loads(line) | {"target": "photo.png"} for line in prompts.read_text().splitlines()]
     prompts.write_text("\n".join(map(json.dumps, targets)))
-    words = [word for word in words if "edit=" not in word and word != "--teacher"]
-    train.main([*words, "--objective", "flow", "--out", str(tmp_path / "flow")])
+    train.main([*small_run, "--steps", "3", "--objective", "flow", "--out", str(tmp_path / "flow")])
     assert [line["passes"] for line in lines(tmp_path / "flow")] == [6 * sample_passes("teacher")] * 3 == [18] * 3
 
 

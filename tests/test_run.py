@@ -161,14 +161,10 @@ def matrix(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict], o
 
 STATE_DAMAGE = {  # to the tensors of the student's state
     "no master": without("master "),
-    "no average": without("average "),
     "no moment": without("exp_avg "),
-    "no momentum": without("momentum_buffer "),
-    "no count": without("updates"),
     "another count": lambda tensors: tensors.update(updates=tensors["updates"] + 1),
     "stray tensor": lambda tensors: tensors.update({"master nothing": torch.zeros(1)}),
     "transposed": matrix(lambda moment: moment.T.contiguous()),
-    "a number": matrix(lambda moment: torch.zeros(())),
     "integers": matrix(lambda moment: moment.int()),
     "NaN": matrix(lambda moment: moment * torch.nan),
 }
