@@ -12,6 +12,8 @@ import pytest
 import torch
 from chat_server import Server
 from PIL import Image
+from random_networks import randomise
+from torch import nn
 
 from data.encode import How, encode_prompts
 from data.pool import Pool
@@ -34,11 +36,8 @@ def toy_checkpoint(tmp_path_factory) -> Path:
     vae = VAE(VAEConfig(base_dim=4, decoder_base_dim=4, num_res_blocks=1))
     sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "axes_dims_rope": (4, 6, 6)}
     mmdit = MMDiT(MMDiTConfig(context_in_dim=128, **sizes))
-    rng = torch.Generator().manual_seed(0)
-    for name, parameter in (*vae.named_parameters(), *mmdit.named_parameters()):
-        noise = torch.randn(parameter.shape, generator=rng)
-        fan_in = parameter[0].numel() if parameter.squeeze().ndim > 1 else None  # unit gain: else one grey is drawn
-        parameter.data = noise / fan_in**0.5 if fan_in else parameter.data + 0.3 * noise
+    randomise(nn.ModuleList([vae, mmdit]), 0)
+    for name, parameter in mmdit.named_parameters():
         if "norm_q" in name or "norm_k" in name:
             parameter.data *= 2  # sharp attention: words and places then matter
     vae.save_pretrained(folder / "vae")

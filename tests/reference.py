@@ -24,6 +24,7 @@ from diffusers import (
     QwenImage21Transformer2DModel,
 )
 from PIL import Image
+from random_networks import randomise
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
@@ -112,17 +113,6 @@ SCHEDULER = {
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing
-
-
-def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Fill every parameter in place: matrices and kernels at unit gain, vectors at their initial value plus noise."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            fan_in = parameter[0].numel() if parameter.squeeze().ndim > 1 else None
-            parameter.copy_(noise / fan_in**0.5 if fan_in else parameter + 0.3 * noise)
-    return module.eval()
 
 
 def write_checkpoint(directory: Path, seed: int = 0, **model_index) -> Path:

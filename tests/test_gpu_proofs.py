@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from random_networks import TINY, randomise
 from test_plan import Held
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed import device_mesh
@@ -20,7 +21,7 @@ from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_runs import TINY, exit_codes, job_of
+from training_runs import exit_codes, job_of
 
 import dmd
 import flow
@@ -45,12 +46,7 @@ GRAPHS = 6  # over all forms of a call; the blocks share them, however many ther
 
 
 def random_network(config: MMDiTConfig = TINY, dtype: torch.dtype = torch.float32) -> MMDiT:
-    torch.manual_seed(0)
-    model = MMDiT(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(std=parameter.shape[1] ** -0.5)
-    return model.to(dtype)
+    return randomise(MMDiT(config), 0).to(dtype)
 
 
 def condition(real: list[int], dtype: torch.dtype = torch.float32) -> Condition:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_networks import TINY, randomise
 from safetensors.torch import load_file
-from training_runs import TINY, exit_codes, forked_process
+from training_runs import exit_codes, forked_process
 
 import dmd
 import train
@@ -36,23 +37,14 @@ COMMON = dict(dtype="float32", device="cpu", seed=3, batch=4, micro_batch=2, war
 COMMON |= dict(muon_lr=0.0, fake_muon_lr=0.0, lr=3e-4, fake_lr=3e-4, fake_updates=2, guidance=2.0)
 
 
-def random_transformer(folder: Path, seed: int) -> None:
-    model = MMDiT(TINY)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        parameter.data = noise * parameter.shape[1] ** -0.5 if parameter.ndim > 1 else parameter.data + 0.3 * noise
-    model.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def two_teachers(tmp_path_factory) -> Path:
     """Random networks; a full specialised teacher for edits, and one for text that is a LoRA. Nothing here is encoded.
 
     Not the shared checkpoint: some of its gradients are so small that Adam makes steps of their rounding."""
     folder = tmp_path_factory.mktemp("node") / "checkpoint"
-    random_transformer(folder / "transformer", 1)
-    random_transformer(folder / "teachers" / "edit", 2)
+    randomise(MMDiT(TINY), 1).save_pretrained(folder / "transformer")
+    randomise(MMDiT(TINY), 2).save_pretrained(folder / "teachers" / "edit")
     lora = new_lora(MMDiT.from_pretrained(folder / "transformer"), 2, rng=torch.Generator().manual_seed(3))
     for _, b, _ in lora.values():
         b.normal_(std=0.1, generator=torch.Generator().manual_seed(4))

@@ -13,14 +13,9 @@ from safetensors.torch import load_file
 
 import flow
 import train
-from model import MMDiTConfig
 from training import presets
 from training.options import TrainOptions
 from training.run import whole_checkpoints
-
-TINY = MMDiTConfig(
-    num_layers=2, num_attention_heads=2, attention_head_dim=16, context_in_dim=24, axes_dims_rope=(4, 6, 6)
-)
 
 
 def run_options(checkpoint: Path, out: Path, objective: str = "dmd", **numbers) -> TrainOptions:
