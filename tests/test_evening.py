@@ -1,32 +1,26 @@
 """docs/evening.md: each of its commands runs, and each of its patches does what the page says of it."""
 
 import re
-import shlex
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from page_commands import ROOT, commands, pages
 
 from plane import method, panels
 from plane.__main__ import PICTURED, main
 from plane.rows import Scores
 
-ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "evening.md").read_text()
-COMMANDS = re.findall(r"^    \.venv/bin/python -m plane (.+)$", PAGE, re.MULTILINE)
-PATCHES = sorted(
-    str(file.relative_to(ROOT)) for room in ("evening", "bugs") for file in (ROOT / "forks" / room).iterdir()
-)
+PAGE = pages("docs/evening.md")
+PATCHES = sorted(str(file.relative_to(ROOT)) for file in (ROOT / "forks").glob("*/*.patch"))
 FEW = method.Setting(seeds=2, updates=150)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_of_the_page_runs(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("words", commands("-m plane", PAGE), ids=" ".join)
+def test_every_command_of_the_page_runs(words, tmp_path, monkeypatch):
     monkeypatch.setattr(panels, "FINE", 1)  # coarse panels are quick
-    words = shlex.split(command)
     words[words.index("--out") + 1] = str(tmp_path)
     main([*words, "--seeds", "1", "--updates", "1"])
     assert (tmp_path / "dmd.png").exists() and "Student, 4 steps" in (tmp_path / "dmd.md").read_text()

@@ -232,10 +232,8 @@ def missing(given, name: str) -> None:
     Pipeline.from_pretrained(given.folder / "copy")
 
 
-MISSING = [
-    (name, name)
-    for name in ("model_index.json", SCHEDULER, AUTOENCODER, "text_encoder", "transformer", "vae", "processor", ".")
-]
+PLACES = ("model_index.json", SCHEDULER, AUTOENCODER, "text_encoder", "transformer", "vae", "processor", ".")
+MISSING = [(name, name) for name in PLACES]
 
 
 def tokenizer(given, change: Callable[[dict], object]) -> None:
@@ -296,12 +294,8 @@ def vae_weights(given, changes: dict[str, torch.Tensor | None]) -> None:
     VAE.from_pretrained(folder)
 
 
-GAMMA, VIDEO = "decoder.norm_out.gamma", "encoder.down_blocks.0.downsampler.time_conv.weight"
-VAE_WEIGHTS = [
-    ({GAMMA: None}, f"safetensors.*{GAMMA}"),
-    ({GAMMA: torch.ones(12)}, f"safetensors.*{GAMMA}"),
-    ({VIDEO: torch.zeros(8, 8, 1, 1)}, f"safetensors.*{VIDEO}"),  # of a level that halves space alone
-]
+VIDEO = "encoder.down_blocks.0.downsampler.time_conv.weight"  # of a level that halves space alone
+VAE_WEIGHTS = [({VIDEO: torch.zeros(8, 8, 1, 1)}, f"safetensors.*{VIDEO}")]
 
 
 def network_folder(given, damage: tuple[bool, Callable[[Path], object]]) -> None:
@@ -361,7 +355,7 @@ def lora_file(given, damage: tuple[dict, dict]) -> None:
     """A file of these tensors, with this header."""
     tensors, header = damage
     file = given.folder / "other.safetensors"
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file, header or None)
+    save_file({name: tensor.clone() for name, tensor in tensors.items() if tensor is not None}, file, header or None)
     with named(str(file)):
         read_lora(file, MMDiT.from_pretrained(given.checkpoint / "transformer"))
 
@@ -390,35 +384,34 @@ def fun_acc(layer: str) -> dict[str, torch.Tensor]:
     }
 
 
-LORA_FILES = [  # what another program wrote, with the keys as a public source shows them
-    ((fun_acc(LAYER), {"format": "qwenimage21_extracted_prefused_v1"}), "a PDD student .Fun-Acc., which has an output layer for each of its steps; 2 of its 4 keys are unknown: proj_out.weight"),  # Fun-Acc
-    ((fun_acc(LAYER), {}), "it replaces whole layers; 2 of its 4 keys are unknown: proj_out.weight"),  # Fun-Acc under another header
-    ((PAIR | {f"{LAYER}.dora_scale": torch.ones(64, 1)}, {}), f"a DoRA, .*: {LAYER}.dora_scale"),  # DoRA, ComfyUI
-    ((PAIR | {f"{LAYER}.lora_magnitude_vector.weight": torch.ones(64)}, {}), "a DoRA"),  # DoRA, peft
-    (({f"{LAYER}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn), f"{LAYER}.weight_scale": torch.tensor(1.0)}, {}), f"a network in scaled fp8 .*; 2 of its 2 keys are unknown: {LAYER}.weight, {LAYER}.weight_scale"),  # fp8, ComfyUI
-    (({f"{LAYER}.weight": torch.ones(64, 64).to(torch.float8_e4m3fn), f"{LAYER}.scale_weight": torch.tensor(1.0),
-         "scaled_fp8": torch.ones(2).to(torch.float8_e4m3fn)}, {}), "a network in scaled fp8"),  # fp8, ComfyUI's earlier
-    (({f"{LAYER}.weight": torch.ones(64, 32, dtype=torch.uint8), f"{LAYER}.weight.absmax": torch.ones(4),
-         f"{LAYER}.weight.quant_state.bitsandbytes__nf4": torch.ones(4, dtype=torch.uint8)}, {}), "a network quantised by bitsandbytes"),  # nf4, bitsandbytes
-    (({f"{LAYER[:-4]}add_q_proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}, {}), "made for another network: transformer_blocks.0.attn.add_q_proj is no linear layer"),  # a LoRA for Qwen-Image
+WEIGHT, ONE = f"{LAYER}.weight", torch.tensor(1.0)
+EIGHT_BITS, BYTES = torch.ones(64, 64).to(torch.float8_e4m3fn), torch.ones(64, 32, dtype=torch.uint8)
+LORA_FILES = [  # what other programs wrote, with the keys as public sources show them
+    ((fun_acc(LAYER), {"format": "qwenimage21_extracted_prefused_v1"}),
+     "a PDD student .Fun-Acc., which has an output layer for each of its steps; 2 of its 4 keys are unknown: proj_out"),
+    ((fun_acc(LAYER), {}), "it replaces whole layers; 2 of its 4 keys are unknown: proj_out.weight"),
+    ((PAIR | {f"{LAYER}.dora_scale": torch.ones(64, 1)}, {}), f"a DoRA, .*: {LAYER}.dora_scale"),  # ComfyUI
+    ((PAIR | {f"{LAYER}.lora_magnitude_vector.weight": torch.ones(64)}, {}), "a DoRA"),  # peft
+    (({WEIGHT: EIGHT_BITS, f"{WEIGHT}_scale": ONE}, {}),  # ComfyUI
+     f"a network in scaled fp8 .*; 2 of its 2 keys are unknown: {WEIGHT}, {WEIGHT}_scale"),
+    (({WEIGHT: EIGHT_BITS, f"{LAYER}.scale_weight": ONE, "scaled_fp8": EIGHT_BITS}, {}),  # ComfyUI's earlier
+     "a network in scaled fp8"),
+    (({WEIGHT: BYTES, f"{WEIGHT}.absmax": ONE, f"{WEIGHT}.quant_state.bitsandbytes__nf4": BYTES}, {}),
+     "a network quantised by bitsandbytes"),
+    (({f"{LAYER[:-4]}add_q_proj.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}, {}),  # a LoRA for Qwen-Image
+     "made for another network: transformer_blocks.0.attn.add_q_proj is no linear layer"),
 ]  # fmt: skip
 LORA_CHANGES = [  # of a good file's tensors
     ({f"{LAYER}.lora_B.weight": None}, f"{LAYER} has only a, alpha"),
     ({f"{LAYER}.lora_B.weight": torch.ones(64, 5)}, rf"{LAYER} has A \[4, 64\] and B \[64, 5\], which make no product"),
-    (
-        {f"{LAYER}.lora_A.weight": torch.ones(0, 64), f"{LAYER}.lora_B.weight": torch.ones(64, 0)},
-        f"{LAYER}.lora_A.* empty",
-    ),
+    (dict(zip(PAIR, (torch.ones(0, 64), torch.ones(64, 0)))), f"{LAYER}.lora_A.* empty"),
     ({f"{LAYER}.lora_B.weight": torch.full((64, 4), torch.nan)}, f"{LAYER}.lora_B.* not finite"),
     ({f"{LAYER}.alpha": torch.ones(2)}, rf"{LAYER}.alpha has shape \[2\]; one number"),
     ({f"{LAYER}.lokr_w1": torch.ones(64)}, f"a LoKr or LoHa.*: {LAYER}.lokr_w1"),
     ({f"{LAYER}.hada_w1_a": torch.ones(64)}, "a LoKr or LoHa"),
     ({f"{LAYER}.lora_A.weight": torch.ones(4, 64, dtype=torch.int32)}, f"{LAYER}.lora_A.weight has the type I32"),
     ({f"transformer.{LAYER}.lora_A.weight": torch.ones(4, 64)}, f"gives the a of {LAYER} a second time"),
-    (
-        {"lora_unet_transformer_blocks_0_attn_to_q.alpha": torch.tensor(1.0)},
-        f"gives the alpha of {LAYER} a second time",
-    ),
+    ({"lora_unet_transformer_blocks_0_attn_to_q.alpha": ONE}, f"gives the alpha of {LAYER} a second time"),
     ({"some.lora_A.weight": torch.ones(2, 2), "some.lora_B.weight": torch.ones(2, 2)}, "some is no linear layer"),
     (dict.fromkeys([*PAIR, f"{LAYER}.alpha"]), "holds no LoRA"),
 ]
@@ -646,10 +639,7 @@ EXPORTS = [
     ("--export {folder}/student --image a.png", "--image is for drawing, not for --export of a folder"),
     ("--export {folder}/student --num-images 2", "--num-images is for drawing"),
     ("--export {folder}/student --exact img_in", "--exact is for --export OUT.safetensors"),
-    (
-        "--export {folder}/s.safetensors --base {checkpoint} --sigmas 1 --exact img_ni",
-        "--exact img_ni: no layer has this in its name",
-    ),
+    ("--export {folder}/s.safetensors --base {checkpoint} --sigmas 1 --exact img_ni", "--exact img_ni: no layer"),
     ("--export {folder}/s.safetensors --base {checkpoint} --sigmas 1 --shift dynamic", "no place for a dynamic shift"),
     ("--prompt-file {folder}/none.jsonl", "none.jsonl: no such file; prompts are expected"),
 ]
@@ -773,8 +763,7 @@ TABLE = {
     exporting: EXPORTS,
     eval_command: EVAL_COMMANDS,
     train_missing: TRAIN_MISSING,
-    toy_prompts: [("", "--resolution 96: the toy's own prompts have 128"),
-                  ("--resolution 64", "--resolution 64: the toy's own prompts have 128")],
+    toy_prompts: [("", "--resolution 96: the toy's own prompts have 128")],
     target: [(T2I, "has no target")],
     train_command: TRAIN_COMMANDS,
     flags: FLAGS,
