@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_runs import job_of, run_options
+from training_runs import job_of, recipe_for, run_options
 
 import train
 from data.batches import nth_entries
@@ -17,7 +17,7 @@ from training.run import fill_defaults
 def test_micro_batches_are_not_padded_where_lengths_are_common(checkpoint, pools, tmp_path):
     """Padding would count in the target's rotary position: in a micro-batch each sample is as it would be alone."""
     args = fill_defaults(run_options(checkpoint, tmp_path, "flow", batch=64, micro_batch=4, text_dropout=0.5))
-    recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
+    recipe = recipe_for(pools["flow"])
     model, lengths = MMDiT.from_pretrained(checkpoint / "transformer"), set()
     pool = train.Pool(pools["flow"].entries * ENOUGH)
     for batch in train.draw_batches(job_of(args, pool, recipe), "teacher", 0):
@@ -70,3 +70,20 @@ def test_after_any_number_of_epochs_counts_differ_by_at_most_one(pools):
             n += 1
         assert {counts[id(e)] for e in entries} <= {epoch - 1, epoch}
         assert all(epoch - 3 <= counts[id(e)] <= epoch for e in rare)
+
+
+def test_rare_lengths_meet_their_neighbours(pools):
+    """Of 40 prompts with a length each, a micro-batch holds neighbours, padded to the longest by a few tokens; and where
+    eight have one length, these alone. Buckets never mix."""
+    like = next(e for e in pools["dmd"].entries if e.task == "t2i")
+    other = next(e for e in pools["dmd"].entries if e.task == "edit")
+    words = [replace(like, states=torch.ones(length, 64)) for length in [*range(20, 60), *[300] * 8]]
+    edits = [replace(other, category=like.category, task="t2i", states=torch.ones(30, 64))]  # another bucket
+    pool = train.Pool(words + edits)
+    seen = set()
+    for n in range(50):
+        drawn = nth_entries(pool, 0, "fake", like.task, like.category, n, size=6)
+        lengths = [len(e.states) for e in drawn]
+        assert len({e.bucket for e in drawn}) == 1 and max(lengths) - min(lengths) <= ENOUGH
+        seen.update(map(id, drawn))
+    assert seen == set(map(id, words + edits))  # each prompt is met

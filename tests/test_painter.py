@@ -1,18 +1,13 @@
 """What a spec says can be seen in its picture, in the place where it should be."""
 
-import random
 from itertools import combinations
 
 import numpy as np
 import pytest
+from test_world import specs
 
 from toy import world
 from toy.world import ATTRIBUTES, CATEGORIES
-
-
-def specs(category: str, count: int) -> list[dict]:
-    rng = random.Random(0)
-    return [world.draw_spec(category, rng) for _ in range(count)]
 
 
 @pytest.mark.parametrize("category", CATEGORIES)

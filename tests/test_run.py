@@ -19,7 +19,7 @@ import reference
 import torch
 from safetensors.torch import load_file
 from test_layout import flip
-from training_runs import forked_process, metrics, newest, run_options
+from training_runs import forked_process, metrics, newest, run_options, train_run
 
 import train
 from checkpoint.weights import write_tensors
@@ -105,9 +105,8 @@ def test_what_is_not_finite_is_neither_saved_nor_exported(checkpoint, pools, tmp
 
     monkeypatch.setattr(train.Trainee, "update", poisoned)
     monkeypatch.setattr(watch, "draw_pictures", lambda *arguments: None)
-    args, state = train.open_run(run_options(checkpoint, tmp_path / "run", steps=2, save_every=1, batch=2))
     with pytest.raises(FloatingPointError, match=r"no checkpoint of step 2 \(student: .* is not finite\); .*00000001"):
-        train.train(args, pools["dmd"], state)
+        train_run(checkpoint, tmp_path / "run", pools["dmd"], steps=2, save_every=1, batch=2)
     assert [f.name for f in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000001"]
     assert not (tmp_path / "run" / "student").exists()
 
@@ -117,10 +116,14 @@ def finished(checkpoint, pools, tmp_path_factory) -> Path:
     """A run of two steps, with masters apart from the weights, both optimisers, and its own copy of the checkpoint."""
     folder = tmp_path_factory.mktemp("finished")
     shutil.copytree(checkpoint, folder / "checkpoint")
-    args = run_options(folder / "checkpoint", folder / "run", steps=2, batch=2, fake_updates=1, dtype="bfloat16")
-    args, state = train.open_run(args)
-    train.train(args, pools["dmd"], state)
+    numbers = dict(steps=2, batch=2, fake_updates=1, dtype="bfloat16")
+    train_run(folder / "checkpoint", folder / "run", pools["dmd"], **numbers)
     return folder
+
+
+def resume(folder: Path, pool: train.Pool, steps: int) -> None:
+    numbers = dict(steps=steps, batch=2, fake_updates=1, dtype=None, resume=True)
+    train_run(folder / "checkpoint", folder / "run", pool, **numbers)
 
 
 def copy_run(finished: Path, to: Path) -> None:
@@ -134,9 +137,7 @@ def test_a_finished_run_goes_on_and_says_from_where(finished, pools, tmp_path, c
     copy_run(finished, tmp_path)
     (tmp_path / "run" / "student" / "thesis.txt").touch()
     for steps in (2, 3):
-        numbers = dict(steps=steps, batch=2, fake_updates=1, dtype=None, resume=True)
-        args, state = train.open_run(run_options(tmp_path / "checkpoint", tmp_path / "run", **numbers))
-        train.train(args, pools["dmd"], state)
+        resume(tmp_path, pools["dmd"], steps)
         said = capsys.readouterr().out
         assert f"goes on after step 2 of {steps}" in said and "student: from an earlier end of this run" in said
     assert (tmp_path / "run" / "student-1" / "thesis.txt").is_file() and (tmp_path / "run" / "student-2").is_dir()
@@ -195,14 +196,9 @@ def test_resume_refuses_what_the_run_did_not_write(finished, pools, tmp_path, ch
     else:
         FILE_DAMAGE[change](state)
 
-    def resume(steps: int) -> None:
-        numbers = dict(steps=steps, batch=2, fake_updates=1, dtype=None, resume=True)
-        args, state = train.open_run(run_options(tmp_path / "checkpoint", tmp_path / "run", **numbers))
-        train.train(args, pools["dmd"], state)
-
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises((ValueError, OSError)) as error:
-        resume(1 if change == "fewer steps" else 3)
+        resume(tmp_path, pools["dmd"], steps=1 if change == "fewer steps" else 3)
     assert str(tmp_path) in str(error.value) or "--steps" in str(error.value)
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
 

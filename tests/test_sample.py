@@ -43,6 +43,8 @@ from networks.qwen3vl import Qwen3VL
 from program.options import TOY
 from sample import Pipeline
 
+CPU = "--device cpu --dtype float32".split()
+
 
 def variant(checkpoint: Path, directory: Path) -> Path:
     return Path(shutil.copytree(checkpoint, directory / "checkpoint"))
@@ -246,7 +248,7 @@ def test_as_a_program_in_a_terminal_without_letters(checkpoint, tmp_path):
 def test_command_line(checkpoint, tmp_path, shifted):
     picture(50, 70, 1).save(tmp_path / "source.webp")
     out = tmp_path / "out.png"
-    command = f"--checkpoint {checkpoint} --out {out} --device cpu --dtype float32 --steps 3".split()
+    command = f"--checkpoint {checkpoint} --out {out} --steps 3".split() + CPU
     words = f"--image {tmp_path}/source.webp --seed 4 --num-images 2 --guidance 2 --offload".split()
     sample.main([*command, "--prompt", PROMPT, *words])
     drawn = Image.open(tmp_path / "out-2.png")
@@ -269,7 +271,7 @@ def test_command_line(checkpoint, tmp_path, shifted):
 
 
 def test_shapes_and_schedules_from_the_command_line(checkpoint, tmp_path, shifted):
-    command = ["--checkpoint", str(checkpoint), "--prompt", PROMPT, "--device", "cpu", "--dtype", "float32"]
+    command = ["--checkpoint", str(checkpoint), "--prompt", PROMPT, *CPU]
     sample.main([*command, "--steps", "2", "--aspect", "16:9", "--out", str(tmp_path / "wide.png")])
     assert difference(Image.open(tmp_path / "wide.png"), shifted.ours(PROMPT, steps=2, width=128, height=64)) == 0
     sample.main([*command, "--sigmas", "1", "0.5", "--out", str(tmp_path / "two.png")])
@@ -285,20 +287,19 @@ def test_students_from_the_command_line(checkpoint, tmp_path, capsys):
     rng = torch.Generator().manual_seed(0)
     new = new_lora(network, 2, rng=rng, layers=r".*attn.*")
     write_lora(lora, {n: (a, torch.randn(b.shape, generator=rng), alpha) for n, (a, b, alpha) in new.items()}, sigmas)
-    cpu = ["--device", "cpu", "--dtype", "float32"]
     scaled = ["--lora", f"{lora}:0.25", f"{lora}:0.5"]
-    sample.main(["--checkpoint", str(checkpoint), *scaled, "--export", str(tmp_path / "student"), "--link", *cpu])
+    sample.main(["--checkpoint", str(checkpoint), *scaled, "--export", str(tmp_path / "student"), "--link", *CPU])
     assert (tmp_path / "student" / "vae").is_symlink()
     drawn = Both(tmp_path / "student").agree(images=[TALL])[0]
 
     factors = tmp_path / "again.safetensors"
     sample.main(["--checkpoint", str(tmp_path / "student"), "--base", str(checkpoint), "--rank", "2",
-                 "--export", str(factors), *cpu])  # fmt: skip
+                 "--export", str(factors), *CPU])  # fmt: skip
     assert re.search(r"rank 2, (99|100)\.\d% of what", capsys.readouterr().out)  # it is of rank 2, but for the rounding
     assert {p.name for p in tmp_path.iterdir()} == {lora.name, "student", factors.name}
     picture(40, 90, 2, "RGBA").save(tmp_path / "tall.png")
     sample.main(["--checkpoint", str(checkpoint), "--lora", str(factors), "--prompt", PROMPT, "--image",
-                 str(tmp_path / "tall.png"), "--seed", "5", "--out", str(tmp_path / "out.png"), *cpu])  # fmt: skip
+                 str(tmp_path / "tall.png"), "--seed", "5", "--out", str(tmp_path / "out.png"), *CPU])  # fmt: skip
     close = np.abs(np.asarray(Image.open(tmp_path / "out.png")).astype(int) - np.asarray(drawn)).mean()
     assert close < 3  # of 255: bf16 files, merged
 
@@ -348,8 +349,7 @@ def test_a_few_step_lora_and_a_style_lora_together(checkpoint, tmp_path, capsys)
     network = MMDiT.from_pretrained(checkpoint / "transformer")
     write_lora(few, random_lora(network, 2, 2.0, r".*attn.*"), [1.0, 0.5], torch.float32, stochastic=False)
     write_lora(style, random_lora(network, 3, 3.0, r".*attn.*", seed=1), dtype=torch.float32)
-    cpu = "--device cpu --dtype float32 --seed 5".split()
-    command = ["--checkpoint", str(checkpoint), "--prompt", PROMPT, *cpu]
+    command = ["--checkpoint", str(checkpoint), "--prompt", PROMPT, "--seed", "5", *CPU]
     sample.main([*command, "--lora", f"{style}:0.7", f"{few}:1", "--out", str(tmp_path / "both.png")])
     assert f"{few}: draws in 2 steps at [1.0, 0.5]" in capsys.readouterr().err
     theirs = open_pipeline(checkpoint)
@@ -373,9 +373,8 @@ def test_a_student_trained_for_euler_is_drawn_by_a_fresh_scheduler(checkpoint, t
     lines = [{"task": "t2i", "category": "any", "prompt": text} for text in ("a house", "a hill")]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = f"--checkpoint {checkpoint} --prompts {tmp_path}/mine.jsonl --out {tmp_path}/run --recipe step-wise "
-    words += "--lora-rank 2 --sampler euler --steps 2 --batch 2 --micro-batch 2 --lr 0.05 --resolution 64 "
-    words += "--device cpu --dtype float32"
-    train.main(words.split())
+    words += "--lora-rank 2 --sampler euler --steps 2 --batch 2 --micro-batch 2 --lr 0.05 --resolution 64"
+    train.main([*words.split(), *CPU])
     ours = Pipeline.from_pretrained(checkpoint, loras=[(tmp_path / "run" / "lora.safetensors", 1.0)])
     ours.progress = False
     theirs, size = open_pipeline(checkpoint), {"height": 96, "width": 64}
@@ -394,9 +393,8 @@ def test_documented_commands(checkpoint, tmp_path, monkeypatch):
     network = MMDiT.from_pretrained(checkpoint / "transformer")
     write_lora("student.safetensors", new_lora(network, 2), [1.0, 0.9, 0.75, 0.5])
     for words in commands("sample.py", pages("docs/checkpoints.md")):
-        cpu = ["--device", "cpu", "--dtype", "float32"]
         few = ["--steps", "2"] if "--out" in words and "--lora" not in words else []
-        sample.main([*words, *cpu, *few])
+        sample.main([*words, *CPU, *few])
     wide, night, four = (Image.open(f"{name}.png") for name in ("fox", "night", "four"))
     assert (wide.size, night.size, four.size) == ((128, 64), (128, 64), (96, 96))
     call = {"height": 96, "width": 96}

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_runs import forked_process, job_of, metrics, newest, run_options, same
+from training_runs import forked_process, job_of, metrics, newest, recipe_for, run_options, same, train_run
 
 import dmd
 import flow
@@ -72,8 +72,7 @@ def test_killed_training_goes_on_as_if_nothing_had_been(checkpoint, pools, tmp_p
     numbers = dict(steps=4, batch=2, micro_batch=2, save_every=1, fake_updates=1)
 
     def run(out: str, resume: bool = False) -> None:
-        args, state = train.open_run(run_options(checkpoint, tmp_path / out, resume=resume, **numbers))
-        train.train(args, pools["dmd"], state)
+        train_run(checkpoint, tmp_path / out, pools["dmd"], resume=resume, **numbers)
 
     began = time.perf_counter()
     assert os.waitpid(forked_process(lambda: run("whole")), 0)[1] == 0
@@ -105,7 +104,7 @@ def test_dmd_round_is_the_method(checkpoint, pools, tmp_path, monkeypatch, sampl
     monkeypatch.setattr(train.Trainee, "update", watched)
     train.train(args, pools["dmd"], state)
 
-    recipe = train.recipes.find("mix-0-10").resolve(train.recipes.categories(pools["dmd"].entries), ["edit"])
+    recipe = recipe_for(pools["dmd"], "mix-0-10", ["edit"])
     student, fake, base = (MMDiT.from_pretrained(checkpoint / "transformer") for _ in range(3))
     expert = MMDiT.from_pretrained(checkpoint / "teachers" / "edit")
     sigmas = flow.student_sigmas(4)
@@ -195,7 +194,7 @@ def test_flow_objective_overfits_two_pictures(checkpoint, pools, tmp_path):
 def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp_path):
     """The same sample has the same noises and time in micro-batches of any size; any of the four changes them."""
     pool = train.Pool([e for e in pools["dmd"].entries if e.size == (4, 4)])  # of one shape
-    recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
+    recipe = recipe_for(pools["flow"])
 
     def draws(purpose="fake", update=4, micro_batch=4, seed=0) -> list[tuple]:
         args = fill_defaults(run_options(checkpoint, tmp_path, batch=8, micro_batch=micro_batch, seed=seed))
@@ -213,7 +212,7 @@ def test_draws_follow_from_seed_update_sample_and_purpose(checkpoint, pools, tmp
 
 def test_renoise_times_below_stay_under_the_steps_own_level(checkpoint, pools, tmp_path):
     """For the student and the fake score; no other draw moves."""
-    recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["dmd"].entries), [])
+    recipe = recipe_for(pools["dmd"])
     pooled, below = (
         job_of(fill_defaults(run_options(checkpoint, tmp_path, renoise_times=times)), pools["dmd"], recipe)
         for times in ("pooled", "below")
@@ -229,7 +228,7 @@ def test_renoise_times_below_stay_under_the_steps_own_level(checkpoint, pools, t
 def test_the_first_step_loss_has_the_teachers_of_step_0(checkpoint, pools, tmp_path, monkeypatch):
     """Whichever step DMD scores in this batch: also those where other teachers have weight."""
     args, asked = fill_defaults(run_options(checkpoint, tmp_path, recipe="specialised-first-step")), []
-    recipe = train.recipes.find(args.recipe).resolve(train.recipes.categories(pools["dmd"].entries), ["text"])
+    recipe = recipe_for(pools["dmd"], args.recipe, ["text"])
     network = train.Network(MMDiT.from_pretrained(checkpoint / "transformer"))
     trainees = {name: SimpleNamespace(network=network) for name in ("student", "fake")}
     job = job_of(args, pools["dmd"], recipe, {"base": network, "text": network}, trainees)

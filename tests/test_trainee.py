@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from training_runs import job_of, newest, run_options
+from training_runs import job_of, newest, recipe_for, run_options, train_run
 
 import flow
 import train
@@ -15,7 +15,7 @@ from training.run import fill_defaults
 
 def test_masters_keep_what_bf16_rounds_away_and_average_them(checkpoint, pools, tmp_path):
     args = fill_defaults(run_options(checkpoint, tmp_path, "flow", dtype="bfloat16"))
-    recipe = train.recipes.find("flash").resolve(train.recipes.categories(pools["flow"].entries), [])
+    recipe = recipe_for(pools["flow"])
     network = train.Network(trainees_file.load(args, checkpoint / "transformer", torch.float32))
     trainee = train.Trainee("teacher", network, args, 0.0, 1e-6, ema=0.5)
     before = [m.clone() for m in trainee.masters], [w.clone() for w in trainee.weights]
@@ -62,8 +62,7 @@ def test_added_parameters_learn_resume_and_are_not_exported(checkpoint, pools, t
     for out, steps in (("whole", [2]), ("parts", [1, 2])):
         for last in steps:
             resume = last != steps[0]
-            args, state = train.open_run(run_options(checkpoint, tmp_path / out, steps=last, resume=resume, **numbers))
-            folder = train.train(args, pools["dmd"], state)
+            folder = train_run(checkpoint, tmp_path / out, pools["dmd"], steps=last, resume=resume, **numbers)
     whole, parts = (newest(tmp_path / out)[1] for out in ("whole", "parts"))
     for name in ("student", "fake"):
         (key,) = [key for key in whole[name] if key.startswith("master added.")]
@@ -80,9 +79,8 @@ def test_compiled_blocks_train_the_same(checkpoint, pools, tmp_path, monkeypatch
         for compiled in (False, True):
             numbers = dict(steps=1, fake_updates=1, muon_lr=0.0, fake_muon_lr=0.0, lora_rank=rank, recipe=recipe)
             numbers["compile"] = compiled
-            args, state = train.open_run(run_options(checkpoint, tmp_path / str(compiled), **numbers))
-            train.train(args, pools["dmd"], state)
-            networks.append(newest(args.out)[1])
+            train_run(checkpoint, tmp_path / str(compiled), pools["dmd"], **numbers)
+            networks.append(newest(tmp_path / str(compiled))[1])
     torch._dynamo.reset()
     plain, compiled = networks
     assert len(plain) > 1 and plain.keys() == compiled.keys()

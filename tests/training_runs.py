@@ -4,7 +4,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,17 @@ def run_options(checkpoint: Path, out: Path, objective: str = "dmd", **numbers) 
     given = dict(steps=3, batch=4, micro_batch=2, dtype="float32", panel_every=10**6, save_every=10**6)
     numbers = given | dict(guidance=2.0, resolution=64) | numbers
     return TrainOptions(**presets.defaults(objective, 0, 0) | numbers, checkpoint=checkpoint, out=out)
+
+
+def train_run(checkpoint: Path, out: Path, pool: train.Pool, objective: str = "dmd", **numbers) -> Path:
+    """A whole run. Returns the folder of its result."""
+    options, state = train.open_run(run_options(checkpoint, out, objective, **numbers))
+    return train.train(options, pool, state)
+
+
+def recipe_for(pool: train.Pool, name: str = "flash", teachers: Sequence[str] = ()) -> train.Recipe:
+    """A recipe, for the categories of the pool and these specialised teachers."""
+    return train.recipes.find(name).resolve(train.recipes.categories(pool.entries), teachers)
 
 
 def job_of(options, pool, recipe, teachers=None, trainees=None) -> train.Job:
