@@ -62,7 +62,7 @@ from toy import judge, world
 from toy.draw import Pictures, Sampler, default_sampler, draw_cases, open_checkpoint, reconstruct, teacher_samplers
 from toy.figures import contact_sheet, table
 
-CATEGORIES = dict(world.BENCHES)  # the categories of each task, "t2i" and "edit"
+BENCHES = dict(world.BENCHES)  # the categories of T2I-Bench ("t2i") and Editing-Bench ("edit")
 CASES = {"t2i": 192, "edit": 96}  # in a category
 COMPARED = {"t2i": 48, "edit": 24}  # the same for `compare`, which ends a run of minutes
 SHOWN = {"t2i": 4, "edit": 2}  # the same for the contact sheet
@@ -133,7 +133,7 @@ def evaluate(
     pictures, seconds = {}, 0.0
     for task, count in counts.items():
         verdicts = {}
-        for category in tqdm(only or CATEGORIES[task], desc=f"{sampler.name}: {task}", leave=False):
+        for category in tqdm(only or BENCHES[task], desc=f"{sampler.name}: {task}", leave=False):
             cases = world.bench_cases(task, category, count)
             drawn, spent = draw_cases(pipeline, sampler, cases, list(range(count)))
             verdicts[category] = judge.judge(drawn, cases, partial(reconstruct, pipeline))
@@ -143,7 +143,7 @@ def evaluate(
         row |= summary(task, scores)
         row[f"{task}_each"] = scores
         row[f"{task}_extras"] = averages(shares_with_extras(verdicts))
-        row[f"{task}_diversity"] = diversity(pipeline, sampler, task, only or CATEGORIES[task])
+        row[f"{task}_diversity"] = diversity(pipeline, sampler, task, only or BENCHES[task])
     measures, of_cases = toy_measures(row, pictures)
     row |= measures
     for task in counts:
@@ -237,7 +237,7 @@ def compare(student: Path, teacher: Path, out: Path, counts: dict[str, int] = CO
     models.append((student_pipeline, few_steps))
     rows, pictures, known = [], {}, recorded(teacher, counts)
     for pipeline, sampler in models:
-        pictures[sampler.name], seconds = first_pictures(pipeline, sampler, CATEGORIES)
+        pictures[sampler.name], seconds = first_pictures(pipeline, sampler, BENCHES)
         row = known.get(sampler.name) or evaluate(pipeline, sampler, counts)[0]
         # All seconds are measured here, side by side: those of the log are of another time, or another machine.
         rows.append(without_cases(row) | {"seconds_per_image": seconds, "machine": machine(pipeline.device)})
@@ -253,7 +253,7 @@ def first_pictures(pipeline: Pipeline, sampler: Sampler, tasks: Iterable[str]) -
     """The pictures that the contact sheet shows, and the seconds that each took."""
     pictures, seconds = {}, 0.0
     for task in tasks:
-        for category in CATEGORIES[task]:
+        for category in BENCHES[task]:
             cases = world.bench_cases(task, category, SHOWN[task])
             pictures[task, category], spent = draw_cases(pipeline, sampler, cases, list(range(len(cases))))
             seconds += spent

@@ -1,6 +1,11 @@
-"""Students and their scores, in a folder that several commands use: finished ones are reused."""
+"""Students and their rows are kept as files in a folder that several commands use, and finished ones are reused.
+
+A row's file is named after its model, the number of its cases, and the judge. Nothing else is needed to resume: what is
+missing is made, what is there is read.
+"""
 
 import fcntl
+from collections.abc import Callable
 from pathlib import Path
 
 from checkpoint.files import read_json, write_json
@@ -20,20 +25,39 @@ def hold(folder: Path) -> object:
 
 
 def check_settings(folder: Path, settings: dict, device: str) -> dict:
-    """What all students in the folder were made with, from its settings.json, which the first command writes.
+    """What all students in the folder were made with, from its settings.json. The first command writes that file.
 
-    "dtype" is added, the faster one, which is measured once. ValueError if the folder was made with other settings.
+    The file has one key more: "dtype", the faster one on this device, which is measured once. ValueError if the folder
+    was made with other settings.
     """
     file = folder / "settings.json"
     if not file.exists():
         write_json(file, {"dtype": faster_dtype(device)} | settings)
     before = read_json(file)
-    if changed := [key for key in settings if before.get(key) != settings[key]]:
-        raise ValueError(f"{folder}: its students were made with other {', '.join(changed)}; name another folder")
+    changed = changed_keys(before, settings)
+    if changed:
+        raise ValueError(f"{folder}: its students were made with other {changed}; name another folder")
     return before
 
 
+def changed_keys(before: dict, settings: dict) -> str:
+    """The settings that have another value in `before`, as words of a message; "" if all agree."""
+    return ", ".join(key for key in settings if before.get(key) != settings[key])
+
+
 def row_name(model: str, cases: dict[str, int]) -> str:
-    """The name of a row's file. It has the judge's version: a changed judge scores every student again, and no table mixes
-    two judges. Students do not depend on the judge."""
-    return f"{model}-{'-'.join(map(str, cases.values()))}-judge-{judge.version()}.json"
+    """The name of the file of a model's row; cases: in a category, by task.
+
+    The judge's version is part of it. So a changed judge scores every student again, and no table mixes two judges. The
+    students themselves do not depend on the judge.
+    """
+    model = model.replace(" ", "-").replace(",", "")
+    counts = "-".join(str(count) for count in cases.values())
+    return f"{model}-{counts}-judge-{judge.version()}.json"
+
+
+def kept_row(file: Path, score: Callable[[], dict]) -> dict:
+    """The row in the file. If there is none, `score` makes it, and it is kept there."""
+    if not file.exists():
+        write_json(file, score())
+    return read_json(file)

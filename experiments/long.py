@@ -5,25 +5,24 @@ specialised and step-wise teachers, each with both choices of `--renoise-times`,
 
 A row of one seed is one file in OUT/rows, which is written after every look. Finished rows are reused, on any machine. A
 killed command resumes its row from the last checkpoint. Several commands may work at the same time: each takes rows that
-no other is at. Seed 0 of all rows comes first, so a part of the work is a whole table with fewer seeds.
+no other is working on. Seed 0 of all rows comes first, so unfinished work is a whole table with fewer seeds.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
 from checkpoint.files import read_json, write_json
-from experiments.kept import hold
-from experiments.options import LongOptions
+from experiments.kept import changed_keys, hold
+from experiments.options import TITLES, LongOptions, cases_by_task
 from experiments.students import STUDENT, Students, stages
-from scores.charts import chart
+from scores.charts import Lines, chart
 from scores.pages import fill, open_page
-from scores.rows import markdown
+from scores.rows import markdown, with_interval
 from scores.statistics import mean_over_seeds
 from toy import judge
 from training.options import TrainOptions
 
-TITLES = {"t2i": "T2I", "edit": "editing"}
-# Row: recipe, and noise levels of the student's pictures.
+# Row -> recipe, and --renoise-times: up to which level the student's pictures are noised.
 ROWS = {
     "base alone": ("base-5-5", "pooled"),
     "base alone, below": ("base-5-5", "below"),
@@ -52,15 +51,14 @@ Row = dict[int, Look]  # updates -> the scores of one seed
 
 
 def run(options: LongOptions) -> None:
-    """Train and score the rows that are not there yet. Writes tables and curves after each."""
-    if len(options.cases) != len(TITLES):
-        raise ValueError("--cases: two numbers are expected, in a category of T2I and in a family of edits")
+    """Train and score the rows that are missing. Writes tables and curves after each."""
+    cases = cases_by_task(options.cases)
     open_page(options.out / "README.md")
-    students, cases = Students(options.runs, options.checkpoint, options.steps, nfe=4), dict(zip(TITLES, options.cases))
+    students = Students(options.runs, options.checkpoint, options.steps, nfe=4)
     made_with = {name: value for name, value in students.settings.items() if name != "dtype"}
     made_with |= {"judge": judge.version(), "cases": cases, "steps": options.steps}
     for seed in range(options.seeds):
-        for name in ROWS:  # what was made with other settings is said before the training
+        for name in ROWS:  # rows of other settings are rejected before the training
             read_row(options.out, name, seed, made_with)
     for seed in range(options.seeds):
         for name in ROWS:
@@ -80,18 +78,19 @@ def row_file(out: Path, name: str, seed: int) -> Path:
 
 
 def read_row(out: Path, name: str, seed: int, made_with: dict) -> Row:
-    """The looks of a row that are there. ValueError if they were made with other settings."""
+    """The looks in a row's file; none without a file. ValueError if they were made with other settings."""
     file = row_file(out, name, seed)
     if not file.exists():
         return {}
     row = read_json(file)
-    if changed := [key for key in made_with if row["made_with"].get(key) != made_with[key]]:
-        raise ValueError(f"{file}: made with other {', '.join(changed)}; remove it, or name another --out")
+    changed = changed_keys(row["made_with"], made_with)
+    if changed:
+        raise ValueError(f"{file}: made with other {changed}; remove it, or name another --out")
     return {int(updates): look for updates, look in row["looks"].items()}
 
 
 def make_row(students: Students, out: Path, name: str, seed: int, made_with: dict) -> None:
-    """Train one student and score it at every look. Looks that are there are not made again."""
+    """Train one student and score it at every look that its row's file does not have."""
     recipe, times = ROWS[name]
     student = replace(STUDENT, recipe=recipe, renoise_times=times, seed=seed)
     row = read_row(out, name, seed, made_with)
@@ -117,23 +116,19 @@ def make_look(students: Students, student: TrainOptions, updates: int, cases: di
 
 
 def report(options: LongOptions, made_with: dict) -> None:
-    """README.md, t2i.png and edit.png in OUT, of the rows that are there."""
+    """Write README.md, t2i.png and edit.png in OUT, from the rows made so far."""
     rows = {name: [read_row(options.out, name, seed, made_with) for seed in range(options.seeds)] for name in ROWS}
     looks = stages(options.steps, LOOKS)
     tables = []
     for task, title in TITLES.items():
-        tables += [
-            f"**{title}**",
-            markdown(end_table(rows, task, looks[-1])),
-            markdown(score_table(rows, task, looks)),
-        ]
-        chart(curves(rows, task, looks), options.out / f"{task}.png")
-    tables += ["**Differences of scores**", markdown(differences_table(rows, looks))]
+        tables += [f"**{title}**", end_table(rows, task, looks[-1]), score_table(rows, task, looks)]
+        chart(panels(rows, task, looks), options.out / f"{task}.png")
+    tables += ["**Differences of scores**", differences_table(rows, looks)]
     fill(options.out / "README.md", "\n\n".join(tables))
 
 
 def values(rows: list[Row], task: str, part: str, updates: int) -> dict[int, float]:
-    """seed -> the average over categories, of the seeds that are there."""
+    """seed -> the average over categories, for the seeds that have this look."""
     return {seed: row[updates][task][part]["average"] for seed, row in enumerate(rows) if updates in row}
 
 
@@ -142,50 +137,51 @@ def cell(numbers: list[float], sign: str = "") -> str:
     if not numbers:
         return "not run"
     mean, half = mean_over_seeds(numbers)
-    return f"{mean:{sign}.3f}" + (f" ± {half:.3f}" if len(numbers) > 1 else "")
+    return with_interval(mean, half if len(numbers) > 1 else None, sign)
 
 
-def end_table(rows: dict[str, list[Row]], task: str, updates: int) -> list[list[str]]:
-    """All parts after all updates."""
+def end_table(rows: dict[str, list[Row]], task: str, updates: int) -> str:
+    """Markdown: all parts after all updates."""
     lines = [[f"after {updates} updates", "seeds", *PARTS]]
-    for name in rows:
-        numbers = [[*values(rows[name], task, part, updates).values()] for part in PARTS]
-        lines.append([name, str(len(numbers[0])), *map(cell, numbers)])
-    return lines
+    for name, of_seeds in rows.items():
+        by_part = [list(values(of_seeds, task, part, updates).values()) for part in PARTS]
+        lines.append([name, str(len(by_part[0])), *map(cell, by_part)])
+    return markdown(lines)
 
 
-def score_table(rows: dict[str, list[Row]], task: str, looks: list[int]) -> list[list[str]]:
-    """The score at every look."""
+def score_table(rows: dict[str, list[Row]], task: str, looks: list[int]) -> str:
+    """Markdown: the score at every look."""
     lines = [["score after updates", *(str(updates) for updates in looks)]]
-    for name in rows:
-        by_look = [values(rows[name], task, "score", updates) for updates in looks]
-        lines.append([name, *(cell([*of_seeds.values()]) for of_seeds in by_look)])
-    return lines
+    for name, of_seeds in rows.items():
+        by_look = [list(values(of_seeds, task, "score", updates).values()) for updates in looks]
+        lines.append([name, *map(cell, by_look)])
+    return markdown(lines)
 
 
-def differences_table(rows: dict[str, list[Row]], looks: list[int]) -> list[list[str]]:
-    """Of two rows at the first and the last look, over the seeds that both have."""
-    ends = (looks[0], looks[-1])
-    lines = [["", *(f"{title}, {updates} updates" for title in TITLES.values() for updates in ends)]]
+def differences_table(rows: dict[str, list[Row]], looks: list[int]) -> str:
+    """Markdown: two rows at the first and the last look, over the seeds that both have."""
+    places = [(task, updates) for task in TITLES for updates in (looks[0], looks[-1])]
+    lines = [["", *(f"{TITLES[task]}, {updates} updates" for task, updates in places)]]
     for name, other in DIFFERENCES:
-        cells = []
-        for task in TITLES:
-            for updates in ends:
-                a, b = (values(rows[row], task, "score", updates) for row in (name, other))
-                cells.append(cell([a[seed] - b[seed] for seed in a.keys() & b.keys()], sign="+"))
-        lines.append([f"{name}, minus {other}", *cells])
-    return lines
+        line = [f"{name}, minus {other}"]
+        for task, updates in places:
+            scores = values(rows[name], task, "score", updates)
+            others = values(rows[other], task, "score", updates)
+            line.append(cell([scores[seed] - others[seed] for seed in scores.keys() & others.keys()], sign="+"))
+        lines.append(line)
+    return markdown(lines)
 
 
-def curves(rows: dict[str, list[Row]], task: str, looks: list[int]) -> dict[str, dict[str, list]]:
-    """For scores.charts: part -> row -> [(updates, a value for each seed)]."""
-    panels = {}
+def panels(rows: dict[str, list[Row]], task: str, looks: list[int]) -> dict[str, Lines]:
+    """The panels of a chart, one for each part; without lines that have no point, and without empty panels."""
+    charted = {}
     for part in PARTS:
         lines = {}
-        for name in rows:
-            by_look = [(updates, [*values(rows[name], task, part, updates).values()]) for updates in looks]
-            lines[name] = [(updates, numbers) for updates, numbers in by_look if numbers]
-        lines = {name: line for name, line in lines.items() if line}
+        for name, of_seeds in rows.items():
+            points = [(updates, list(values(of_seeds, task, part, updates).values())) for updates in looks]
+            points = [(updates, numbers) for updates, numbers in points if numbers]
+            if points:
+                lines[name] = points
         if lines:
-            panels[f"{TITLES[task]}: {part}"] = lines
-    return panels
+            charted[f"{TITLES[task]}: {part}"] = lines
+    return charted

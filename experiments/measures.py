@@ -1,6 +1,6 @@
-"""Measures that need no judge, of several seeds' rows: each model's, and the students' differences, with intervals.
+"""Measures that need no judge, over several seeds: each model's, and the students' differences from it, with intervals.
 
-What each measures, and how: scores/measures.py. Here are the statistics over cases and seeds.
+What they measure, and how: scores/measures.py. Here are the statistics over cases and seeds.
 """
 
 from collections.abc import Callable
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scores.rows import markdown, scores_of_cases
+from scores.rows import markdown, scores_of_cases, with_interval
 from scores.statistics import resampled_difference
 
-LEAST_MEASURED = 6  # cases with a value, for a measure that needs no judge
+LEAST_MEASURED = 6  # cases with a value; with fewer, a seed has no measure
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure that needs no judge (scores/measures.py), of all cases of a task."""
+    """One number for all cases of a task."""
 
     title: str
     task: str
@@ -45,29 +45,35 @@ def measures_of(rows: list[dict], others: dict[str, list[dict]]) -> dict[str, di
     """title -> "models" -> model -> the measure with its interval, and "students minus" -> model -> the difference."""
     measures = {}
     for measure in MEASURES:
-        models = {"students": rows} | others
-        values = {name: scores_of_cases(models[name], measure.task, measure.part) for name in models}
-        zero = np.zeros_like(values["students"][:1])
-        measures[measure.title] = {
-            "models": {name: measured_difference(values[name], zero, measure) for name in models},
-            "students minus": {name: measured_difference(values["students"], values[name], measure) for name in others},
-        }
+        students = scores_of_cases(rows, measure.task, measure.part)  # (seeds, categories, cases)
+        zero = np.zeros_like(students[:1])
+        models = {"students": measured_difference(students, zero, measure)}
+        minus = {}
+        for name, other_rows in others.items():
+            other = scores_of_cases(other_rows, measure.task, measure.part)
+            models[name] = measured_difference(other, zero, measure)
+            minus[name] = measured_difference(students, other, measure)
+        measures[measure.title] = {"models": models, "students minus": minus}
     return measures
 
 
 def measured_difference(a: np.ndarray, b: np.ndarray, measure: Measure) -> dict[str, float | None]:
     """Of two models' values, (seeds, categories, cases) each. None where a seed has too few."""
-    fewest = min(int((~np.isnan(values)).sum(axis=(1, 2)).min()) for values in (a, b))
-    return interval(*(resampled_difference(a, b, measure.statistic) if fewest >= LEAST_MEASURED else (None, None)))
+    fewest = min((~np.isnan(values)).sum(axis=(1, 2)).min() for values in (a, b))
+    if fewest < LEAST_MEASURED:
+        return number(None, None)
+    return number(*resampled_difference(a, b, measure.statistic))
 
 
-def interval(mean: float | None, half: float | None) -> dict[str, float | None]:
+def number(mean: float | None, half: float | None) -> dict[str, float | None]:
+    """A mean and half the width of its interval, as they stand in JSON."""
     return {"mean": mean, "half": half}
 
 
 def measured_edits(rows: list[dict]) -> str:
-    """What the measures of edits are about."""
-    measured, of = np.mean([row["edit_shift"]["measured"] for row in rows]), rows[0]["edit_shift"]["of"]
+    """A sentence on the cases behind the measures of edits."""
+    measured = np.mean([row["edit_shift"]["measured"] for row in rows])
+    of = rows[0]["edit_shift"]["of"]
     return (
         "Shift, scale, colour drift and chroma are medians over the edits with unchanged parts (scores/measures.py): "
         f"{measured:.0f} of the students' {of} edits. Families that draw a new scene have none."
@@ -75,12 +81,10 @@ def measured_edits(rows: list[dict]) -> str:
 
 
 def table_of(measures: dict[str, dict[str, dict]], of: str) -> str:
-    """Markdown: a line for each measure that needs no judge. of: "models" or "students minus"."""
+    """Markdown: a line for each measure. of: "models" or "students minus"."""
     names = list(next(iter(measures.values()))[of])
     lines = [[of, *names]]
     for title, of_measure in measures.items():
-        numbers = [of_measure[of][name] for name in names]
         sign = "+" if of == "students minus" else ""
-        cells = ["-" if n["mean"] is None else f"{n['mean']:{sign}.3f} ± {n['half']:.3f}" for n in numbers]
-        lines.append([title, *cells])
+        lines.append([title, *(with_interval(**of_measure[of][name], sign=sign) for name in names)])
     return markdown(lines)

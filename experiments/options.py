@@ -18,6 +18,15 @@ from experiments.claims import EXPERIMENTS
 from program import options
 from program.options import TOY, Options, option
 
+TITLES = {"t2i": "T2I", "edit": "editing"}  # of the tasks, in tables
+
+
+def cases_by_task(cases: tuple[int, ...]) -> dict[str, int]:
+    """--cases by task. ValueError unless there are two numbers."""
+    if len(cases) != len(TITLES):
+        raise ValueError("--cases: two numbers are expected, in a category of T2I and in a family of edits")
+    return dict(zip(TITLES, cases))
+
 
 @dataclass
 class TableOptions(Options):

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from checkpoint.files import read_json, write_json
 from experiments import seeds
-from experiments.options import RecordOptions
+from experiments.options import TITLES, RecordOptions
 from scores import pages
-from scores.rows import markdown
+from scores.rows import markdown, with_interval
 from scores.statistics import mean_over_seeds
 
 BUDGET = 50_000  # passes of one student: the main job has 49,110 to 49,452 with seeds 0, 1 and 2
@@ -22,11 +22,15 @@ FEWEST = 3  # seeds of a row
 
 
 def run(options: RecordOptions, words: list[str]) -> dict:
-    """Train, score, and add the row. words: further options of train.py. ValueError before that, if the row could not be
-    added: too few seeds, changes that are not committed, a name that is taken, or a page without its marks."""
+    """Train, score, and add the row. words: further options of train.py.
+
+    ValueError before the training if the row could not be added: too few seeds, changes that are not committed, a name that
+    is taken, or a page without its marks.
+    """
     if len(options.seeds) < FEWEST:
         raise ValueError(f"--seeds: a row needs {FEWEST} or more, so that its interval says something")
-    rows, page = read_rows(options.records), options.records.with_suffix(".md")
+    rows = read_rows(options.records)
+    page = options.records.with_suffix(".md")
     if any(row["name"] == options.name for row in rows) and not options.overwrite:
         raise ValueError(
             f"{options.records} has a row {options.name} already; choose another --name, or --overwrite it"
@@ -62,19 +66,19 @@ def commit() -> str:
 
 
 def passes_of(metrics: Path) -> int:
-    """All passes of a run, from its log."""
+    """The passes of a whole run, from its log."""
     return sum(json.loads(line)["passes"] for line in metrics.read_text().splitlines())
 
 
 def make_row(result: dict, changed: str, commit: str, updates: int, passes: list[int]) -> dict:
-    """From what `seeds.run` returned. A score is the mean of T2I and editing, its half-width one of the mean over seeds."""
-    scores = {task: [row[task]["average"] for row in result["rows"]] for task in seeds.TITLES}
+    """result: as `seeds.run` returns it. The score is the mean of T2I and editing; its half-width is over seeds alone."""
+    scores = {task: [row[task]["average"] for row in result["rows"]] for task in TITLES}
     mean, half = mean_over_seeds([sum(pair) / 2 for pair in zip(*scores.values(), strict=True)])
     minus = {}
     for name in ("teacher", result["minus"]):
         if name:
             of_tasks = result["differences"][name]
-            minus[f"minus {name}"] = {task: of_tasks[task]["score"] for task in seeds.TITLES}
+            minus[f"minus {name}"] = {task: of_tasks[task]["score"] for task in TITLES}
     return {
         "name": result["name"],
         "changed": changed,
@@ -90,14 +94,15 @@ def make_row(result: dict, changed: str, commit: str, updates: int, passes: list
 
 
 def reaches_teacher(row: dict) -> bool:
-    """Its mean of T2I and editing is not below that of the teacher in 80 evaluations."""
+    """Whether its mean of T2I and editing is not below that of the teacher in 80 evaluations."""
     return sum(difference["mean"] for difference in row["minus teacher"].values()) >= 0
 
 
 def tables(rows: list[dict]) -> str:
     """Markdown: the rows within the budget, the best first; the others; and those that reach the teacher."""
-    within = sorted((row for row in rows if row["passes"] <= BUDGET), key=lambda row: -row["score"]["mean"])
-    beyond = sorted((row for row in rows if row["passes"] > BUDGET), key=lambda row: -row["score"]["mean"])
+    best_first = sorted(rows, key=lambda row: -row["score"]["mean"])
+    within = [row for row in best_first if row["passes"] <= BUDGET]
+    beyond = [row for row in best_first if row["passes"] > BUDGET]
     fewest = sorted(filter(reaches_teacher, rows), key=lambda row: row["updates"])
     parts = [f"**Within {BUDGET:,} passes**", table(within)]
     if beyond:
@@ -110,14 +115,10 @@ def tables(rows: list[dict]) -> str:
 def table(rows: list[dict]) -> str:
     lines = [["score", "T2I", "editing", "minus teacher: T2I", "editing", "passes", "updates", "changed", "commit"]]
     for row in rows:
-        score, minus = row["score"], [number(row["minus teacher"][task]) for task in seeds.TITLES]
-        line = [f"**{score['mean']:.3f}** ± {score['half']:.3f}", *(f"{row[task]:.3f}" for task in seeds.TITLES)]
+        line = [f"**{row['score']['mean']:.3f}** ± {row['score']['half']:.3f}"]
+        line += [f"{row[task]:.3f}" for task in TITLES]
+        # Rows that are older than this command may have no half-width there.
+        line += [with_interval(**row["minus teacher"][task], sign="+") for task in TITLES]
         job = f"{row['changed']} (`{row['train.py']}`)" if row["train.py"] else row["changed"]
-        lines.append([*line, *minus, f"{row['passes']:,}", f"{row['updates']}", job, row["commit"]])
+        lines.append([*line, f"{row['passes']:,}", f"{row['updates']}", job, row["commit"]])
     return markdown(lines)
-
-
-def number(difference: dict) -> str:
-    """A mean and its half-width; rows from before there was this command may have no half-width."""
-    half = difference.get("half")
-    return f"{difference['mean']:+.3f}" + (f" ± {half:.3f}" if half is not None else "")

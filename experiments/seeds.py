@@ -4,10 +4,11 @@
     python -m experiments seeds --name euler -- --sampler euler          the same with other options of train.py
     python -m experiments seeds --name fast --minus euler -- ...         and its differences from students made before
 
-Each student is a complete run of train.py, in RUNS/NAME/seedN, with the comparison at its end. Its row is there, too, with
-the scores of every case. Finished students and rows are reused, so a killed command resumes.
+Each student is a complete run of train.py, with the comparison at its end. It stands in RUNS/NAME/seedN beside its row,
+which has the scores of every case. Finished students and rows are reused, so a killed command resumes.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,39 +17,45 @@ import eval as evaluation
 import flow
 import train
 from checkpoint.files import read_json, write_json
-from experiments.kept import check_settings, hold, row_name
-from experiments.measures import interval, measured_edits, measures_of, table_of
-from experiments.options import SeedsOptions
+from experiments.kept import check_settings, hold, kept_row, row_name
+from experiments.measures import measured_edits, measures_of, number, table_of
+from experiments.options import TITLES, SeedsOptions, cases_by_task
 from program.options import flag
 from sample import Pipeline
-from scores.rows import check_place, markdown, scores_of_cases, without_cases
-from scores.statistics import difference_of_models, seeds_half
+from scores.rows import (
+    check_place,
+    difference_of_scores,
+    markdown,
+    scores_of_cases,
+    with_interval,
+    without_cases,
+)
+from scores.statistics import seeds_half
 from toy import judge
-from toy.draw import default_sampler, open_checkpoint, teacher_samplers
+from toy.draw import Sampler, default_sampler, open_checkpoint, teacher_samplers
 from training.options import TrainOptions
 
-TITLES = {"t2i": "T2I", "edit": "editing"}
 PARTS = ("score", "compliance", "fidelity")
 VARIETY = ("modes", "distance")  # eval.diversity
+HEAD = [heading for title in TITLES.values() for heading in (title, *PARTS[1:], *VARIETY)]  # of the tables
 
 
 def run(options: SeedsOptions, words: list[str]) -> dict:
     """Train and score the students of all seeds. words: further options of train.py.
 
-    Writes rows and differences as JSON, and beside it the tables as Markdown. ValueError for options of train.py that are
-    not one student's, and for students in the folder that were made with others.
+    Writes rows and differences as JSON, and the tables as Markdown beside it. ValueError for options of train.py that the
+    seeds cannot share, and for a folder whose students were made with other options.
     """
-    if len(options.cases) != len(TITLES):
-        raise ValueError("--cases: two numbers are expected, in a category of T2I and in a family of edits")
-    job, cases = student_options(words), dict(zip(TITLES, options.cases))
+    cases = cases_by_task(options.cases)
+    job = student_options(words)
     teacher = open_checkpoint(job.checkpoint)
     folder = options.runs / options.name
     file = options.json or folder / f"seeds-{'-'.join(map(str, options.seeds))}.json"
     result = {"name": options.name, "train.py": " ".join(words), "cases": cases, "seeds": list(options.seeds)}
     check_place(file, result, options.overwrite, [file.with_suffix(".md").name])
     minus = {}
-    if options.minus:  # read first: what is missing is said before hours of training
-        minus = {options.minus: [kept_row(options.runs / options.minus, seed, cases) for seed in options.seeds]}
+    if options.minus:  # read first: a missing row is reported before hours of training
+        minus[options.minus] = [earlier_row(options.runs / options.minus, seed, cases) for seed in options.seeds]
     with hold(folder):
         settings = {"weights": evaluation.fingerprint_with_teachers(job.checkpoint), "options": words}
         settings = check_settings(folder, settings, job.device or str(teacher.device))
@@ -75,8 +82,8 @@ def run(options: SeedsOptions, words: list[str]) -> dict:
 
 
 def student_options(words: list[str]) -> TrainOptions:
-    """The options of train.py that all students share. ValueError for those that `run` gives itself, or that end in no
-    student of the toy world."""
+    """The options of train.py that all students share. ValueError for those that `run` sets itself, and for those that
+    make no student of the toy world."""
     job, usual = train.parse(words), train.parse([])
     for name in ("objective", "prompts", "out", "seed", "resume", "redraw", "plan"):
         if getattr(job, name) != getattr(usual, name):
@@ -89,21 +96,23 @@ def row_file(folder: Path, seed: int, cases: dict[str, int]) -> Path:
 
 
 def student_row(folder: Path, words: list[str], seed: int, cases: dict[str, int]) -> dict:
-    """The row of one student, which is trained and scored first unless its row is there."""
+    """The row of one student. Without a row it is scored, and before that trained, if it is not there yet."""
     file = row_file(folder, seed, cases)
     out = file.parent
-    if not file.exists():
+
+    def score() -> dict:
         if not (out / "student").exists():
             resume = ["--resume"] if (out / "args.json").exists() else []
             train.main([*words, "--seed", str(seed), "--out", str(out), *resume])
         pipeline = open_checkpoint(out / "student")
         sampler = default_sampler(f"{folder.name}, seed {seed}", pipeline, None, 1.0)
         row, _ = evaluation.evaluate(pipeline, sampler, cases)
-        write_json(file, row)
-    return read_json(file)
+        return row
+
+    return kept_row(file, score)
 
 
-def kept_row(folder: Path, seed: int, cases: dict[str, int]) -> dict:
+def earlier_row(folder: Path, seed: int, cases: dict[str, int]) -> dict:
     """The row of a student that an earlier command made."""
     file = row_file(folder, seed, cases)
     if not file.exists():
@@ -112,20 +121,23 @@ def kept_row(folder: Path, seed: int, cases: dict[str, int]) -> dict:
 
 
 def teacher_rows(folder: Path, teacher: Pipeline, steps: int, cases: dict[str, int]) -> dict[str, list[dict]]:
-    """The teacher, at 80 evaluations and in the students' few steps: from the checkpoint's log, or measured. One row each,
-    in a list as the rows of a student's seeds are."""
-    logged, rows = evaluation.recorded(Path(teacher.directory), cases), {}
+    """The teacher, at 80 evaluations and in the students' few steps: from the checkpoint's log, or measured here.
+
+    One row each, in a list as the rows of a student's seeds are.
+    """
+    logged = evaluation.recorded(Path(teacher.directory), cases)
+    rows = {}
     for sampler in teacher_samplers(teacher, flow.student_sigmas(steps)):
-        name = sampler.name.replace(" ", "-").replace(",", "")
-        file = folder / row_name(name, cases)
-        if sampler.name in logged and "shift" in logged[sampler.name]["edit_each"]:  # older logs have no measures
-            rows[sampler.name] = [logged[sampler.name]]
-            continue
-        if not file.exists():
-            row, _ = evaluation.evaluate(teacher, sampler, cases)
-            write_json(file, row)
-        rows[sampler.name] = [read_json(file)]
+        row = logged.get(sampler.name)
+        if row is None or "shift" not in row["edit_each"]:  # older logs have no measures
+            row = kept_row(folder / row_name(sampler.name, cases), partial(score_teacher, teacher, sampler, cases))
+        rows[sampler.name] = [row]
     return rows
+
+
+def score_teacher(teacher: Pipeline, sampler: Sampler, cases: dict[str, int]) -> dict:
+    row, _ = evaluation.evaluate(teacher, sampler, cases)
+    return row
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -137,17 +149,16 @@ def differences_from(rows: list[dict], others: list[dict]) -> dict[str, dict[str
     for task in TITLES:
         differences[task] = {}
         for part in PARTS:
-            a, b = (scores_of_cases(models, task, part) for models in (rows, others))
-            differences[task][part] = interval(*difference_of_models(a, b))
+            differences[task][part] = number(*difference_of_scores(rows, others, task, part))
         for name in VARIETY:
-            a, b = (variety_of_seeds(models, task, name) for models in (rows, others))
-            half = seeds_half(a, b) if len(a) > 1 else None  # one seed says nothing about others
-            differences[task][name] = interval(float(a.mean() - b.mean()), half)
+            own, other = (variety_of_seeds(model, task, name) for model in (rows, others))
+            half = seeds_half(own, other) if len(own) > 1 else None  # one seed says nothing about others
+            differences[task][name] = number(float(own.mean() - other.mean()), half)
     return differences
 
 
 def variety_of_seeds(rows: list[dict], task: str, name: str) -> np.ndarray:
-    """(seeds,)"""
+    """(seeds,): the average over categories."""
     return np.array([row[f"{task}_diversity"][name]["average"] for row in rows])
 
 
@@ -161,21 +172,19 @@ def about(result: dict) -> str:
 
 def scores_table(models: dict[str, list[dict]]) -> str:
     """Markdown: a line for each model, averaged over its seeds."""
-    head, lines = [""], []
-    for title in TITLES.values():
-        head += [title, *PARTS[1:], *VARIETY]
+    lines = [["", *HEAD]]
     for name, rows in models.items():
         line = [name]
         for task in TITLES:
             line += [f"{scores_of_cases(rows, task, part).mean():.3f}" for part in PARTS]
             line += [f"{variety_of_seeds(rows, task, measure).mean():.3f}" for measure in VARIETY]
         lines.append(line)
-    return markdown([head, *lines])
+    return markdown(lines)
 
 
 def categories_table(models: dict[str, list[dict]]) -> str:
     """Markdown: the score in every category."""
-    places = [(task, category) for task in TITLES for category in evaluation.CATEGORIES[task]]
+    places = [(task, category) for task in TITLES for category in evaluation.BENCHES[task]]
     lines = [["score", *(category for _, category in places)]]
     for name, rows in models.items():
         means = [scores_of_cases(rows, task, "score", category).mean() for task, category in places]
@@ -185,14 +194,10 @@ def categories_table(models: dict[str, list[dict]]) -> str:
 
 def differences_table(differences: dict[str, dict]) -> str:
     """Markdown: a line for each of the other models."""
-    parts = (*PARTS, *VARIETY)
-    lines = [["students minus", *(word for title in TITLES.values() for word in (title, *parts[1:]))]]
-    for name, of_tasks in differences.items():
-        numbers = [of_tasks[task][part] for task in TITLES for part in parts]
-        lines.append([name, *(signed(number) for number in numbers)])
+    lines = [["students minus", *HEAD]]
+    for name, by_task in differences.items():
+        line = [name]
+        for task in TITLES:
+            line += [with_interval(**by_task[task][part], sign="+") for part in (*PARTS, *VARIETY)]
+        lines.append(line)
     return markdown(lines)
-
-
-def signed(difference: dict[str, float | None]) -> str:
-    half = "" if difference["half"] is None else f" ± {difference['half']:.3f}"
-    return f"{difference['mean']:+.3f}{half}"

@@ -1,14 +1,14 @@
 """Students of the picture world, trained in stages, and their rows: what the paper's tables and the long rows share.
 
-All students have the same optimisation, STUDENT, and the same prompts. They differ in recipe and seed, and in the long rows
-in the noise levels of their pictures. Finished students and rows are reused, so a killed command resumes.
+All students have the same optimisation, STUDENT, and the same prompts. They differ in recipe and seed; those of the long
+rows also in the noise levels of their pictures. Finished students and rows are reused, so a killed command resumes.
 """
 
 import math
 import shutil
 from copy import copy
 from dataclasses import asdict, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 from PIL import Image
@@ -17,11 +17,11 @@ import eval as evaluation
 import flow
 import recipe as recipes
 import train
-from checkpoint.files import aside, read_json, write_json
+from checkpoint.files import aside
 from data.encode import How, encode_prompts
 from data.pool import Pool
 from experiments.claims import SPECIALISTS, START, TEACHER
-from experiments.kept import check_settings, row_name
+from experiments.kept import check_settings, kept_row, row_name
 from model import Condition, MMDiT
 from sample import Pipeline
 from toy import world
@@ -34,24 +34,24 @@ from training.run import find_teachers, open_run, whole_checkpoints
 STUDENT = TrainOptions(decay=0.0, batch=12)
 # Prompts in a category or family. Two categories have twice as many as one, as in the paper.
 POOL = {"t2i": 512, "edit": 256}
-# Options that a student has for itself, or that change nothing in it.
+# Options of train.py that each student has for itself, or that change nothing in it.
 OWN = "checkpoint prompts recipe out teacher student_steps steps seed resume device dtype compile".split()
 
 
 def stages(steps: int, count: int) -> list[int]:
-    """The steps at which a student is scored: at so many evenly spaced ones, or at each where there are fewer."""
+    """The steps at which a student is scored: `count` evenly spaced ones, the last at the end; fewer if it has fewer."""
     return sorted({math.ceil(steps * i / count) for i in range(1, count + 1)})
 
 
 @cache
 def encoded(folder: Path, checkpoint: Path, device: str, tasks: tuple[str, ...]) -> Pool:
-    """The prompts that all students of a table learn from, encoded. They are kept in the folder."""
+    """The prompts that all students of a table learn from, encoded. The folder keeps them."""
     prompts = list(world.prompts({task: POOL[task] for task in tasks}, seed=0, targets=False))
     return encode_prompts(folder, prompts, checkpoint, How(RESOLUTION), device)
 
 
 class Students:
-    """Students, their teachers, and what these score, in one folder:
+    """Students, their teachers, and the rows of both, in one folder:
 
     settings.json                       what all of it was made with; other settings need another folder
     RECIPE-4nfe-100steps-seed0/         a run of train.py's
@@ -62,14 +62,14 @@ class Students:
 
     A student is named by options of train.py: STUDENT with a recipe and a seed of its own.
 
-    The rows are all that a table needs of the seeds after the first. Their weights may be removed; and rows that were made
-    on another machine, put here with its settings.json, are not made again.
+    Of the seeds after the first, a table needs the rows alone, so their weights may be removed. Rows from another machine
+    are reused, too, if they are put here with its settings.json.
     """
 
     def __init__(self, folder: Path, checkpoint: Path, steps: int, nfe: int):
         self.folder, self.checkpoint, self.steps, self.nfe = folder, checkpoint, steps, nfe
         self.pipeline = open_checkpoint(checkpoint)
-        self.sigmas, self.conditions = flow.student_sigmas(nfe), {}
+        self.conditions = {}  # see `condition`
         settings = {
             "weights": evaluation.fingerprint_with_teachers(checkpoint),
             "student": {name: value for name, value in asdict(STUDENT).items() if name not in OWN},
@@ -85,7 +85,7 @@ class Students:
         return self.folder / run / "stages" / f"{step:06d}"
 
     def weights(self, student: TrainOptions, step: int, tasks: tuple[str, ...]) -> Path:
-        """The same folder. Where it is missing, the student is trained up to this step, from its last checkpoint on."""
+        """The same folder. If it is missing, the student is trained up to this step, from its last checkpoint on."""
         place = self.place(student, step)
         if place.exists():
             return place
@@ -105,30 +105,28 @@ class Students:
     def student_row(self, student: TrainOptions, step: int, tasks: tuple[str, ...], task: str, cases: int) -> dict:
         """The row of a student after so many steps. It is trained only if neither row nor weights are there."""
         place = self.place(student, step)
-        file = place.with_name(row_name(f"{place.name}-{task}", {task: cases}))
-        if not file.exists():
+
+        def score() -> dict:
             pipeline = self.opened(self.weights(student, step, tasks))
-            self.score(file, pipeline, self.few_steps(f"{student.recipe}, step {step}"), task, cases)
-        return read_json(file)
+            return self.score(pipeline, self.few_steps(f"{student.recipe}, step {step}"), task, cases)
+
+        return kept_row(place.with_name(row_name(f"{place.name}-{task}", {task: cases})), score)
 
     def teacher_row(self, sampler: Sampler, task: str, cases: int) -> dict:
         """The row of one of the `teachers`."""
-        name = sampler.name.replace(" ", "-").replace(",", "")
-        file = self.folder / row_name(f"{name}-{sampler.nfe}nfe-{task}", {task: cases})
-        if not file.exists():
-            self.score(file, self.opened(None), sampler, task, cases)
-        return read_json(file)
+        file = self.folder / row_name(f"{sampler.name}-{sampler.nfe}nfe-{task}", {task: cases})
+        return kept_row(file, partial(self.score, self.opened(None), sampler, task, cases))
 
-    def score(self, file: Path, pipeline: Pipeline, sampler: Sampler, task: str, cases: int) -> None:
-        for category in evaluation.CATEGORIES[task]:  # before the clock runs: only the first row would pay for it
+    def score(self, pipeline: Pipeline, sampler: Sampler, task: str, cases: int) -> dict:
+        for category in evaluation.BENCHES[task]:  # before the clock runs: only the first row would pay for it
             benched = world.bench_cases(task, category, cases)
             self.condition([case.prompt for case in benched], [case.images for case in benched])
         row, _ = evaluation.evaluate(pipeline, sampler, {task: cases})
-        write_json(file, row)
+        return row
 
     def few_steps(self, name: str) -> Sampler:
         """The students' sampler."""
-        return Sampler(name, self.sigmas, renoise=STUDENT.sampler == "renoise")
+        return Sampler(name, flow.student_sigmas(self.nfe), renoise=STUDENT.sampler == "renoise")
 
     def opened(self, weights: Path | None) -> Pipeline:
         """The checkpoint with these weights in it (None: its own)."""
@@ -139,8 +137,8 @@ class Students:
         return pipeline
 
     def condition(self, prompts: list[str], images: list[list[Image.Image]]) -> Condition:
-        """In place of the pipeline's own. All students get the same cases, and encoding a source takes longer than drawing
-        four steps, so each condition is kept."""
+        """In place of the pipeline's own method. All students draw the same cases, and encoding a source takes longer than
+        drawing four steps, so each condition is kept."""
         key = (*prompts, *(image.tobytes() for row in images for image in row))
         if key not in self.conditions:
             self.conditions[key] = self.pipeline.condition(prompts, images)
@@ -148,12 +146,13 @@ class Students:
 
     @cached_property
     def teachers(self) -> dict[str, Sampler]:
-        """The rows that need no training. A specialised teacher draws its own categories, the base all others."""
+        """The models that need no training. A specialised teacher draws its own categories, the base all others."""
         full = default_sampler(TEACHER, self.pipeline, 40, self.pipeline.guidance)
         folders = find_teachers(replace(STUDENT, checkpoint=self.checkpoint))
         networks = {name: self.opened(folder).mmdit for name, folder in folders.items()}
-        routing, drawn_by = recipes.find("specialised-only"), {}
-        for task, categories in evaluation.CATEGORIES.items():
+        routing = recipes.find("specialised-only")
+        drawn_by = {}
+        for task, categories in evaluation.BENCHES.items():
             for category in categories:
                 (name,) = routing.weights(0, 4, task, category)
                 if name in networks:

@@ -1,13 +1,14 @@
 """The paper's three tables in the toy world: train the students, score them, and say which claims hold.
 
 The students of a row differ only in the seed. All rows of all tables have the same optimisation, STUDENT, and the same
-prompts. No number here was chosen by looking at a table. The claims (experiments/claims.py) are decided by intervals:
-agree, disagree, or cannot tell. Finished students and scores are reused, so a killed command resumes.
+prompts. No number here was chosen by looking at a table. Intervals decide each claim (experiments/claims.py): agree,
+disagree, or cannot tell. Finished students and scores are reused, so a killed command resumes.
 """
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,18 @@ from experiments.kept import hold
 from experiments.options import TableOptions
 from experiments.students import STUDENT, Students, stages
 from scores.charts import chart
-from scores.rows import check_place, markdown, scores_of_cases
+from scores.rows import check_place, difference_of_scores, markdown, scores_of_cases, with_interval
 from scores.statistics import agreement, difference_of_models
 from toy import judge
 from toy.draw import Pictures
 from toy.figures import contact_sheet
 
-TIMES = 5  # so many times as long are the rows that ask what happens later
+TIMES = 5  # LONGER rows have so many times the updates
 STAGES = 4  # a student is scored after each quarter of its steps
-PLANE = Path(__file__).parents[1] / "results" / "plane" / "claims.json"  # the verdicts of plane/claims.py
+PLANE = Path(__file__).parents[1] / "results" / "plane" / "claims.json"  # which claims hold there: plane/claims.py
+
+Rows = dict[tuple[str, str], list[dict]]  # (row, task) -> what `evaluate` gives, for each seed
+Curves = dict[str, dict[str, list[tuple[int, list[float]]]]]  # panel -> row -> [(steps, a score for each seed)]
 
 
 def length(row: str, steps: int) -> int:
@@ -38,42 +42,37 @@ def length(row: str, steps: int) -> int:
 # ---- the scores of one table -----------------------------------------------------------------------------------------
 
 
-@dataclass
-class Measured:
-    """What a table is made from."""
-
-    rows: dict[tuple[str, str], list[dict]]  # (row, task) -> what `evaluate` gives, for each seed
-    curve: dict[str, dict[str, list[tuple[int, list[float]]]]]  # panel -> row -> [(steps, a score for each seed)]
-
-
-def measure(students: Students, experiment: Experiment, seeds: int) -> Measured:
+def measure(students: Students, experiment: Experiment, seeds: int) -> tuple[Rows, Curves]:
     """Train and score all students of a table, and score the teachers."""
-    measured, tasks = Measured({}, defaultdict(dict)), tuple(experiment.paper)
+    rows, curves = {}, defaultdict(dict)
+    tasks = tuple(experiment.paper)
     for label, sampler in students.teachers.items():
         for task in tasks:
-            row = students.teacher_row(sampler, task, evaluation.CASES[task])
-            measured.rows[label, task] = [row]
+            rows[label, task] = [students.teacher_row(sampler, task, evaluation.CASES[task])]
     claimed = {row for parts in experiment.claims.values() for part in parts for row in (part.row, part.other)}
     for label, recipe in experiment.rows.items():
         steps = stages(length(label, students.steps), STAGES)
         half, end = steps[(len(steps) - 1) // 2], steps[-1]
-        whole = {end, half} if label + HALFWAY in claimed else {end}  # scored on all cases, not on the curve's few
-        rows = defaultdict(list)  # (step, task) -> rows of all seeds
+        # These steps are scored on all cases; the others are for the curve, which has few.
+        whole = {end, half} if label + HALFWAY in claimed else {end}
+        by_step = defaultdict(list)  # (step, task) -> rows of all seeds
         for seed in range(seeds):
             student = replace(STUDENT, recipe=recipe, seed=seed)
             for step in steps:
                 for task in tasks:
                     cases = evaluation.CASES[task] if step in whole else few_cases(task)
                     row = students.student_row(student, step, tasks, task, cases)
-                    rows[step, task].append(row)
+                    by_step[step, task].append(row)
         for task in tasks:
-            measured.rows[label, task], measured.rows[label + HALFWAY, task] = rows[end, task], rows[half, task]
-            line = [(0, on_curve(measured.rows[START, task], task))]
-            line += [(step, on_curve(rows[step, task], task)) for step in steps]
-            measured.curve[task + LONGER if label.endswith(LONGER) else task][label] = line
-            mean = np.mean([row[task]["average"] for row in rows[end, task]])
+            rows[label, task] = by_step[end, task]
+            rows[label + HALFWAY, task] = by_step[half, task]
+            line = [(0, on_curve(rows[START, task], task))]
+            line += [(step, on_curve(by_step[step, task], task)) for step in steps]
+            panel = task + LONGER if label.endswith(LONGER) else task
+            curves[panel][label] = line
+            mean = np.mean([row[task]["average"] for row in rows[label, task]])
             print(f"{label}: {task} {mean:.3f}", flush=True)
-    return measured
+    return rows, curves
 
 
 def few_cases(task: str) -> int:
@@ -86,42 +85,46 @@ def on_curve(rows: list[dict], task: str) -> list[float]:
     return [float(scores_of_cases([row], task, "score")[..., : few_cases(task)].mean()) for row in rows]
 
 
-def weigh(parts: list[Above], rows: dict[tuple[str, str], list[dict]], seeds: int) -> tuple[str, list[str]]:
-    """A claim's verdict, "agree", "disagree" or "cannot tell", and the differences that decide it."""
+def weigh(parts: list[Above], rows: Rows, seeds: int) -> tuple[str, list[str]]:
+    """Whether a claim holds: "agree", "disagree" or "cannot tell"; and the differences that decide it."""
     differences, evidence = [], []
     for part in parts:
-        a, b = (
-            scores_of_cases(rows[row, part.task], part.task, part.measure, part.category)
-            for row in (part.row, part.other)
-        )
-        mean, half = difference_of_models(a, b)
+        row, other = rows[part.row, part.task], rows[part.other, part.task]
+        mean, half = difference_of_scores(row, other, part.task, part.measure, part.category)
         differences.append((mean, half if seeds > 1 else math.inf))  # one seed says nothing about others
-        what = " ".join(word for word in (part.task, part.category, part.measure) if word not in ("average", "score"))
-        evidence.append(f"{part.row} - {part.other}, {what}: {mean:+.3f} ± {half:.3f}")
+        score = [part.task]
+        if part.category != "average":
+            score.append(part.category)
+        if part.measure != "score":
+            score.append(part.measure)
+        evidence.append(f"{part.row} - {part.other}, {' '.join(score)}: {with_interval(mean, half, '+')}")
     return agreement(differences), evidence
 
 
 def averaged(task: str, rows: list[dict]) -> dict:
     """The rows of one student's seeds as one row: means, the interval over seeds and cases, and each seed's average."""
+
+    def mean(numbers: Iterable[float]) -> float:
+        return float(np.mean(list(numbers)))
+
     _, half = difference_of_models(scores_of_cases(rows, task, "score"), np.zeros((1, 1, 1)))
-    mean = {"nfe": rows[0]["nfe"], "seeds": len(rows), f"{task}_interval": half}
-    mean[f"{task}_by_seed"] = [row[task]["average"] for row in rows]
+    whole = {"nfe": rows[0]["nfe"], "seeds": len(rows), f"{task}_interval": half}
+    whole[f"{task}_by_seed"] = [row[task]["average"] for row in rows]
     for key in (task, f"{task}_compliance", f"{task}_attributes", f"{task}_fidelity"):
-        mean[key] = {name: float(np.mean([row[key][name] for row in rows])) for name in rows[0][key]}
-    several = [row[f"{task}_diversity"] for row in rows]
-    mean[f"{task}_diversity"] = {
-        key: float(np.mean([diversity[key]["average"] for diversity in several])) for key in ("modes", "distance")
+        whole[key] = {category: mean(row[key][category] for row in rows) for category in rows[0][key]}
+    whole[f"{task}_diversity"] = {
+        key: mean(row[f"{task}_diversity"][key]["average"] for row in rows) for key in ("modes", "distance")
     }
-    mean["seconds_per_image"] = float(np.mean([row["seconds_per_image"] for row in rows]))
-    mean["machine"] = ", ".join(sorted({row["machine"] for row in rows}))
-    return mean
+    whole["seconds_per_image"] = mean(row["seconds_per_image"] for row in rows)
+    whole["machine"] = ", ".join(sorted({row["machine"] for row in rows}))
+    return whole
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def run(name: str, options: TableOptions) -> dict:
-    """One table, from the prompts to the verdicts. Writes table.md, table.json, sheet.png and curve.png to --out."""
+    """One table, from the prompts to the claims. Writes table.md, table.json, sheet.png and curve.png to --out."""
     out = options.out or Path("results") / (name if options.nfe == 4 else f"{name}-{options.nfe}nfe")
     result = {"experiment": name, "steps": options.steps, "seeds": options.seeds}
     result |= {"student_nfe": options.nfe, "cases": evaluation.CASES}
@@ -129,65 +132,69 @@ def run(name: str, options: TableOptions) -> dict:
     experiment = EXPERIMENTS[name]
     with hold(options.runs):
         students = Students(options.runs, options.checkpoint, options.steps, options.nfe)
-        measured = measure(students, experiment, options.seeds)
+        rows, curves = measure(students, experiment, options.seeds)
         sheet = pictures(students, experiment)
-    labels, means = [TEACHER, SPECIALISTS, START, *experiment.rows], {}
+    result["made_with"] = students.settings | {"judge": judge.version()}
+    means = {}  # task -> row -> its mean over seeds
+    result["rows"] = {label: {} for label in (TEACHER, SPECIALISTS, START, *experiment.rows)}
     for task in experiment.paper:
-        means[task] = {label: averaged(task, measured.rows[label, task]) for label in labels}
-    result |= {
-        "made_with": students.settings | {"judge": judge.version()},
-        "rows": {label: {} for label in labels},
-        "claims": [],
-    }
-    for label in labels:
-        for task in experiment.paper:
-            result["rows"][label] |= means[task][label]
+        means[task] = {label: averaged(task, rows[label, task]) for label in result["rows"]}
+        for label, row in means[task].items():
+            result["rows"][label] |= row
+    result["claims"] = []
     for claim, parts in experiment.claims.items():
-        word, evidence = weigh(parts, measured.rows, options.seeds)
+        word, evidence = weigh(parts, rows, options.seeds)
         result["claims"].append({"claim": claim, "verdict": word, "evidence": evidence})
 
-    chance = "seeds and cases" if options.seeds > 1 else "cases alone"
-    counts = ", ".join(f"{task} {evaluation.CASES[task]}" for task in experiment.paper)
-    machines = ", ".join(sorted({row["machine"] for rows in means.values() for row in rows.values()}))
-    about = (
-        f"{options.seeds} seeds a row, {options.steps} updates of {STUDENT.batch} samples ({TIMES} times as many in a row "
-        f"that is called longer), students of {options.nfe} NFE. Cases in a category: {counts}. ± is a 95% interval over "
-        f"{chance}; s/image is without the encoding of prompts and sources, on {machines}."
-    )
-    blocks = [about, *(table(task, means[task], experiment.paper[task]) for task in experiment.paper)]
+    blocks = [about(options, means)]
+    blocks += [table(task, means[task], experiment.paper[task]) for task in experiment.paper]
     blocks.append(claims_table(result["claims"]))
-    if log := evaluation.build_log(options.checkpoint):
+    log = evaluation.build_log(options.checkpoint)
+    if log:
         blocks.append(premises_table(log["premises"]["premises"]))
     if options.seeds == 1:
         blocks.append("One seed says nothing about others: nothing can be told from it.")
     text = "\n\n".join(blocks)
-    write_json(out / "table.json", result | {"curve": measured.curve})
+    write_json(out / "table.json", result | {"curve": curves})
     (out / "table.md").write_text(f"# {name}\n\n{text}\n")
     contact_sheet(sheet, evaluation.SHOWN, out / "sheet.png")
-    chart(measured.curve, out / "curve.png")
+    chart(curves, out / "curve.png")
     print(f"{text}\nwritten to {out}")
     return result
 
 
 def pictures(students: Students, experiment: Experiment) -> dict[str, Pictures]:
-    """Of the first cases: base teacher, undistilled, and the first seed of every row."""
+    """Of the first cases: by the base teacher, by the undistilled network, and by the first seed of every row."""
     drawn, tasks = {}, tuple(experiment.paper)
-    for label in (TEACHER, START, *experiment.rows):
-        weights, sampler = None, students.teachers.get(label) or students.few_steps(label)
-        if label in experiment.rows:
-            student = replace(STUDENT, recipe=experiment.rows[label], seed=0)
-            weights = students.weights(student, length(label, students.steps), tasks)
-        drawn[label], _ = evaluation.first_pictures(students.opened(weights), sampler, tasks)
+    for label in (TEACHER, START):
+        drawn[label], _ = evaluation.first_pictures(students.opened(None), students.teachers[label], tasks)
+    for label, recipe in experiment.rows.items():
+        student = replace(STUDENT, recipe=recipe, seed=0)
+        weights = students.weights(student, length(label, students.steps), tasks)
+        drawn[label], _ = evaluation.first_pictures(students.opened(weights), students.few_steps(label), tasks)
     return drawn
+
+
+def about(options: TableOptions, means: dict[str, dict[str, dict]]) -> str:
+    """What the numbers of the tables are. means: task -> row -> its mean over seeds."""
+    chance = "seeds and cases" if options.seeds > 1 else "cases alone"
+    counts = ", ".join(f"{task} {evaluation.CASES[task]}" for task in means)
+    machines = ", ".join(sorted({row["machine"] for of_task in means.values() for row in of_task.values()}))
+    return (
+        f"{options.seeds} seeds a row, {options.steps} updates of {STUDENT.batch} samples ({TIMES} times as many in a row "
+        f"that is called longer), students of {options.nfe} NFE. Cases in a category: {counts}. ± is a 95% interval over "
+        f"{chance}; s/image is without the encoding of prompts and sources, on {machines}."
+    )
 
 
 def table(task: str, rows: dict[str, dict], paper: dict[str, str]) -> str:
     """Markdown, a line for each of the averaged rows."""
-    categories = evaluation.CATEGORIES[task]
+    categories = evaluation.BENCHES[task]
     head = [task, "NFE", "seeds", *categories, "average", "compliance", "fidelity", "modes", "distance", "s/image"]
     lines = [[*head, "paper: Gemini / GPT"]]
     for name, row in rows.items():
-        line = [name, str(row["nfe"]), str(row["seeds"]), *(f"{row[task][c]:.3f}" for c in categories)]
+        line = [name, str(row["nfe"]), str(row["seeds"])]
+        line += [f"{row[task][category]:.3f}" for category in categories]
         line.append(f"**{row[task]['average']:.3f}** ± {row[f'{task}_interval']:.3f}")
         line += [f"{row[f'{task}_{part}']['average']:.3f}" for part in ("compliance", "fidelity")]
         line += [f"{row[f'{task}_diversity'][key]:.2f}" for key in ("modes", "distance")]
@@ -197,7 +204,8 @@ def table(task: str, rows: dict[str, dict], paper: dict[str, str]) -> str:
 
 def claims_table(claims: list[dict]) -> str:
     """Markdown: each claim, what was found here and on the plane, and the differences."""
-    plane, lines = read_json(PLANE)["claims"], [["the paper", "here", "on the plane, late", "here: differences"]]
+    plane = read_json(PLANE)["claims"]
+    lines = [["the paper", "here", "on the plane, late", "here: differences"]]
     for claim in claims:
         on_plane = plane[claim["claim"]].get("late", "not run")
         lines.append([claim["claim"], f"**{claim['verdict']}**", on_plane, "; ".join(claim["evidence"])])

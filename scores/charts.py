@@ -12,10 +12,10 @@ COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e
 Lines = dict[str, list[tuple[float, list[float]]]]  # name of a line -> [(x, values at x)]
 
 
-def chart(panels: dict[str, Lines], path: Path, along: str = "updates of the student", log: bool = False) -> None:
+def chart(panels: dict[str, Lines], path: Path, along: str = "updates of the student") -> None:
     """Write the picture of `curves`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    curves(panels, along, log=log).save(path)
+    curves(panels, along).save(path)
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from scores.colours import colours
 from scores.motion import colour_drift, motion
-from scores.rows import markdown
+from scores.rows import markdown, with_interval
 from scores.statistics import mean_over_cases, median_interval
 
 EDIT_NUMBERS = ("shift", "right", "down", "scale", "drift", "chroma")  # of one edit, see measure_edit
@@ -121,10 +121,7 @@ def measures_table(rows: list[dict]) -> str:
 
 def cell(value: float | None, interval: list[float] | float | None, digits: int) -> str:
     """A number with its interval, which is given by its two ends, by half its width, or not at all."""
-    if value is None:
-        return "-"
-    if interval is None:
-        return f"{value:.{digits}f}"
-    if isinstance(interval, list):
-        return f"{value:.{digits}f} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})"
-    return f"{value:.{digits}f} ± {interval:.{digits}f}"
+    if not isinstance(interval, list):
+        return with_interval(value, interval, digits=digits)
+    low, high = interval
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"

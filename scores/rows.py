@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from checkpoint.files import digest, may_write, read_json, write_json
+from scores.statistics import difference_of_models
 
 
 def scores_of_cases(rows: list[dict], task: str, part: str, category: str = "average") -> np.ndarray:
@@ -21,6 +22,14 @@ def scores_of_cases(rows: list[dict], task: str, part: str, category: str = "ave
     of_rows = [row[f"{task}_each"][part] for row in rows]
     chosen = list(of_rows[0]) if category == "average" else [category]
     return np.array([[scores[name] for name in chosen] for scores in of_rows], dtype=float)
+
+
+def difference_of_scores(
+    rows: list[dict], others: list[dict], task: str, part: str, category: str = "average"
+) -> tuple[float, float]:
+    """Two models, each with the rows of its seeds: the mean of rows - others, and half the width of its 95% interval."""
+    own, other = (scores_of_cases(model, task, part, category) for model in (rows, others))
+    return difference_of_models(own, other)
 
 
 def machine(device: torch.device) -> str:
@@ -64,6 +73,17 @@ def check_place(path: Path, settings: dict, overwrite: bool, beside: Iterable[st
         overwrite = overwrite or all(before.get(key) == value for key, value in settings.items())
     for file in (path, *(path.parent / name for name in beside)):
         may_write(file, overwrite=overwrite)
+
+
+def with_interval(mean: float | None, half: float | None = None, sign: str = "", digits: int = 3) -> str:
+    """A mean with half the width of its interval: "0.559 ± 0.012". sign: "+" also marks what is above 0.
+
+    half None: the mean alone. mean None: "-".
+    """
+    if mean is None:
+        return "-"
+    interval = "" if half is None else f" ± {half:.{digits}f}"
+    return f"{mean:{sign}.{digits}f}{interval}"
 
 
 def markdown(lines: list[list[str]]) -> str:

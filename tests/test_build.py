@@ -42,7 +42,7 @@ def test_the_whole_chain(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(build.train.watch, "draw_pictures", lambda *_: None)
     monkeypatch.setattr(build.recipes, "RECIPES", dict(build.recipes.RECIPES))
     monkeypatch.setattr(build.evaluation, "CASES", {"t2i": 2, "edit": 2})
-    monkeypatch.setattr(build.evaluation, "CATEGORIES", {"t2i": ("landscape", "text"), "edit": ("object",)})
+    monkeypatch.setattr(build.evaluation, "BENCHES", {"t2i": ("landscape", "text"), "edit": ("object",)})
     monkeypatch.setattr(build.evaluation, "VARIETY", (1, 2))
     monkeypatch.setattr(
         build.judge,

@@ -189,7 +189,7 @@ def two_steps(checkpoint: Path, student: Path) -> None:
 def test_compare_writes_table_and_pictures(toy_checkpoint, tmp_path, monkeypatch, capsys):
     """A student with the teacher's own weights: its row and pictures are those of the teacher at its steps."""
     few = {"t2i": ("portrait",), "edit": ("text", "scene")}
-    monkeypatch.setattr(evaluation, "CATEGORIES", few)
+    monkeypatch.setattr(evaluation, "BENCHES", few)
     two_steps(toy_checkpoint, tmp_path / "student")
     rows = evaluation.compare(tmp_path / "student", toy_checkpoint, tmp_path / "out", {"t2i": 3, "edit": 2})
     assert [row["nfe"] for row in rows] == [80, 2, 2, 2] and [row["guidance"] for row in rows] == [2.0, 1.0, 1.0, 1.0]
@@ -216,7 +216,7 @@ def by_colour(pictures: list[Image.Image], cases: list, reconstruct) -> list[jud
 
 def test_compare_takes_a_teachers_rows_from_its_log(toy_checkpoint, tmp_path, monkeypatch):
     """Those of the first cases are the rows measured anew, and no teacher is judged. Other weights or judge: measured."""
-    monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": ("text",), "edit": ("text",)})
+    monkeypatch.setattr(evaluation, "BENCHES", {"t2i": ("text",), "edit": ("text",)})
     monkeypatch.setattr(judge, "judge", by_colour)  # the exact one finds nothing right in a random network's pictures
     teacher, cases = shutil.copytree(toy_checkpoint, tmp_path / "teacher"), {"t2i": 2, "edit": 3}
     two_steps(teacher, student := tmp_path / "student")

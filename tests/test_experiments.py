@@ -45,7 +45,7 @@ def tiny(monkeypatch, toy_checkpoint, tmp_path) -> Path:
         monkeypatch.setattr(module, "STUDENT", replace(students.STUDENT, **small))
     monkeypatch.setattr(students, "POOL", {"t2i": 3, "edit": 2})
     monkeypatch.setattr(watch, "draw_pictures", lambda *_: None)
-    monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": world.CATEGORIES, "edit": ("object", "style")})
+    monkeypatch.setattr(evaluation, "BENCHES", {"t2i": world.CATEGORIES, "edit": ("object", "style")})
     monkeypatch.setattr(evaluation, "CASES", {"t2i": 2, "edit": 2})
     monkeypatch.setattr(evaluation, "COMPARED", {"t2i": 2, "edit": 2})
     monkeypatch.setattr(evaluation, "VARIETY", (1, 2))
@@ -248,7 +248,7 @@ def test_two_commands_do_not_train_the_same_long_row(tiny, tmp_path, monkeypatch
 
 def test_seeds_with_tiny_numbers(tiny, tmp_path, monkeypatch, capsys):
     """Two students of a job, and one of another: trained once, scored, and compared case by case."""
-    monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": ("text", "portrait"), "edit": ("style",)})
+    monkeypatch.setattr(evaluation, "BENCHES", {"t2i": ("text", "portrait"), "edit": ("style",)})
     full = draw.default_sampler
     monkeypatch.setattr(draw, "default_sampler", lambda name, pipeline, steps, w: full(name, pipeline, 3, w))
     compared = []  # a whole run of train.py ends with its comparison, which test_main_job.py looks at
@@ -395,5 +395,5 @@ def test_claims_speak_of_rows_that_are_there():
         known = {*plan.rows, *(row + HALFWAY for row in plan.rows), TEACHER, SPECIALISTS, START}
         for part in (part for parts in plan.claims.values() for part in parts):
             assert {part.row, part.other} <= known and part.task in plan.paper and part.measure in evaluation.PARTS
-            assert part.category in ("average", *evaluation.CATEGORIES[part.task])
+            assert part.category in ("average", *evaluation.BENCHES[part.task])
         assert all(label in known for rows in plan.paper.values() for label in rows)

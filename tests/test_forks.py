@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from checkpoint.files import read_json
-from experiments import records
 from model import MMDiT
 from plane import forks
 from plane.__main__ import main
 from plane.forks import ORDER, UNCHANGED, Row, changed_lines, copy_sources, patch, rows_to_make
 from plane.method import TASKS
 from scores import pages
+from scores.rows import with_interval
 
 NAMES = sorted(file.stem for file in forks.PATCHES.glob("*.patch"))
 
@@ -235,7 +235,7 @@ def test_the_pages_scores_of_pictures_are_those_of_the_records():
                 f"{score['mean']:.3f} ± {score['half']:.3f}",
                 *(f"{row[task]:.3f}" for task in forks.CATEGORIES),
             ]
-            expected += [records.number(minus[task]) if minus else "" for task in forks.CATEGORIES]
+            expected += [with_interval(**minus[task], sign="+") if minus else "" for task in forks.CATEGORIES]
             assert cells == expected
         else:
             assert set(cells) == {"not run"}

@@ -22,7 +22,7 @@ TRAIN = """
 import train
 import eval as evaluation
 evaluation.COMPARED.update(t2i=2, edit=2)
-evaluation.CATEGORIES = {"t2i": ("text",), "edit": ("object", "style")}
+evaluation.BENCHES = {"t2i": ("text",), "edit": ("object", "style")}
 evaluation.VARIETY = (1, 2)
 train.main()
 """
@@ -62,7 +62,7 @@ def test_one_command_distils_and_compares(job, toy_checkpoint):
 def test_the_student_is_scored_alone_as_in_the_table(job, tmp_path, monkeypatch):
     """eval.py on the written student: its row of the comparison again, to the last digit."""
     out, _ = job
-    monkeypatch.setattr(evaluation, "CATEGORIES", {"edit": ("object", "style")})
+    monkeypatch.setattr(evaluation, "BENCHES", {"edit": ("object", "style")})
     monkeypatch.setattr(evaluation, "VARIETY", (1, 2))
     words = f"--checkpoint {out / 'student'} --bench edit --cases 2 --json {tmp_path / 'row.json'}"
     evaluation.main(words.split())
@@ -107,7 +107,7 @@ def test_readmes_third_teacher(toy_checkpoint, tmp_path, monkeypatch):
         monkeypatch.setitem(recipe.RECIPES, new.name, new)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluation, "COMPARED", {"t2i": 2, "edit": 2})
-    monkeypatch.setattr(evaluation, "CATEGORIES", {"t2i": ("text",), "edit": ("style",)})
+    monkeypatch.setattr(evaluation, "BENCHES", {"t2i": ("text",), "edit": ("style",)})
     monkeypatch.setattr(evaluation, "VARIETY", (1, 2))
     tiny = ["--checkpoint", str(toy_checkpoint), "--steps", "1", "--batch", "2", "--micro-batch", "1", "--pool", "6"]
     _, teacher, student, *_ = commands("train.py", README)

@@ -169,7 +169,7 @@ def put_in_place(name: str, folder: Path, out: Path) -> None:
 def score_autoencoder(folder: Path) -> dict:
     """The scores of the right answers, through the autoencoder and back: no teacher can have higher ones."""
     pipeline, row = open_checkpoint(folder), {}
-    for task, categories in evaluation.CATEGORIES.items():
+    for task, categories in evaluation.BENCHES.items():
         verdicts = {}
         for category in categories:
             cases = world.bench_cases(task, category, evaluation.CASES[task])
@@ -211,7 +211,7 @@ def premises(log: dict) -> list[dict]:
         for row, most in ((euler, 0.85), (renoise, 0.92)):
             share = row[task]["average"] / base[task]["average"]
             add(f"{row['name']} keep at most {most} of {title}", f"{share:.2f}", share <= most)
-    scores = {category: base["t2i"][category] for category in evaluation.CATEGORIES["t2i"]}
+    scores = {category: base["t2i"][category] for category in evaluation.BENCHES["t2i"]}
     numbers = ", ".join(f"{category} {score:.3f}" for category, score in scores.items())
     add("text is what the base teacher draws worst", numbers, min(scores, key=scores.get) == "text")
     for teacher, task, category in ((text, "t2i", "text"), (edit, "edit", "average")):
