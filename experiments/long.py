@@ -54,7 +54,7 @@ def run(options: LongOptions) -> None:
     """Train and score the rows that are missing. Writes tables and curves after each."""
     cases = cases_by_task(options.cases)
     open_page(options.out / "README.md")
-    students = Students(options.runs, options.checkpoint, options.steps, nfe=4)
+    students = Students(options.runs, options.checkpoint, options.steps, nfe=4, tasks=TITLES)
     made_with = {name: value for name, value in students.settings.items() if name != "dtype"}
     made_with |= {"judge": judge.version(), "cases": cases, "steps": options.steps}
     for seed in range(options.seeds):
@@ -103,7 +103,7 @@ def make_row(students: Students, out: Path, name: str, seed: int, made_with: dic
 def make_look(students: Students, student: TrainOptions, updates: int, cases: dict[str, int]) -> Look:
     look = {}
     for task in TITLES:
-        row = students.student_row(student, updates, tuple(TITLES), task, cases[task])
+        row = students.student_row(student, updates, task, cases[task])
         look[task] = {"score": row[task]}
         for part in ("compliance", "extras", "fidelity"):
             look[task][part] = row[f"{task}_{part}"]

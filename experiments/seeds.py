@@ -106,8 +106,7 @@ def student_row(folder: Path, words: list[str], seed: int, cases: dict[str, int]
             train.main([*words, "--seed", str(seed), "--out", str(out), *resume])
         pipeline = open_checkpoint(out / "student")
         sampler = default_sampler(f"{folder.name}, seed {seed}", pipeline, None, 1.0)
-        row, _ = evaluation.evaluate(pipeline, sampler, cases)
-        return row
+        return evaluation.evaluate(pipeline, sampler, cases)[0]
 
     return kept_row(file, score)
 
@@ -125,19 +124,18 @@ def teacher_rows(folder: Path, teacher: Pipeline, steps: int, cases: dict[str, i
 
     One row each, in a list as the rows of a student's seeds are.
     """
+
+    def score(sampler: Sampler) -> dict:
+        return evaluation.evaluate(teacher, sampler, cases)[0]
+
     logged = evaluation.recorded(Path(teacher.directory), cases)
     rows = {}
     for sampler in teacher_samplers(teacher, flow.student_sigmas(steps)):
         row = logged.get(sampler.name)
         if row is None or "shift" not in row["edit_each"]:  # older logs have no measures
-            row = kept_row(folder / row_name(sampler.name, cases), partial(score_teacher, teacher, sampler, cases))
+            row = kept_row(folder / row_name(sampler.name, cases), partial(score, sampler))
         rows[sampler.name] = [row]
     return rows
-
-
-def score_teacher(teacher: Pipeline, sampler: Sampler, cases: dict[str, int]) -> dict:
-    row, _ = evaluation.evaluate(teacher, sampler, cases)
-    return row
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

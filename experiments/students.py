@@ -6,9 +6,10 @@ rows also in the noise levels of their pictures. Finished students and rows are 
 
 import math
 import shutil
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import asdict, replace
-from functools import cache, cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 from PIL import Image
@@ -43,13 +44,6 @@ def stages(steps: int, count: int) -> list[int]:
     return sorted({math.ceil(steps * i / count) for i in range(1, count + 1)})
 
 
-@cache
-def encoded(folder: Path, checkpoint: Path, device: str, tasks: tuple[str, ...]) -> Pool:
-    """The prompts that all students of a table learn from, encoded. The folder keeps them."""
-    prompts = list(world.prompts({task: POOL[task] for task in tasks}, seed=0, targets=False))
-    return encode_prompts(folder, prompts, checkpoint, How(RESOLUTION), device)
-
-
 class Students:
     """Students, their teachers, and the rows of both, in one folder:
 
@@ -66,8 +60,10 @@ class Students:
     are reused, too, if they are put here with its settings.json.
     """
 
-    def __init__(self, folder: Path, checkpoint: Path, steps: int, nfe: int):
-        self.folder, self.checkpoint, self.steps, self.nfe = folder, checkpoint, steps, nfe
+    def __init__(self, folder: Path, checkpoint: Path, steps: int, nfe: int, tasks: Iterable[str]):
+        """steps: updates of a student. nfe: the steps in which it draws. tasks: of the prompts that it may learn from."""
+        self.folder, self.checkpoint = folder, checkpoint
+        self.steps, self.nfe, self.tasks = steps, nfe, tuple(tasks)
         self.pipeline = open_checkpoint(checkpoint)
         self.conditions = {}  # see `condition`
         settings = {
@@ -84,7 +80,7 @@ class Students:
         run = f"{student.recipe}{times}-{self.nfe}nfe-{self.steps}steps-seed{student.seed}"
         return self.folder / run / "stages" / f"{step:06d}"
 
-    def weights(self, student: TrainOptions, step: int, tasks: tuple[str, ...]) -> Path:
+    def weights(self, student: TrainOptions, step: int) -> Path:
         """The same folder. If it is missing, the student is trained up to this step, from its last checkpoint on."""
         place = self.place(student, step)
         if place.exists():
@@ -94,20 +90,26 @@ class Students:
         args = replace(student, checkpoint=self.checkpoint, out=run, steps=step, student_steps=self.nfe)
         args = replace(args, dtype=self.settings["dtype"], resume=(run / "args.json").exists())
         args, state = open_run(args)
-        pool = encoded(self.folder / "conditions", self.checkpoint, str(self.pipeline.device), tasks)
-        exported = train.train(args, pool, state)
+        exported = train.train(args, self.pool, state)
         with aside(place) as part:
             shutil.copytree(exported / "transformer", part)
         for old in (exported, *whole_checkpoints(run)[:-1]):
             shutil.rmtree(old)
         return place
 
-    def student_row(self, student: TrainOptions, step: int, tasks: tuple[str, ...], task: str, cases: int) -> dict:
+    @cached_property
+    def pool(self) -> Pool:
+        """The prompts that all students learn from, encoded. The folder keeps them."""
+        prompts = list(world.prompts({task: POOL[task] for task in self.tasks}, seed=0, targets=False))
+        device = str(self.pipeline.device)
+        return encode_prompts(self.folder / "conditions", prompts, self.checkpoint, How(RESOLUTION), device)
+
+    def student_row(self, student: TrainOptions, step: int, task: str, cases: int) -> dict:
         """The row of a student after so many steps. It is trained only if neither row nor weights are there."""
         place = self.place(student, step)
 
         def score() -> dict:
-            pipeline = self.opened(self.weights(student, step, tasks))
+            pipeline = self.opened(self.weights(student, step))
             return self.score(pipeline, self.few_steps(f"{student.recipe}, step {step}"), task, cases)
 
         return kept_row(place.with_name(row_name(f"{place.name}-{task}", {task: cases})), score)
@@ -115,14 +117,13 @@ class Students:
     def teacher_row(self, sampler: Sampler, task: str, cases: int) -> dict:
         """The row of one of the `teachers`."""
         file = self.folder / row_name(f"{sampler.name}-{sampler.nfe}nfe-{task}", {task: cases})
-        return kept_row(file, partial(self.score, self.opened(None), sampler, task, cases))
+        return kept_row(file, lambda: self.score(self.opened(None), sampler, task, cases))
 
     def score(self, pipeline: Pipeline, sampler: Sampler, task: str, cases: int) -> dict:
         for category in evaluation.BENCHES[task]:  # before the clock runs: only the first row would pay for it
             benched = world.bench_cases(task, category, cases)
             self.condition([case.prompt for case in benched], [case.images for case in benched])
-        row, _ = evaluation.evaluate(pipeline, sampler, {task: cases})
-        return row
+        return evaluation.evaluate(pipeline, sampler, {task: cases})[0]
 
     def few_steps(self, name: str) -> Sampler:
         """The students' sampler."""

@@ -61,8 +61,7 @@ def measure(students: Students, experiment: Experiment, seeds: int) -> tuple[Row
             for step in steps:
                 for task in tasks:
                     cases = evaluation.CASES[task] if step in whole else few_cases(task)
-                    row = students.student_row(student, step, tasks, task, cases)
-                    by_step[step, task].append(row)
+                    by_step[step, task].append(students.student_row(student, step, task, cases))
         for task in tasks:
             rows[label, task] = by_step[end, task]
             rows[label + HALFWAY, task] = by_step[half, task]
@@ -131,7 +130,7 @@ def run(name: str, options: TableOptions) -> dict:
     check_place(out / "table.json", result, options.overwrite, ["table.md", "sheet.png", "curve.png"])
     experiment = EXPERIMENTS[name]
     with hold(options.runs):
-        students = Students(options.runs, options.checkpoint, options.steps, options.nfe)
+        students = Students(options.runs, options.checkpoint, options.steps, options.nfe, experiment.paper)
         rows, curves = measure(students, experiment, options.seeds)
         sheet = pictures(students, experiment)
     result["made_with"] = students.settings | {"judge": judge.version()}
@@ -170,7 +169,7 @@ def pictures(students: Students, experiment: Experiment) -> dict[str, Pictures]:
         drawn[label], _ = evaluation.first_pictures(students.opened(None), students.teachers[label], tasks)
     for label, recipe in experiment.rows.items():
         student = replace(STUDENT, recipe=recipe, seed=0)
-        weights = students.weights(student, length(label, students.steps), tasks)
+        weights = students.weights(student, length(label, students.steps))
         drawn[label], _ = evaluation.first_pictures(students.opened(weights), students.few_steps(label), tasks)
     return drawn
 

@@ -7,8 +7,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS = ("#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#17becf")
-
-
 Lines = dict[str, list[tuple[float, list[float]]]]  # name of a line -> [(x, values at x)]
 
 
@@ -19,11 +17,12 @@ def chart(panels: dict[str, Lines], path: Path, along: str = "updates of the stu
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers, evenly spaced, at most so many: the first is at most `low`, the last at least `high`.
+    """At most `most` round numbers, evenly spaced: the first is at most `low`, the last at least `high`.
 
     Their distance is 1, 2 or 5 times a power of ten. So the axis of a share, whose values end at 1, ends at 1.
     """
-    high = high if high > low else low + 0.01
+    if high <= low:
+        high = low + 0.01
     rough = (high - low) / (most - 1)
     for mantissa in (1, 2, 5, 10, 20, 50):
         distance = mantissa * 10 ** math.floor(math.log10(rough))
@@ -43,9 +42,9 @@ def curves(
 ) -> Image.Image:
     """Panels side by side, by title, above a legend.
 
-    A line runs through the means; its shadow reaches from the lowest to the highest value: of all seeds, or the ends of an
-    interval. along: what x is; log: on a logarithmic scale, where all x are above 0; reach: values that every panel has
-    room for. width, height: of a panel, in pixels.
+    A line runs through the means; its shadow reaches from the lowest to the highest value at each x. These are all seeds, or
+    the ends of an interval. along: what x is; log: x has a logarithmic scale, and is above 0; reach: values that every
+    panel has room for; width, height: of a panel, in pixels.
     """
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
     colours = dict(zip(names, COLOURS * (1 + len(names) // len(COLOURS))))

@@ -27,8 +27,10 @@ def mean_distance(pictures: list[np.ndarray]) -> float:
 
 
 def measure_edit(source: np.ndarray, edited: np.ndarray) -> dict[str, float] | None:
-    """The numbers of one edit: shift, right and down in pixels, scale and chroma in percent, drift in CIELAB. None: it has
-    no unchanged parts. Both pictures have one size."""
+    """The numbers of one edit: shift, right and down in pixels, scale and chroma in percent, drift in CIELAB.
+
+    None if it has no unchanged parts. Both pictures have one size.
+    """
     moved = motion(source, edited)
     if moved is None:
         return None
@@ -45,22 +47,34 @@ def edit_measures(edits: Iterable[tuple[np.ndarray, np.ndarray]], left_out: int 
 
 
 def summary_of_edits(edits: list[dict[str, float] | None], left_out: int = 0) -> dict:
-    """A row's keys, from what measure_edit gives for each edit. Medians over the cases with unchanged parts, and the ends of
-    their 95% intervals; None where there is no such case. left_out: further cases, known to have no such parts."""
+    """A row's keys, from what measure_edit gives for each edit.
+
+    Medians over the cases with unchanged parts, and the ends of their 95% intervals; None if there is no such case.
+    left_out: further cases, known to have no such parts.
+    """
     measured = [edit for edit in edits if edit is not None]
-
-    def numbers(name: str) -> list[float]:
-        return [edit[name] for edit in measured]
-
-    shifts, zooms, distances, chroma = (numbers(name) for name in ("shift", "scale", "drift", "chroma"))
-    shift = {"median_px": median(shifts), "interval_px": median_interval(shifts)}
-    shift |= {"median_xy": [median(numbers("right")), median(numbers("down"))]}
-    shift |= {"over_16px": float(np.mean(np.array(shifts) > 16)) if shifts else None}
-    shift |= {"measured": len(measured), "of": left_out + len(edits)}
-    colour = {"median_lab": median(distances), "interval_lab": median_interval(distances)}
-    colour |= {"chroma_percent": median(chroma), "interval_chroma": median_interval(chroma)}
-    scale = {"median_percent": median(zooms), "interval_percent": median_interval(zooms)}
-    return {"edit_shift": shift, "edit_scale": scale, "edit_colour": colour}
+    numbers = {name: [edit[name] for edit in measured] for name in EDIT_NUMBERS}
+    shifts = numbers["shift"]
+    return {
+        "edit_shift": {
+            "median_px": median(shifts),
+            "interval_px": median_interval(shifts),
+            "median_xy": [median(numbers["right"]), median(numbers["down"])],
+            "over_16px": float(np.mean(np.array(shifts) > 16)) if shifts else None,
+            "measured": len(measured),
+            "of": left_out + len(edits),
+        },
+        "edit_scale": {
+            "median_percent": median(numbers["scale"]),
+            "interval_percent": median_interval(numbers["scale"]),
+        },
+        "edit_colour": {
+            "median_lab": median(numbers["drift"]),
+            "interval_lab": median_interval(numbers["drift"]),
+            "chroma_percent": median(numbers["chroma"]),
+            "interval_chroma": median_interval(numbers["chroma"]),
+        },
+    }
 
 
 def median(numbers: list[float]) -> float | None:
@@ -105,7 +119,7 @@ MEDIAN_INTERVALS = {  # a mean's interval is NAME_half
 
 
 def measures_table(rows: list[dict]) -> str:
-    """Markdown, a model in a column: what its row has of these measures. Lines without a number are left out."""
+    """Markdown, a model in a column. Lines without any number are left out."""
     lines = [["", *(row["name"] for row in rows)]]
     for title, key, name, digits in LINES:
         interval = MEDIAN_INTERVALS.get(name, f"{name}_half")

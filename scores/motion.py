@@ -1,9 +1,9 @@
 """What an edit did to the parts that it should not touch: how far they moved, and how their colours changed.
 
 Both pictures are cut into the same 7 x 7 windows, each a quarter of a side long. Phase correlation gives the displacement
-of every window. One shift and one scale explain the displacements of the windows that show the same in both pictures; those
-of all others are arbitrary. So `motion` looks for the shift and the scale that most windows agree on. The windows that agree
-are the UNCHANGED PARTS. A picture where fewer than LEAST agree has none, and is not measured.
+of every window. If a window shows the same in both pictures, its displacement follows from one shift and one scale of the
+whole picture; all other displacements are arbitrary. So `motion` looks for the shift and the scale that most windows agree
+on. These windows are the UNCHANGED PARTS. A picture where fewer than LEAST agree has none, and is not measured.
 
 Arrays are (H, W, 3) in sRGB, 0 to 1, or (H, W) of grey values. Vectors are (y, x) in pixels, down and to the right.
 Phase correlation: Kuglin and Hines 1975. Scale from log-polar spectra: Reddy and Chatterji 1996.
@@ -19,7 +19,7 @@ GRID = 7  # windows along a side
 LEAST = 8  # windows that have to agree, of GRID x GRID; between unrelated pictures 3 or 4 do by chance
 FLAT = 0.01  # a window whose grey values scatter by less shows nothing that could be followed
 RECOLOURED = 20.0  # a window whose mean colour differs by more was changed by the edit
-LARGEST_ZOOM = 0.15  # that windows can follow by themselves; beyond, the scale of the whole picture is tried first
+LARGEST_ZOOM = 0.15  # that single windows can follow; beyond it the scale of the whole picture is tried first
 LOW_PASS = 0.15  # cycles a pixel: above it, interpolation and autoencoders distort phases
 
 
@@ -33,7 +33,7 @@ class Motion:
 
 
 def motion(source: np.ndarray, edited: np.ndarray) -> Motion | None:
-    """How the unchanged parts moved. None: there are none. Both pictures have one size."""
+    """How the unchanged parts moved; None if there are none. Both pictures have one size."""
     a, b = source.mean(2), edited.mean(2)  # (H, W)
     best = agreed(a, b, 1.0, np.zeros(2))
     if best is None or len(best.windows) < GRID**2 / 2:  # it may have moved too far for single windows
@@ -43,7 +43,7 @@ def motion(source: np.ndarray, edited: np.ndarray) -> Motion | None:
         if best is None or (other is not None and len(other.windows) > len(best.windows)):
             best = other
     if best is not None and abs(best.scale - 1) > 0.01:
-        # Once more from there. Within one window, too, the zoom has to be small.
+        # Once more from there, because the zoom has to be small within each window, too.
         best = agreed(a, b, best.scale, best.shift)
     if best is None:
         return None
@@ -54,10 +54,10 @@ def motion(source: np.ndarray, edited: np.ndarray) -> Motion | None:
 
 
 def agreed(a: np.ndarray, b: np.ndarray, scale: float, shift: np.ndarray) -> Motion | None:
-    """The motion on which most windows of a and b, (H, W) each, agree. None: no two windows do.
+    """The motion on which most windows of a and b, (H, W) each, agree; None if no two windows do.
 
-    b is first brought back by this scale and shift, a guess; what is left of the motion has to be small. Every pair of
-    windows then proposes a zoom and a shift. The proposal with most votes wins, and its voters make it precise.
+    First b is brought back by this scale and shift, a guess; the rest of the motion has to be small. Then every pair of
+    windows proposes a zoom and a shift. The proposal with most votes wins, and least squares over its voters refines it.
     """
     windows, moved = displacements(a, resampled(b, scale, shift))  # (N, 4), (N, 2)
     if len(windows) < 2:
@@ -76,7 +76,7 @@ def agreed(a: np.ndarray, b: np.ndarray, scale: float, shift: np.ndarray) -> Mot
     votes = agree_with(zooms[:, None, None], rests[:, None])  # (P, N)
     counts = votes.sum(1) * (np.abs(zooms) < LARGEST_ZOOM)  # (P,)
     voters = votes[counts.argmax()]  # (N,)
-    for _ in range(3):  # least squares over the voters, and who agrees with the result
+    for _ in range(3):  # refine, then ask again which windows agree
         if voters.sum() < 2:
             return None
         zoom, rest = least_squares(centres[voters], moved[voters])
@@ -120,7 +120,10 @@ def phase_shift(a: np.ndarray, b: np.ndarray, low_pass: float = LOW_PASS) -> np.
     weight = np.exp(-np.add.outer(fy**2, fx**2) / (2 * low_pass**2))
     cross *= weight / (np.abs(cross) + 1e-9 * np.abs(cross).max() + 1e-300)  # the phases alone
     y, x = np.unravel_index(np.fft.ifft2(cross).real.argmax(), cross.shape)
-    y, x = y - height if y > height // 2 else y, x - width if x > width // 2 else x  # the second half is negative
+    if y > height // 2:  # the second half is negative
+        y -= height
+    if x > width // 2:
+        x -= width
     shift = np.array([y, x], float)
     for step in (0.1, 0.01):  # the same sum of waves, between the pixels
         offsets = np.arange(-10, 11) * step
@@ -155,7 +158,7 @@ def whole_scale(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def resampled(image: np.ndarray, scale: float, shift: np.ndarray) -> np.ndarray:
-    """The picture (H, W) brought back: what was enlarged by `scale` and moved by `shift` is where it was."""
+    """The picture (H, W) brought back: whatever was enlarged by `scale` and moved by `shift` is where it was before."""
     if scale == 1 and not shift.any():
         return image
     height, width = image.shape

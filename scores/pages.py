@@ -1,4 +1,4 @@
-"""Tables inside a page: a command puts them between two marks, and leaves the words around them as they are."""
+"""Tables inside a page: a command writes them between two marks, and leaves the text around them as it is."""
 
 from pathlib import Path
 
@@ -15,8 +15,9 @@ def fill(page: Path, tables: str) -> None:
 
 
 def open_page(page: Path) -> None:
-    """Before the work begins: a page to fill is there, or is made."""
+    """Before the work begins: make the page if it is missing. ValueError, as of `fill`, if it has not each mark once."""
     if not page.exists():
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(f"{START}\n\n{END}\n")
-    fill(page, page.read_text().split(START)[-1].split(END)[0].strip())
+    tables = page.read_text().split(START)[-1].split(END)[0]
+    fill(page, tables.strip())  # the same again

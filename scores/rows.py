@@ -16,8 +16,8 @@ from scores.statistics import difference_of_models
 def scores_of_cases(rows: list[dict], task: str, part: str, category: str = "average") -> np.ndarray:
     """(seeds, categories, cases): one part of a score, such as "fidelity", of every case, from the rows of a model's seeds.
 
-    The rows hold the numbers of single cases, under TASK_each; NaN stands for none. category: one alone, or "average" for
-    all.
+    The rows hold the numbers of single cases under TASK_each; NaN stands for none. category: one alone, or "average" for
+    all of them.
     """
     of_rows = [row[f"{task}_each"][part] for row in rows]
     chosen = list(of_rows[0]) if category == "average" else [category]
@@ -33,7 +33,7 @@ def difference_of_scores(
 
 
 def machine(device: torch.device) -> str:
-    """The model name of the GPU or the processor: seconds say nothing without it."""
+    """The model name of the GPU or of the processor: seconds say nothing without it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with suppress(OSError):  # Linux alone has this file
@@ -66,8 +66,10 @@ def checksum(row: dict) -> str:
 
 
 def check_place(path: Path, settings: dict, overwrite: bool, beside: Iterable[str] = ()) -> None:
-    """Before the work begins: ValueError or OSError if results cannot be written to the JSON file `path`, and to the files
-    `beside` it, or if other results are there. Those with all these settings are replaced, others only with `overwrite`."""
+    """Before the work begins: whether results may be written to the JSON file `path` and to the files `beside` it.
+
+    Results with the same settings are replaced, others only with `overwrite`. ValueError or OSError says what is in the way.
+    """
     with suppress(OSError, ValueError):  # no JSON: not ours
         before = read_json(path)
         overwrite = overwrite or all(before.get(key) == value for key, value in settings.items())

@@ -178,14 +178,13 @@ def check(tiny: Path, name: str, result: dict, table: str, count: int) -> None:
 
 
 def test_a_student_in_stages_is_the_student_of_one_run(tiny):
-    some = students.Students(tiny.parent / "runs", tiny, 3, 2)
+    some = students.Students(tiny.parent / "runs", tiny, 3, 2, ["t2i"])
     assert students.stages(3, 4) == [1, 2, 3]
     student = replace(students.STUDENT, recipe="step-wise", seed=1)
-    folders = [some.weights(student, step, ("t2i",)) for step in (1, 2, 3)]
+    folders = [some.weights(student, step) for step in (1, 2, 3)]
     args = replace(student, checkpoint=tiny, out=tiny.parent / "whole", steps=3)
     args, state = train.open_run(replace(args, student_steps=2, dtype=some.settings["dtype"]))
-    pool = students.encoded(some.folder / "conditions", tiny, "cpu", ("t2i",))
-    whole = train.train(args, pool, state) / "transformer"
+    whole = train.train(args, some.pool, state) / "transformer"
     networks = [MMDiT.from_pretrained(folder).state_dict() for folder in (*folders, whole)]
     assert all(torch.equal(networks[-1][key], networks[-2][key]) for key in networks[-1])
     for a, b in pairwise(networks[:3]):
