@@ -1,7 +1,7 @@
-"""The held-out cases of the toy world, drawn by any checkpoint, and the autoencoder's own part in the pictures.
+"""The held-out cases of the toy world, drawn by any checkpoint, and pictures through the autoencoder and back.
 
-No training prompt has the source of such a case, or the picture that it was made from (toy/world.py). Every model starts
-from the same noise. How the pictures are scored: toy/judge.py and eval.py.
+Training never shows the source of such a case, or the picture that it was made from (toy/world.py). Every model starts from
+the same noise. How the pictures are scored: toy/judge.py and eval.py.
 """
 
 import time
@@ -29,7 +29,7 @@ Pictures = dict[tuple[str, str], list[Image.Image]]  # one model's, by task and 
 
 @dataclass
 class Sampler:
-    """How pictures are drawn. renoise: new noise after every step (flow.renoise), else Euler's method."""
+    """How pictures are drawn. renoise: with new noise after every step (flow.renoise), else by Euler's method."""
 
     name: str
     sigmas: list[float]  # with the final 0
@@ -47,18 +47,19 @@ class Sampler:
 def draw_cases(
     pipeline: Pipeline, sampler: Sampler, cases: list[Case], seeds: list[int]
 ) -> tuple[list[Image.Image], float]:
-    """One picture for each case, and the seconds that it took. All cases have one task and category.
+    """One picture for each case, and the seconds that all of them took. All cases have one task and category.
 
-    A picture's noise follows from its seed alone. Prompts run together, at most BATCH of them, where they are equally
-    long: padding is masked, but it moves the rotary positions of the picture's tokens, and a picture would depend on its
-    neighbours. ValueError where latents or pixels are not finite.
+    A picture's noise follows from its seed alone. Only prompts of equal length share a batch, of at most BATCH: padding is
+    masked, but it moves the rotary positions of the picture's tokens, so a picture would depend on its neighbours.
+    ValueError where latents or pixels are not finite.
     """
     began = time.perf_counter()
     place = (cases[0].task, cases[0].category)
     if place in sampler.specialists:
         pipeline = copy(pipeline)
         pipeline.mmdit = sampler.specialists[place]
-    side, name = pipeline.resolution // 16, f"{pipeline.directory}: {sampler.name}"
+    side = pipeline.resolution // 16
+    name = f"{pipeline.directory}: {sampler.name}"
     conditions = encode_cases(pipeline, sampler, cases)
     lengths = conditions[0].mask.sum(1)  # (N,) tokens of each prompt
     latents = torch.empty(len(cases), 64, side, side)
@@ -76,7 +77,7 @@ def draw_cases(
 
 
 def encode_cases(pipeline: Pipeline, sampler: Sampler, cases: list[Case]) -> list[Condition]:
-    """The condition of all cases and, with guidance, the one to stay away from: the same sources with other words."""
+    """The condition of all cases and, with guidance, the one to move away from: the same sources with an empty prompt."""
     images = [case.images for case in cases]
     condition = pipeline.condition([case.prompt for case in cases], images)
     if sampler.guidance == 1:
@@ -119,7 +120,7 @@ def reconstruct(pipeline: Pipeline, pictures: np.ndarray) -> np.ndarray:
 
 
 def open_checkpoint(folder: Path) -> Pipeline:
-    """A checkpoint to be scored. ValueError, before anything is loaded, if it does not draw the toy world's pictures."""
+    """A checkpoint to be scored. ValueError, before anything is loaded, if its pictures are of another size."""
     resolution = read_index(folder)["resolution"]
     if resolution != RESOLUTION:
         raise ValueError(
@@ -127,7 +128,7 @@ def open_checkpoint(folder: Path) -> Pipeline:
             f"pictures of the toy world, {RESOLUTION} x {RESOLUTION}"
         )
     pipeline = Pipeline.from_pretrained(folder, device="cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.vae.to(memory_format=torch.channels_last)  # on a CPU it decodes in half the time, a student's largest part
+    pipeline.vae.to(memory_format=torch.channels_last)  # halves decoding on a CPU, most of a student's time
     pipeline.progress = False
     return pipeline
 

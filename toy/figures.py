@@ -1,4 +1,4 @@
-"""How rows and pictures of the toy world are shown: the table, and the contact sheet."""
+"""The table of rows of the toy world, and the contact sheet of its pictures."""
 
 from pathlib import Path
 
@@ -31,8 +31,10 @@ def task_lines(rows: list[dict], task: str, title: str) -> list[list[str]]:
         return [f"{row[key][name]:.3f}" if name in row.get(key, ()) else "-" for row in rows]
 
     lines = [[f"{title} {category}", *means(task, category)] for category in world.BENCHES[task]]
-    intervals = [f" ± {row[f'{task}_interval']:.3f}" if task in row else "" for row in rows]
-    averages = [f"**{mean}**{interval}" if interval else mean for mean, interval in zip(means(task), intervals)]
+    averages = []
+    for row in rows:
+        average = f"**{row[task]['average']:.3f}** ± {row[f'{task}_interval']:.3f}" if task in row else "-"
+        averages.append(average)
     lines.append([f"**{title} average**", *averages])
     for half in ("compliance", "fidelity"):
         lines.append([f"{title} {half}", *means(f"{task}_{half}")])
@@ -45,24 +47,23 @@ def task_lines(rows: list[dict], task: str, title: str) -> list[list[str]]:
 
 
 def contact_sheet(models: dict[str, Pictures], counts: dict[str, int], path: Path) -> None:
-    """The same cases under every model, one model in a row. Above, the T2I cases with their prompts; below, the edits under
-    their sources. The last row of both is the truth.
+    """The same cases drawn by every model, one model in a row. T2I cases are above, edits below, under their sources. The
+    last row of both is the truth.
 
     models: by name. counts: by task, cases of each category.
     """
     grids = []
+    places = list(next(iter(models.values())))  # (task, category), the same for all models
     for task, count in counts.items():
         cases, titles = [], []  # of each column
         rows = {name: [] for name in models}
-        for key in next(iter(models.values())):
-            if key[0] != task:
-                continue
-            fewest = min(len(pictures[key]) for pictures in models.values())
-            shown = world.bench_cases(*key, min(count, fewest))
+        for place in [place for place in places if place[0] == task]:
+            fewest = min(len(pictures[place]) for pictures in models.values())
+            shown = world.bench_cases(*place, min(count, fewest))
             cases += shown
-            titles += [key[1]] * len(shown)
+            titles += [place[1]] * len(shown)
             for name, pictures in models.items():
-                rows[name] += pictures[key][: len(shown)]
+                rows[name] += pictures[place][: len(shown)]
         if task == "edit":
             rows = {"source": [case.images[0] for case in cases]} | rows
         rows["one right answer"] = [case.answer() for case in cases]

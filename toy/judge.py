@@ -1,28 +1,28 @@
 """The judge of the toy world: it scores a picture by drawing what the picture should have been.
 
-No network has a say. For a picture and the case that its prompt was made from:
+No network is involved. For a picture and the case that its prompt was made from:
 
 1. fit     The prompt leaves much open: find the free entries with which a right answer comes nearest to the picture.
-2. read    Change the attribute that brings the drawing nearest, until none does. What has a wrong value then, is wrong.
+2. read    Change the attribute that brings the drawing nearest, and repeat until none does. An attribute whose value is
+           wrong at the end is wrong in the picture.
 3. count   See whether the picture shows more than its nearest drawing: a second sign, a fourth letter, a third cloud.
 4. score   Half compliance, half fidelity, as the paper's judges weigh two things (appendix A).
            compliance  1 if EVERYTHING that was asked for or had to be kept is right, every letter included, and nothing
                        is there that nobody asked for; else 0
-           fidelity    how near the picture is to the nearest drawing, place by place: 1 at what the autoencoder makes of
-                       that drawing, 0 at that drawing blurred or noised until a person calls it bad
+           fidelity    how near the picture is to the nearest drawing, place by place: 1 for that drawing through the
+                       autoencoder and back, 0 for that drawing blurred or noised until a person calls it bad
 
-An edit must keep the rest of its source. So only the entries that it leaves free are fitted: other clothes, though nobody
-asked for them, are far from the drawing and cost fidelity. A house, a cloud or a sign that moved is found, and is wrong. A
-face that moved, or long hair in place of short hair, covers backdrop that should be seen: it is extra. Where half of a
-picture is filled in, only answers that agree with the visible half are right. A source that was damaged, and was not
-repaired, is not right either.
+An edit must keep the rest of its source. So only the entries that it leaves free are fitted. Other clothes that nobody asked
+for are far from the drawing and cost fidelity. A house, a cloud or a sign that moved is found, and is wrong. A face that
+moved, or long hair in place of short hair, covers backdrop that should be seen, and counts as an extra. Where half of a
+picture is filled in, only answers that agree with the visible half are right. A damaged source that was not repaired is wrong.
 
-Extras are looked for on the background alone: the sky and the land, the backdrop, the wall. A third eye inside a face is not
-found. Hills between two right places, and bricks in two of them at once, are unclean and cost fidelity; they are no extra.
+Extras are looked for on the background alone: sky and land, backdrop, or wall. A third eye inside a face is not found. Hills
+between two right places, and bricks in two right places at once, are unclean: they cost fidelity, and are no extras.
 
-BAD_BLUR, BAD_NOISE and EXTRA were set on pictures of the world itself. EXTRA lies above what blur up to 0.8 large pixels, noise
-up to 0.05, and the autoencoder make of right pictures (at most 0.034). It finds 95% of the extras that were planted and whose
-colour differs from the background by 0.12, root mean square over the channels; half transparent ones, too.
+BAD_BLUR, BAD_NOISE and EXTRA were set on pictures of the world itself. Right pictures stay below EXTRA, at 0.034 or less, after
+blur up to 0.8 large pixels, noise up to 0.05, or the autoencoder. Of planted extras whose colour differs from the background
+by 0.12 (root mean square over the channels), 95% are found, half transparent ones included.
 """
 
 import re
@@ -42,7 +42,7 @@ from toy.world import Case
 BAD_BLUR = 1.2  # radius in large pixels
 BAD_NOISE = 0.10  # standard deviation per large pixel, of a full range of 1
 EXTRA = 0.04  # of a full range of 1: how far the colour of a patch may stand out from the background
-# What is fitted together and not one after the other, because one says nothing without the other.
+# Entries that are fitted together, because one alone cannot be told without the others.
 TOGETHER = {
     "landscape": (
         "time",
@@ -58,7 +58,7 @@ TOGETHER = {
 }
 # The open entries that decide how the background itself looks. What may be seen with any of their values is no extra.
 BEHIND = {"landscape": ("horizon", "phase"), "portrait": ("pattern",), "text": ("bricks",)}
-# What another value of an attribute leaves open: a house that should not be there may stand anywhere.
+# The entries that another value of an attribute leaves open: a house that should not be there may stand anywhere.
 OPENS = {
     "weather": ("clouds",),
     "thing": ("side", "step"),
@@ -72,7 +72,7 @@ Reconstruct = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass
-class Verdict:
+class Verdict:  # what the judge says of one picture
     right: dict[str, bool]  # of every attribute that was asked for or had to be kept, and "nothing extra"
     fitted: dict  # the nearest spec: the attributes as read, the free entries as fitted
     fidelity: float  # 0 to 1
@@ -87,7 +87,7 @@ class Verdict:
 
 
 def judge(pictures: list[Image.Image], cases: list[Case], reconstruct: Reconstruct) -> list[Verdict]:
-    """Scores pictures (any size, any mode) against their cases."""
+    """Score pictures, of any size and mode, against their cases."""
     reads = [read(world.shrink(picture), case) for picture, case in zip(pictures, cases, strict=True)]
     drawn = np.stack([_large(world.render(spec)) for spec, _ in reads])  # (B, 128, 128, 3)
     again = reconstruct(drawn)
@@ -100,7 +100,7 @@ def judge(pictures: list[Image.Image], cases: list[Case], reconstruct: Reconstru
 
 
 def version() -> str:
-    """A hash of the judge and of its world, so that no table mixes two. Comments and docstrings do not count."""
+    """A hash of the judge and of its world, so that no table mixes two judges. Comments and docstrings do not count."""
     sources = b"".join(Path(file).read_bytes() for file in (__file__, world.__file__, painter.__file__))
     return digest(re.sub(rb'\s*(""".*?"""|#[^\n]*)', b"", sources, flags=re.DOTALL))[:16]
 
@@ -126,7 +126,7 @@ def read(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool]]:
 def read_half(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool]]:
     """The same where half of a picture was to be filled in. Any picture that agrees with the visible half is right.
 
-    So everything is free, and fitted. What the picture shows is right as far as the nearest agreeing one shows it too.
+    So everything is free, and fitted. An attribute is right if the nearest agreeing picture has the same value.
     """
     seen = fit(picture, case.target, case.free)
     agreeing = seen if _agrees(seen, case) else fit(picture, case.target, case.free, partial(_agrees, case=case))
@@ -135,8 +135,8 @@ def read_half(picture: np.ndarray, case: Case) -> tuple[dict, dict[str, bool]]:
 
 
 def right_values(case: Case) -> dict[str, tuple]:
-    """Of everything that was asked for or had to be kept: the values that are right. These are the attributes for which not
-    every value is right, and open entries that had to change, as in "other clothes"."""
+    """Everything that was asked for or had to be kept -> the values that are right. That is each attribute for which some
+    value is wrong, and each open entry that had to change, as in "other clothes"."""
     lists = world.attributes(case.target)
     lists |= {name: values for name, values in world.OPEN[case.target["category"]].items() if name in case.free}
     allowed = {name: case.free.get(name, (case.target[name],)) for name in lists}
@@ -161,16 +161,18 @@ def descend(picture: np.ndarray, case: Case, allowed: Iterable[str]) -> dict:
 
 
 def _changes(spec: dict, name: str) -> list[dict]:
-    """The spec with every other value of `name`, and with all that such a change leaves open."""
+    """The spec with each other value of `name`, combined with all values of what such a change leaves open."""
     lists = world.ATTRIBUTES[spec["category"]] | world.OPEN[spec["category"]]
     choices = _combinations({name: lists[name]} | {opened: lists[opened] for opened in OPENS.get(name, ())})
     return [world.settle(spec | choice) for choice in choices if choice[name] != spec[name]]
 
 
 def fit(picture: np.ndarray, spec: dict, free: dict[str, tuple], agrees: Callable[[dict], bool] | None = None) -> dict:
-    """The spec with those values in the free entries that bring the drawing nearest: coordinate descent from the spec's own,
-    until a sweep changes nothing. The entries of one group are tried in all combinations; those that do not agree are left
-    out."""
+    """The spec with the values of the free entries that bring its drawing nearest to the picture (32, 32, 3).
+
+    Coordinate descent from the spec's own values, until a sweep changes nothing. All combinations of a group's entries are
+    tried, except those that `agrees` rejects.
+    """
     groups = [{name: free[name] for name in group.split() if name in free} for group in TOGETHER[spec["category"]]]
     for _ in range(4):
         before = spec
@@ -206,10 +208,10 @@ def _nearer_than_source(picture: np.ndarray, spec: dict, case: Case) -> bool:
 
 
 def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray) -> float:
-    """1 at `again`, 0 at a bad blur or noise of `drawn`. All (128, 128, 3) in [0, 1].
+    """1 for `again`, 0 for `drawn` with a bad blur or bad noise. All (128, 128, 3) in [0, 1].
 
-    No place counts for more than the worst place of those bad pictures: a doubled cloud should not weigh as much as a
-    picture that is bad everywhere.
+    No place counts more than the worst place of those bad pictures, so a doubled cloud does not weigh as much as a picture
+    that is bad everywhere.
     """
     small = drawn[:: world.ENLARGE, :: world.ENLARGE]
     noise = np.random.default_rng(0).normal(0, BAD_NOISE, small.shape)
@@ -227,12 +229,12 @@ def fidelity(picture: np.ndarray, drawn: np.ndarray, again: np.ndarray) -> float
 
 
 def extra(picture: np.ndarray, spec: dict, again: np.ndarray) -> float:
-    """How much the picture shows on the background that the drawing of the spec does not: of all patches of 3 x 3 large
-    pixels, the largest mean colour that stands out, root mean square over red, green, blue.
+    """How much the picture shows on the background that the drawing of the spec does not: the largest mean of colours that
+    stand out, over all patches of 3 x 3 large pixels; root mean square over red, green, blue.
 
-    A colour stands out as far as it lies outside the range of the colours around it: in the drawing, in what the autoencoder
-    makes of it, and in the drawings with other bricks, patterns or hills. So blur does not count, nor do bricks between two
-    right places. Noise cancels in the mean of a patch. picture: (32, 32, 3), again: (128, 128, 3), both in [0, 1].
+    A colour stands out by how far it lies outside the range of the colours around it: in the drawing, in that drawing through
+    the autoencoder, and in backgrounds with other bricks, patterns or hills. So blur does not count, nor do bricks between
+    two right places. Noise cancels in the mean of a patch. picture: (32, 32, 3), again: (128, 128, 3), both in [0, 1].
     """
     lists = {name: world.OPEN[spec["category"]][name] for name in BEHIND[spec["category"]]}
     drawn, behind = world.render(spec), world.background(spec)
@@ -256,8 +258,8 @@ def _small(large: np.ndarray) -> np.ndarray:
 def local_errors(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The error in each of the 8 x 8 latent positions: a fourth-power mean over its pixels.
 
-    Blur errs much at few pixels, the edges; noise errs little at all of them. With squares alone, plain blur would count as
-    hardly visible noise.
+    Blur errs much at a few pixels, the edges; noise errs a little at all of them. With squares alone, obvious blur would
+    count as much as hardly visible noise.
     """
     error = np.square(np.square(a - b).mean(axis=2))  # (128, 128)
     return error.reshape(8, 16, 8, 16).mean(axis=(1, 3)) ** 0.25

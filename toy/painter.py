@@ -2,8 +2,8 @@
 
     paint       a spec (toy/world.py) -> a canvas of 96 x 96 pixels
 
-Places and sizes are in large pixels, 32 along a side; one is FINE pixels of the canvas. `world.render` averages them away,
-so edges are smooth. The numbers are plain taste, with one exception: letters stand on the grid of tokens.
+Places and sizes are in large pixels, 32 along a side; each is FINE x FINE pixels of the canvas. `world.render` averages these,
+so edges are smooth. The numbers are a matter of taste, with one exception: letters stand on the grid of tokens.
 """
 
 import math
@@ -92,7 +92,7 @@ def paint(spec: dict) -> Image.Image:
 
 
 def paint_background(spec: dict) -> Image.Image:
-    """The canvas with nothing in front: sky and land, backdrop, or wall."""
+    """The canvas without anything in front: sky and land, backdrop, or wall."""
     if spec["category"] == "landscape":
         canvas = sky_gradient(spec["time"]).copy()
         paint_ground(Pen(canvas, light=SKY[spec["time"]][2]), spec)

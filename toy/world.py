@@ -5,15 +5,15 @@ A picture is painted from a SPEC, a flat dictionary of values out of the short l
 - ATTRIBUTES are named in the caption ("A smiling person, blue hair ..."). A model must get them right.
 - OPEN entries are not (where the face is, which hill, which stickers). A model must choose ONE value. So the distribution
   has many modes, and the average of two looks wrong. A few Euler steps draw such averages; distillation has to repair
-  them. Open values come from lists too, so that the judge (judge.py) can recover them exactly.
+  them. Open values come from lists, too, so that the judge (judge.py) can recover them exactly.
 
 Three categories, as in the paper (section 3): landscape, portrait, text (a poster). Six families of edits, as in its
 Editing-Bench (section 5): scene, enhance, object, text, identity, style. An edit asks for something, keeps something of its
 source, and leaves the rest open, as real edits do. Everything else about this world is ours.
 
 A picture has 32 x 32 large pixels, painted smoothly (painter.py), each enlarged to 4 x 4 pixels: 128 x 128 RGBA. The VAE's
-factor of 16 makes 64 tokens of that, each 4 x 4 large pixels. A letter is one token wide and two high, on the grid of
-tokens: a small network does not learn to write off the grid.
+factor of 16 makes 64 tokens of it, each 4 x 4 large pixels. A letter is one token wide and two high, on the grid of tokens,
+because a small network does not learn to write off the grid.
 
 `python -m toy.world FILE.png` draws a sheet of it.
 """
@@ -114,7 +114,7 @@ def narrowed(lists: dict[str, tuple]) -> dict[str, tuple]:
 
 
 def settle(spec: dict) -> dict:
-    """The spec with one fixed value for every entry that cannot be seen, so that equal pictures have equal specs."""
+    """The spec with a fixed value in every entry that cannot be seen, so that equal pictures have equal specs."""
     spec = dict(spec)
     if spec["category"] == "landscape":
         if spec["thing"] == "nothing":
@@ -141,7 +141,7 @@ def attributes(spec: dict) -> dict[str, tuple]:
 
 
 def caption(spec: dict) -> str:
-    """The caption in plain English. It names every attribute and nothing that is open."""
+    """The caption in plain English. It names every attribute that can be seen, and no open entry."""
     if spec["category"] == "landscape":
         thing = "" if spec["thing"] == "nothing" else f", {spec['thing']} on the {spec['side']}"
         return f"A landscape of {spec['ground']}, {spec['weather']} {spec['time']} sky{thing}."
@@ -154,9 +154,9 @@ def caption(spec: dict) -> str:
 
 
 def held_out(spec: dict) -> bool:
-    """Whether this combination of attributes is kept for the benches: one in eight is. Training never shows it.
+    """Whether this combination of attributes is for the benches alone; one in eight is. Training never shows it.
 
-    For a poster the word alone decides, so no word of the bench has been seen on any sign.
+    For a poster the word alone decides, so training shows no word of the bench on any sign.
     """
     category = spec["category"]
     names = ("letter0", "letter1", "letter2") if category == "text" else ATTRIBUTES[category]
@@ -173,7 +173,7 @@ def render(spec: dict) -> np.ndarray:
 
 
 def background(spec: dict) -> np.ndarray:
-    """The same with nothing in front: sky and land, backdrop, or wall."""
+    """The same without anything in front: sky and land, backdrop, or wall."""
     return large_pixels(painter.paint_background(spec))
 
 
@@ -229,10 +229,10 @@ def blur(small: np.ndarray, radius: float) -> np.ndarray:
 
 @dataclass
 class Case:
-    """A prompt, and the truth, which the judge alone knows.
+    """A prompt, and the truth, which only the judge knows.
 
-    target is one right answer. free lists the entries that may have other values, and these values. All other entries were
-    asked for, or must be kept.
+    target: the spec of one right answer. free: the entries that may have other values, each with these values. All other
+    entries were asked for, or must be kept.
     """
 
     task: str
@@ -365,7 +365,7 @@ def draw_edit(family: str, rng: random.Random, narrow: bool = False) -> Case:
 def training_prompts(
     task: str, category: str, count: int, seed: int, targets: bool = True, narrow: bool = False
 ) -> list[Prompt]:
-    """`count` prompts of one category (or family of edits) that no bench has; `targets`: with the pictures to learn."""
+    """`count` prompts of one category (or family of edits) that are in no bench; targets: with the pictures to learn."""
     prompts = []
     for index in range(count):
         case = draw_case(task, category, seed, index, benched=False, narrow=narrow)
@@ -382,7 +382,7 @@ def prompts(counts: dict[str, int], seed: int, targets: bool) -> Iterator[Prompt
 
 
 def prompts_for(recipe: Recipe, count: int, seed: int, targets: bool) -> list[Prompt]:
-    """`count` training prompts of each task that the recipe has, in equal parts from each of its categories."""
+    """`count` training prompts of each task that the recipe uses, in equal parts from each of its categories."""
     prompts = []
     for task, share, composition in zip(TASKS, recipe.ratio, (recipe.t2i, recipe.edit), strict=True):
         categories = tuple(composition) or BENCHES[task]
@@ -393,7 +393,7 @@ def prompts_for(recipe: Recipe, count: int, seed: int, targets: bool) -> list[Pr
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
-    """It changes with words and pictures, and so with the world, but not with its comments."""
+    """A hash of words and pictures. So it changes with the world, but not with its comments."""
     contents = b""
     for prompt in prompts:
         pictures = [*prompt.images, *filter(None, [prompt.target])]
@@ -405,8 +405,8 @@ def digest(prompts: Iterable[Prompt]) -> str:
 
 
 def sheet() -> Image.Image:
-    """What the world looks like: three rows for each category, the last of them of one caption; a row for each family of
-    edits, every source beside its answer."""
+    """What the world looks like: three rows for each category, the last with one caption for all its pictures; then a row for
+    each family of edits, every source beside its answer."""
     rows = []
     for category in CATEGORIES:
         rng = random.Random(0)

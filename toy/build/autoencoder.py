@@ -1,12 +1,12 @@
 """Trains the toy's autoencoder: the published class with smaller numbers, on pictures of the toy world.
 
-The loss is a plain VAE's: the squared, and a little of the absolute, error of the picture, plus BETA times the KL divergence
+The loss is a plain VAE's: the squared error of the picture, a little of its absolute error, and BETA times the KL divergence
 of the posterior from N(0, I). The world has no texture that would need an adversary or a perceptual network. BETA decides
-how much noise the latents carry in training, about BETA / 2 of squared error: too little to be seen, and enough that the
-decoder forgives the small errors of a diffusion model.
+how much noise the latents carry in training, about BETA / 2 of squared error: too little to be seen, and enough to make the
+decoder tolerate the small errors of a diffusion model.
 
-A picture of 128 x 128 is 8 x 8 latent positions. The network is convolutional but for one attention in the middle. So most
-steps use crops of 4 x 4 positions, at a quarter of the cost. The last fifth of them uses whole pictures.
+A picture of 128 x 128 has 8 x 8 latent positions. The network is convolutional except for one attention in the middle. So
+most steps use crops of 4 x 4 positions, at a quarter of the cost. The last fifth of the steps uses whole pictures.
 """
 
 import json
@@ -26,21 +26,21 @@ from networks.vae import VAE, VAEConfig
 from toy import world
 from training.muon import Muon
 
-# Ours. High resolutions get few channels, for pictures are constant over 4 x 4 pixels and nothing is lost there. The coarse
-# levels are wide, where width is cheap.
+# Ours. High resolutions have few channels: pictures are constant over 4 x 4 pixels, so nothing is lost there. The coarse
+# levels are wide, because width is cheap there.
 CONFIG = {"base_dim": 4, "decoder_base_dim": 4, "dim_mult": [1, 2, 8, 32, 32], "num_res_blocks": 1}
 BETA = 2e-4
 L1 = 0.1  # weight of the absolute error: it keeps small things, such as eyes and mouths, from fading
 MUON_LR = 0.02  # for the kernels, as matrices (outputs x all the rest)
 LR = 2e-3  # AdamW, for the rest: biases, gammas, and the first and last convolution of each half
-WHOLE_FROM = 0.8  # of the steps; from there on whole pictures are used
+WHOLE_FROM = 0.8  # share of the steps after which whole pictures are used
 
 
 def random_pictures(count: int, seed: int) -> np.ndarray:
     """(count, 32, 32, 4) float32 in [0, 1], large pixels: everything that the autoencoder will meet.
 
-    One in five is damaged, as the sources of edits are. Some have other colours, and some are partly transparent, so that a
-    user's own picture is not wholly new.
+    One in five is damaged, as the sources of edits are. Some have other colours and some are partly transparent, so that a
+    user's own picture is nothing new.
     """
     rng = random.Random(f"vae {seed}")
     pictures = np.ones((count, world.SIDE, world.SIDE, 4), dtype=np.float32)
@@ -69,7 +69,7 @@ def to_images(small: np.ndarray) -> Tensor:
 
 
 def crop(small: np.ndarray, rng: random.Random) -> np.ndarray:
-    """Half the side, cut on the latent grid, so that a letter keeps its place on it."""
+    """Half the side of each picture, cut on the latent grid, so that a letter keeps its place on it."""
     crops = []
     for picture in small:
         x, y = 4 * rng.randrange(5), 4 * rng.randrange(5)
@@ -93,7 +93,7 @@ def as_matrix(kernel: Tensor) -> Tensor:
 
 
 def split_parameters(vae: VAE) -> tuple[list, list, list]:
-    """The kernels that Muon updates, the same as matrices that share their memory, and all the rest. Muon takes matrices."""
+    """The kernels that Muon updates; the same kernels as matrices in the same memory, which is what Muon takes; the rest."""
     outer = ("conv_in", "conv_out", "quant_conv")  # and post_quant_conv
     kernels, matrices, rest = [], [], []
     for name, parameter in vae.named_parameters():
@@ -120,14 +120,17 @@ def psnr(vae: VAE, count: int = 96) -> float:
 
 
 def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int = 16, compile: bool = False) -> dict:
-    """Train the autoencoder, measure the statistics of its latents, and write `out`, a vae/ folder. Resumes from state_dir.
-    Returns the log."""
+    """Train the autoencoder, measure the statistics of its latents, and write `out`, a vae/ folder. Returns the log.
+
+    A killed run resumes from state_dir.
+    """
     torch.manual_seed(seed)
     vae = VAE(VAEConfig(**CONFIG)).to(memory_format=torch.channels_last)
     kernels, matrices, rest = split_parameters(vae)
     muon = Muon(matrices, lr=MUON_LR)
     adam = torch.optim.AdamW(rest, lr=LR, betas=(0.9, 0.98), weight_decay=0.0)
-    state_file, start, spent, log = state_dir / "vae.pt", 0, 0.0, []
+    state_file = state_dir / "vae.pt"
+    start, spent, log = 0, 0.0, []
     if state_file.exists():
         state = torch.load(state_file)
         vae.load_state_dict(state["vae"])
@@ -173,8 +176,11 @@ def train_vae(out: Path, state_dir: Path, steps: int, seed: int = 0, batch: int 
 
 @torch.no_grad()
 def measure_statistics(vae: VAE) -> None:
-    """Set latents_mean and latents_std of the config: those of the SAMPLED latents. A channel that carries nothing has a
-    constant mean and the prior's width; by its mean alone it would be scaled up to noise."""
+    """Set latents_mean and latents_std of the config: those of the SAMPLED latents.
+
+    A channel that carries nothing has a constant mean and the prior's width. The spread of its means, almost 0, would scale
+    it up to noise.
+    """
     images = to_images(random_pictures(512, seed=-2))
     means, logvars = zip(*[vae.moments(batch) for batch in images.split(16)])
     mean, logvar = torch.cat(means), torch.cat(logvars)

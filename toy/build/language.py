@@ -2,7 +2,7 @@
 
 A random network is enough here. Its states tell the tokens apart, and the MMDiT learns their meaning itself. They also
 carry something of the words before them and of the source picture, as a real condition does. Both are written in the
-published layout, so the toy is opened by the same code as the real checkpoints, ours and the library's.
+published layout. So the code that opens the real checkpoints opens the toy, too: ours and the library's.
 """
 
 import math
@@ -24,8 +24,8 @@ SPECIAL_TOKENS = (
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *(SLOT, "<|video_pad|>"),
 )
-# How the family cuts text into words, inside which merges happen: contractions, letters with the one sign before them,
-# single digits, runs of signs. It must be this pattern: the library uses it, whatever the file says.
+# How the family cuts text into words; merges happen inside a word. Words are contractions, letters with the one sign before
+# them, single digits, runs of signs. It must be this pattern: the library uses it, whatever the file says.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -52,9 +52,10 @@ def build_tokenizer(captions: Iterable[str], directory: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     size, alphabet = VOCABULARY - len(SPECIAL_TOKENS), pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
-    # A caption is learned inside the template, so that the template's words become short too. Special tokens cut the text
-    # before the pattern does; capitals are cut apart here.
-    picture, pieces = PICTURE.format(number=1, slots=""), []
+    # The captions stand inside the template, so that its words become few tokens, too. The text is cut at special tokens,
+    # as the tokenizer will cut it before it applies the pattern, and between capitals.
+    picture = PICTURE.format(number=1, slots="")
+    pieces = []
     for caption in captions:
         text = SYSTEM_TURN + USER_TURN.format(pictures=picture, prompt=caption)
         pieces += re.split(r"<\|\w+\|>|(?<=[A-Z])(?=[A-Z])", text)
@@ -82,7 +83,7 @@ def build_tokenizer(captions: Iterable[str], directory: Path) -> None:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    # This model is shown no video, but the library opens no processor of the family without its part for videos.
+    # This model sees no video, but the library opens no processor of the family without its part for videos.
     for file, key, kind in (
         ("preprocessor_config.json", "image_processor_type", "Qwen2VLImageProcessorFast"),
         ("video_preprocessor_config.json", "video_processor_type", "Qwen3VLVideoProcessor"),
@@ -131,7 +132,7 @@ def build_text_encoder(directory: Path, seed: int) -> None:
     content = {
         "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
-        "tie_word_embeddings": True,  # the head is not in the file, and nothing looks for it then
+        "tie_word_embeddings": True,  # so nothing looks for the head, which is not in the file
         "image_token_id": config.image_token_id,
         "video_token_id": token("<|video_pad|>"),
         "vision_start_token_id": token("<|vision_start|>"),

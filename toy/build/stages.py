@@ -1,13 +1,13 @@
 """Makes the checkpoint in toy/checkpoint: `python -m toy.build --out runs/toy` (hours of two cores: toy/README.md).
 
-Stages. Each is done once; a killed build goes on where it was. Scores of another version of the judge are made anew:
+Its stages. Each is done once, so a killed build resumes; a new version of the judge scores everything again:
 
     language     tokenizer trained on the captions; a random, frozen Qwen3-VL
     vae          the autoencoder (toy/build/autoencoder.py)
     base         the base teacher, from random weights, by train.py's flow objective
-    more         the same network goes on, with more edits and more words
+    more         the same network, trained further with more edits and more words
     text, edit   the specialised teachers, from the base, each on its own task alone and on narrower pictures
-    scores       what the autoencoder and every teacher reach, and whether the paper's premises hold
+    scores       of the autoencoder and of every teacher, and whether the paper's premises hold
 
 OUT/checkpoint has the published layout. OUT/build.json, with a copy in the checkpoint, is the log: steps, seconds, losses,
 scores.
@@ -36,8 +36,7 @@ from checkpoint.layout import Scheduler
 from data.encode import How, encode_prompts
 from model import MMDiT, MMDiTConfig
 from recipe import Prompt, Recipe
-from scores.rows import scores_of_cases
-from scores.statistics import difference_of_models
+from scores.rows import difference_of_scores, with_interval
 from toy import judge, world
 from toy.build import language
 from toy.build.autoencoder import train_vae
@@ -60,7 +59,7 @@ SCHEDULER = Scheduler(shift_terminal=0.02)  # as published
 GUIDANCE = 2.0  # of the teachers; ours
 TIME_SHIFT = 1.65  # of the teachers' p(t): e^0.5, about the schedule's shift for 64 tokens
 VAE_STEPS = 3600
-BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: more and noisier steps get further in the same time here
+BATCH, MICRO_BATCH = 64, 32  # smaller than train.py's: here more, noisier steps get further in the same time
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,9 @@ class TeacherRun:
         return prompts
 
 
-# First the base sees few posters and few edits, then more of both, but not enough of either. So it is worst at text, and a
-# specialised teacher can be better than it. These are the paper's premises. A specialised teacher learns from narrower
-# pictures, as after training on chosen ones.
+# The base sees few posters and few edits first, then more of both, but not enough of either. So it is worst at text, and a
+# specialised teacher can be better. These are the paper's premises. A specialised teacher learns from narrower pictures, as
+# if they had been selected.
 BASE = Recipe("base", (7, 3), t2i={"landscape": 3, "portrait": 3, "text": 2})
 MORE = Recipe("more", (4, 6))
 TEXT = Recipe("text", (10, 0), t2i={"text": 1})
@@ -127,10 +126,10 @@ def random_teacher(folder: Path) -> None:
 def train_teacher(name: str, folder: Path, out: Path, compile: bool) -> dict:
     """One run of train.py's flow objective from folder/transformer, as TEACHER_RUNS says. Returns the log's entry.
 
-    p(t) is shifted as the teacher's own steps are: most times lie where a picture's parts find their places.
+    p(t) is shifted as the teacher's own steps are: most times lie where the parts of a picture find their places.
     """
     run = TEACHER_RUNS[name]
-    # The base's are 33,000 prompts, about 0.8 GB. Two runs may have the same.
+    # The base has 33,000 prompts, about 0.8 GB. Runs with the same prompts share them.
     pool = encode_prompts(out.parent / "conditions", run.prompts(), folder, How(RESOLUTION, targets=True))
     preset = TrainOptions(**presets.FLOW)
     options = replace(
@@ -160,15 +159,16 @@ def train_teacher(name: str, folder: Path, out: Path, compile: bool) -> dict:
 
 
 def put_in_place(name: str, folder: Path, out: Path) -> None:
-    """Copy the trained network to folder/transformer (base and more) or to folder/teachers/NAME. This is a stage of its own,
-    so a build that is killed here copies again and does not train again."""
+    """Copy the trained network to folder/transformer (base and more) or to folder/teachers/NAME. It is a stage of its own, so
+    a build that is killed here only copies again."""
     place = folder / "transformer" if name in ("base", "more") else folder / "teachers" / name
     shutil.copytree(out / "transformer", place, dirs_exist_ok=True)
 
 
 def score_autoencoder(folder: Path) -> dict:
-    """The scores of the right answers, through the autoencoder and back: no teacher can have higher ones."""
-    pipeline, row = open_checkpoint(folder), {}
+    """The scores of the right answers, through the autoencoder and back: no teacher can do better."""
+    pipeline = open_checkpoint(folder)
+    row = {}
     for task, categories in evaluation.BENCHES.items():
         verdicts = {}
         for category in categories:
@@ -182,8 +182,8 @@ def score_autoencoder(folder: Path) -> dict:
 
 
 def score_teacher(folder: Path, name: str) -> dict:
-    """The rows of a teacher: at 80 NFE, and of the base also in the student's four steps, by both samplers. A specialised
-    teacher is scored at what it was trained for."""
+    """The rows of a teacher: at 80 NFE, and for the base also in the student's four steps, by both samplers. A specialised
+    teacher is scored on what it was trained for."""
     pipeline = open_checkpoint(folder)
     samplers = teacher_samplers(pipeline, flow.student_sigmas(4))
     counts, only = evaluation.CASES, ()
@@ -198,8 +198,11 @@ def score_teacher(folder: Path, name: str) -> dict:
 
 
 def premises(log: dict) -> list[dict]:
-    """What the paper takes for granted, what was measured, and whether it holds. Differences of scores are paired by case, with
-    95% intervals. A narrow teacher's pictures of one prompt lie nearer to each other."""
+    """What the paper takes for granted, what was measured, and whether it holds.
+
+    Differences of scores are paired by case, with 95% intervals. The pictures of one prompt by a narrower teacher lie nearer
+    to each other.
+    """
     base, euler, renoise = log["score base"]["rows"]
     (text,), (edit,) = log["score text"]["rows"], log["score edit"]["rows"]
     listed = []
@@ -216,9 +219,8 @@ def premises(log: dict) -> list[dict]:
     add("text is what the base teacher draws worst", numbers, min(scores, key=scores.get) == "text")
     for teacher, task, category in ((text, "t2i", "text"), (edit, "edit", "average")):
         name = f"the {teacher['name']}"
-        scores = [scores_of_cases([row], task, "score", category) for row in (teacher, base)]
-        mean, half = difference_of_models(*scores)
-        add(f"{name} is better at its task by 0.1", f"{mean:+.3f} ± {half:.3f}", mean >= 0.1 and mean > half)
+        mean, half = difference_of_scores([teacher], [base], task, "score", category)
+        add(f"{name} is better at its task by 0.1", with_interval(mean, half, "+"), mean >= 0.1 and mean > half)
         own, other = (row[f"{task}_diversity"]["distance"][category] for row in (teacher, base))
         numbers = f"distance of pictures {own:.3f}, the base teacher's {other:.3f}"
         add(f"{name} is narrower", numbers, own < other)
@@ -234,11 +236,13 @@ def main(argv: list[str] | None = None) -> None:
     log = read_json(log_file) if log_file.exists() else {}
 
     if log.get("judge") != judge.version():
-        log = {name: entry for name, entry in log.items() if not name.startswith("score ") and name != "premises"}
+        old_scores = [name for name in log if name.startswith("score ") or name == "premises"]
+        for name in old_scores:
+            del log[name]
         log["judge"] = judge.version()
 
     def stage(name: str, work: Callable[[], dict | None]) -> None:
-        """Do the work unless the log has it; what it returns is logged."""
+        """Do the work unless the log has it. What it returns is logged."""
         if name not in log:
             began = time.time()
             print(f"--- {name}", flush=True)
