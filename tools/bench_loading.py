@@ -2,9 +2,9 @@
 
     python tools/bench_loading.py            in a temporary folder (TMPDIR says where), which is removed afterwards
 
-Each case runs in a process of its own. Its peak is the most memory that was resident in it, files' mapped pages
-included, less what was resident before; divided by the size of the weights as they are then in memory. And a picture of
-2048 x 2048 pixels is decoded by a narrow autoencoder, whole and in tiles.
+Each case runs in a process of its own. Its peak is the largest resident memory, mapped pages of files included, less what
+was resident before, divided by the size of the loaded weights. Besides, a narrow autoencoder decodes a picture of 2048 x
+2048 pixels, whole and in tiles.
 """
 
 import json
@@ -69,8 +69,8 @@ def decode(tile: str) -> dict:
     return {"peak": resident("VmHWM") - before, "seconds": time.perf_counter() - start}
 
 
-def apart(*arguments: str) -> dict:
-    """One of the functions above in a fresh process."""
+def in_a_process(*arguments: str) -> dict:
+    """What `load` or `decode` returns in a process of its own. arguments: its name, and its arguments."""
     run = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=True)
     return json.loads(run.stdout)
 
@@ -80,14 +80,14 @@ def main() -> None:
         for name, shards in ("one file", 1), ("5 shards", 5):
             size = write(Path(folder) / "transformer", shards)
             for dtype in "bfloat16", "float32":
-                case = apart("load", f"{folder}/transformer", dtype)
+                case = in_a_process("load", f"{folder}/transformer", dtype)
                 print(
                     f"{size / 1e9:.2f} GB of bf16, {name}, into {dtype}: {case['weights'] / 1e9:.2f} GB of weights, "
                     f"peak {case['peak'] / case['weights']:.3f} times that, {case['seconds']:.1f} s",
                     flush=True,
                 )
     for tile in 128, 64:
-        case = apart("decode", str(tile))
+        case = in_a_process("decode", str(tile))
         print(f"2048 x 2048 pixels in tiles of {tile * 16}: peak {case['peak'] / 1e9:.2f} GB, {case['seconds']:.1f} s")
 
 

@@ -90,7 +90,7 @@ class Theirs(torch.nn.Module):
 
         with torch.device("meta"):
             self.network = QwenImage21Transformer2DModel(**asdict(model.config))
-        # What has tables that no file holds is built anew, and only the blocks, which have none, without memory.
+        # Parts with tables that no file holds are built in memory. The blocks have no tables and stay on "meta" for now.
         for name, child in QwenImage21Transformer2DModel(**asdict(model.config) | {"num_layers": 1}).named_children():
             if name != "transformer_blocks":
                 setattr(self.network, name, child)
@@ -119,7 +119,7 @@ class Theirs(torch.nn.Module):
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
-    """On a GPU from one stop of its queue to the next; on a CPU what this process spent, whoever else is on the machine."""
+    """On a GPU the time until its queue is empty again; on a CPU the time that this process alone spent."""
     if device == "cpu":
         began = time.process_time()
         work()
@@ -139,12 +139,19 @@ def in_turns(first: Callable, second: Callable, device: str, times: int) -> tupl
     return a, b, statistics.median(x / y for x, y in pairs)
 
 
-def row(*cells: object) -> None:
-    print("| " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells) + " |", flush=True)
+def row(*cells: object) -> str:
+    """Print a line of a table in Markdown, and return it."""
+    texts = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    line = "| " + " | ".join(texts) + " |"
+    print(line, flush=True)
+    return line
 
 
 def update(student, fake, teacher, optimizers, condition: Condition, noise: Tensor, xi: Tensor, t: Tensor) -> None:
-    """A whole DMD update at k = 3, one of the fake score and one of the student; three callables (z, t) under a condition."""
+    """A whole DMD update at k = 3: one of the fake score and one of the student.
+
+    student, fake, teacher: each returns a velocity (z, t) under the condition. optimizers: of student and fake score.
+    """
 
     def make_round() -> dmd.Round:
         real = dmd.RealScore({"base": 1.0}, {"base": teacher()})
@@ -153,10 +160,13 @@ def update(student, fake, teacher, optimizers, condition: Condition, noise: Tens
             student(), fake(), real, noises, SIGMAS, 3, xi, t, fresh=lambda name, shape: torch.randn(shape)
         )
 
+    for_student, for_fake = optimizers
     dmd.fake_losses(make_round()).mean().backward()
-    optimizers[1].step(), optimizers[1].zero_grad()
+    for_fake.step()
+    for_fake.zero_grad()
     dmd.student_losses(make_round())[0].mean().backward()
-    optimizers[0].step(), optimizers[0].zero_grad()
+    for_student.step()
+    for_student.zero_grad()
 
 
 def plain(network, condition: Condition) -> Callable:
@@ -165,23 +175,22 @@ def plain(network, condition: Condition) -> Callable:
 
 
 def cached(network: MMDiT, condition: Condition, role: str | None = None) -> Callable:
-    """The same as Network.velocity, which is what a training run calls."""
-
+    """The same by Network.velocity, which is what a training run calls."""
     return lambda: Network(network, role).velocity(condition, calls=math.inf)
 
 
 @torch.no_grad()
-def look(network, z: Tensor, t: Tensor, condition: Condition) -> None:
+def forward(network, z: Tensor, t: Tensor, condition: Condition) -> None:
     network(z, t, condition)
 
 
-def learn(network, z: Tensor, t: Tensor, condition: Condition) -> None:
+def forward_backward(network, z: Tensor, t: Tensor, condition: Condition) -> None:
     network(z, t, condition).square().mean().backward()
     network.zero_grad()
 
 
 @torch.no_grad()
-def look4(network, z: Tensor, condition: Condition) -> None:
+def draw4(network, z: Tensor, condition: Condition) -> None:
     flow.euler(lambda z, t: network(z.to(condition.states.dtype), t, condition), z, SIGMAS)
 
 
@@ -210,7 +219,7 @@ def compare(name: str, config: MMDiTConfig, side: int, batch: int, times: int) -
             gap = (model(z, t, condition) - theirs(z, t, condition)).abs().max()
         if gap > 1e-3:
             raise ValueError(f"the two disagree by {gap}")
-        for what, work in (("forward", look), ("forward and backward", learn)):
+        for what, work in (("forward", forward), ("forward and backward", forward_backward)):
             both = [partial(work, network, z, t, condition) for network in (model, theirs)]
             row(f"{name} {task}, {what}", *in_turns(*both, "cpu", times))
     both = [partial(picture, model, prefix, z, condition) for prefix in (True, False)]
@@ -218,10 +227,11 @@ def compare(name: str, config: MMDiTConfig, side: int, batch: int, times: int) -
     both = []
     for play in (cached, plain):
         players = [random_network(config, "cpu", torch.float32) for _ in range(3)]
-        players = players if play is cached else [Theirs(player) for player in players]
-        optimizers = [torch.optim.AdamW(p.parameters(), lr=1e-5, fused=True) for p in players[:2]]
-        parts = [play(player, condition) for player in players]
-        both.append(partial(update, *parts, optimizers, condition, z, z, t))
+        if play is plain:
+            players = [Theirs(player) for player in players]
+        optimizers = [torch.optim.AdamW(player.parameters(), lr=1e-5, fused=True) for player in players[:2]]
+        velocities = [play(player, condition) for player in players]
+        both.append(partial(update, *velocities, optimizers, condition, z, z, t))
     row(f"{name} edit, a DMD update (fake score and student once)", *in_turns(*both, "cpu", 3))
 
 
@@ -242,9 +252,8 @@ class Bench:
     rows: list[str]
 
     def row(self, what: str, *cells: object) -> None:
-        cells = [f"{c:.3f}" if isinstance(c, float) else str(c) for c in (what, *cells)]
-        self.rows.append("| " + " | ".join([*cells, *[""] * (5 - len(cells))]) + " |")
-        print(self.rows[-1], flush=True)
+        missing = 4 - len(cells)
+        self.rows.append(row(what, *cells, *[""] * missing))
 
     def timed(self, what: str, work: Callable, floor: float | str = "") -> None:
         """First call (which compiles and chooses kernels), the median of later ones, and the most memory of these."""
@@ -273,7 +282,8 @@ def checks(bench: Bench) -> None:
     config, z = bench.model.config, bench.noise
     bench.row(attention.kernels(config.attention_head_dim, bench.dtype, bench.device))
     # pytorch issue 196678: a mask, 64 queries modulo 128, a very negative logsumexp. Ours must be finite.
-    rows, heads, d = (4160 if bench.device == "cuda" else 192), config.num_attention_heads, config.attention_head_dim
+    rows = 4160 if bench.device == "cuda" else 192
+    heads, d = config.num_attention_heads, config.attention_head_dim
     q, k, v = (torch.randn(1, heads, rows, d, device=z.device, dtype=bench.dtype) for _ in range(3))
     q, k = q + 5, k - 5  # all scores are about -25 sqrt(d)
     mask = q.new_zeros(1, 1, 1, rows).masked_fill(torch.arange(rows, device=z.device) >= rows - 64, -torch.inf)
@@ -296,9 +306,9 @@ def checks(bench: Bench) -> None:
         raise ArithmeticError("attention with a padding mask gives a gradient that is not finite: do not train here")
     t = torch.full((1,), 0.5, device=z.device)
     for task, condition in bench.conditions.items():
-        bench.timed(f"{task}, one forward", partial(look, bench.model, z, t, condition))
+        bench.timed(f"{task}, one forward", partial(forward, bench.model, z, t, condition))
         with bench.compiled():
-            bench.timed(f"{task}, one forward, compiled", partial(look, bench.model, z, t, condition))
+            bench.timed(f"{task}, one forward, compiled", partial(forward, bench.model, z, t, condition))
 
 
 def drawing(bench: Bench) -> None:
@@ -323,9 +333,8 @@ def drawing(bench: Bench) -> None:
                     bench.row(f"{task}, 4 NFE, {kernel.name}: not run: {str(error).splitlines()[0]}")
     theirs = Theirs(bench.model)  # on the same weights
     for task, condition in bench.conditions.items():
-        bench.timed(
-            f"{task}, 4 NFE, diffusers' class", partial(look4, theirs, bench.noise, condition), floor(task, False)
-        )
+        work = partial(draw4, theirs, bench.noise, condition)
+        bench.timed(f"{task}, 4 NFE, diffusers' class", work, floor(task, False))
 
 
 def lora_roles(bench: Bench, args: TrainOptions) -> list[train.Trainee]:
@@ -360,18 +369,18 @@ def training(bench: Bench, parts: list[str]) -> None:
         return Entry(task, "any", states, None, slots, sources, None, (side, side))
 
     pool = train.Pool([entry(task) for task in ("t2i", "edit") for _ in range(8)])
-    found = recipe.find("flash").resolve({"t2i": ["any"], "edit": ["any"]}, ())
+    flash = recipe.find("flash").resolve({"t2i": ["any"], "edit": ["any"]}, ())
     job = train.Job(
         args,
         pool,
-        found,
+        flash,
         SIGMAS,
         {"base": Network(bench.model)},
         dict(zip(("student", "fake"), trainees)),
         {"fake": args.fake_updates, "student": 1},
     )
     layouts = {"t2i": (bench.words, side * side), "edit": (bench.words + side * side, side * side)}
-    planned = plan.make_plan(args, config, found, 1, 1, layouts)
+    planned = plan.make_plan(args, config, flash, 1, 1, layouts)
 
     def step(number: int) -> None:
         for name, count in job.updates_per_step.items():
@@ -389,16 +398,18 @@ def training(bench: Bench, parts: list[str]) -> None:
 
 def gpu(parts: list[str], dry: bool, out: Path | None) -> None:
     device, dtype = ("cpu", torch.float32) if dry else ("cuda", torch.bfloat16)
-    config, side, words = (replace(TOY, num_layers=2), 4, 12) if dry else (MMDiTConfig(), 64, 200)
+    config, side, words = MMDiTConfig(), 64, 200
+    if dry:
+        config, side, words = replace(TOY, num_layers=2), 4, 12
     name = "dry, CPU" if dry else torch.cuda.get_device_name()
     head = f"{name}, {dtype}, torch {torch.__version__}, {plan.parameters(config) / 1e9:.2f} billion random parameters"
     noise = torch.randn(1, 64, side, side, device=device)
     model = random_network(config, device, dtype).requires_grad_(False)
-    told = {
-        task: random_condition(config, 1, words - 8, side, number, noise.to(dtype))
-        for number, task in enumerate(("t2i", "edit"))
+    conditions = {
+        task: random_condition(config, 1, words - 8, side, sources, noise.to(dtype))
+        for task, sources in (("t2i", 0), ("edit", 1))
     }
-    bench = Bench(device, dtype, model, words, noise, told, 1 if dry else 3, [])
+    bench = Bench(device, dtype, model, words, noise, conditions, times=1 if dry else 3, rows=[])
     print(head + "\n")
     bench.row("what", "first, s", "later, s", "floor, s", "memory, GB")
     bench.row(*["---"] * 5)
@@ -425,7 +436,8 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="gpu: a tiny network on the CPU")
     parser.add_argument("--out", type=Path, help="gpu: file of the table")
     args = parser.parse_args()
-    if unknown := set(args.parts) - set(PARTS):
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
         parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if args.half == "cpu":
         cpu(args.quick)

@@ -5,8 +5,8 @@
     python tools/fuzz.py --surface LoRA --first 431 --count 1        one again
 
 An input may be accepted or refused. A refusal is a ValueError, an OSError or a FloatingPointError, which the programs
-print as one line, or argparse's own exit. Anything else is a traceback, and counts as a fault; so does a call that takes
-more than 30 seconds (time in which the fuzzer is stopped counts, too), and a wrong answer where one answer is right
+print as one line, or argparse's own exit. Anything else is a traceback, and counts as a fault. So does a call that takes
+more than 30 seconds (time in which the fuzzer is stopped counts, too), and a wrong answer where only one is right
 (PROPERTIES).
 """
 
@@ -60,39 +60,23 @@ COUNTS = {  # of the whole run
     "fingerprints": 300,
     "list options": 400,
 }
-PROPERTIES = ("fingerprints", "list options")  # nothing is nonsense here, and one answer is right
+PROPERTIES = ("fingerprints", "list options")  # nothing is nonsense here, and only one answer is right
 
 DEEP = "[" * 5000 + "]" * 5000
-VALUES = [
-    None,
-    True,
-    False,
-    -4,
-    -1,
-    0,
-    1,
-    2,
-    3,
-    0.5,
-    1e300,
-    1e-300,
-    float("inf"),
-    float("nan"),
-    10**30,
-    -(2**63),
-    2**63,
-]
+VALUES = [None, True, False]
+VALUES += [-4, -1, 0, 1, 2, 3, 0.5, 1e300, 1e-300, float("inf"), float("nan")]
+VALUES += [10**30, -(2**63), 2**63]
 VALUES += ["", " ", "word", "x" * 10**5, "\ud83d", "\x00", "../x", "nan", [], [[1]], [1, 2], ["word"], {}, {"a": 1}]
 VALUES.append([0.5] * 3)
 WORDS = ["", " ", "word", "-1", "0", "1", "2", "0.5", "-0.0", "nan", "inf", "-inf", "1e300", "1e-300", "10000000"]
-# No folder can be made at these absolute paths, or the fuzzer would leave some.
+# At these absolute paths no folder can be made, so the fuzzer leaves none behind.
 WORDS += ["x" * 10**5, str(2**63 - 1), str(2**63), "1:0", "1e400:1", "16:9", "/proc/nowhere", ".", "/proc", "meta"]
 WORDS += ["\ud83d", "cat \ud83d", "a\x00b", "caf\udce9"]
 
 
 @contextlib.contextmanager
 def limited(seconds: float):
-    """TimeoutError within, after so many seconds."""
+    """Raises TimeoutError within the block after so many seconds."""
 
     def late(*_):
         raise TimeoutError(f"longer than {seconds} s")
@@ -107,7 +91,7 @@ def limited(seconds: float):
 
 
 def outcome(call: Callable[[], object]) -> tuple[str, str]:
-    """accepted, refused, traceback or hang; and for the last two what happened."""
+    """ "accepted", "refused", "traceback" or "hang"; and what happened, for the last two."""
     began = time.monotonic()
     try:
         with limited(SECONDS), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -128,11 +112,15 @@ def outcome(call: Callable[[], object]) -> tuple[str, str]:
 
 def places(tree, path: tuple = ()) -> list[tuple]:
     """The paths of all values in nested dictionaries and lists."""
-    found = [path] if path else []
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in list(items)[:40]:
-        found += places(value, (*path, key))
-    return found
+    paths = [path] if path else []
+    items = []
+    if isinstance(tree, dict):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = list(enumerate(tree))
+    for key, value in items[:40]:
+        paths += places(value, (*path, key))
+    return paths
 
 
 def mutate_json(text: str, rng: random.Random) -> str:
@@ -172,8 +160,11 @@ def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
     return bytes(content)
 
 
-def things(home: Path) -> dict[str, Path]:
-    """What is mutated, made in a folder: a tiny checkpoint, a LoRA, prompts with pictures, a run, an evaluated row."""
+def write_originals(home: Path) -> dict:
+    """What is mutated, made in a folder: a tiny checkpoint, a LoRA, prompts with pictures, a run, an evaluated row.
+
+    "home": the folder. "checkpoint": the folder of the checkpoint. "words": the arguments of the run, without its folder.
+    """
     checkpoint = reference.write_checkpoint(home / "checkpoint", resolution=64)
     for i in range(3):
         reference.picture(48, 40, i).save(home / f"{i}.png")
@@ -183,11 +174,10 @@ def things(home: Path) -> dict[str, Path]:
     model = train.Network(sample.MMDiT.from_pretrained(checkpoint / "transformer")).model
     lora = {name: (a, torch.randn_like(b), alpha) for name, (a, b, alpha) in new_lora(model, 2).items()}
     write_lora(home / "lora.safetensors", lora, [1.0, 0.5])
-    words = (
-        f"--checkpoint {checkpoint} --prompts {home}/prompts.jsonl --batch 2 --micro-batch 1 --steps 1 --dtype float32"
-    )
+    words = ["--checkpoint", str(checkpoint), "--prompts", str(home / "prompts.jsonl")]
+    words += "--batch 2 --micro-batch 1 --steps 1 --dtype float32".split()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        train.main([*words.split(), "--out", str(home / "run"), "--student-steps", "2", "--recipe", "flash"])
+        train.main([*words, "--out", str(home / "run"), "--student-steps", "2", "--recipe", "flash"])
     row = {"name": "a", "nfe": 4, "guidance": 1.0, "seconds_per_image": 0.1, "cases": {"t2i": 2}, "t2i_interval": 0.1}
     for part in ("t2i", "t2i_compliance", "t2i_attributes", "t2i_fidelity"):
         row[part] = {"landscape": 0.5, "portrait": 0.5, "text": 0.5, "average": 0.5}
@@ -217,18 +207,18 @@ def flags(names: str) -> list[str]:
     return [f"--{name}" for name in names.split()]
 
 
-def job(surface: str, rng: random.Random, folder: Path, things: dict) -> Callable[[], object]:
+def job(surface: str, rng: random.Random, folder: Path, originals: dict) -> Callable[[], object]:
     """One call of a surface, with its input written into `folder`."""
-    home, checkpoint = things["home"], things["checkpoint"]
+    home, checkpoint = originals["home"], originals["checkpoint"]
     drawing = ["--checkpoint", str(checkpoint), "--prompt", "a hat", "--steps", "1", "--out", str(folder / "out.png")]
     if surface == "sample.py: arguments":
         words = arguments(flags(SAMPLE), drawing, rng)
         return lambda: sample.main(words)
     if surface == "train.py: arguments":
-        words = arguments(flags(TRAIN), [*things["words"].split(), "--out", str(folder / "run")], rng)
+        words = arguments(flags(TRAIN), [*originals["words"], "--out", str(folder / "run")], rng)
         return lambda: train.main(words)
     if surface == "eval.py: arguments, tables, pictures":
-        return eval_job(rng, folder, things)
+        return eval_job(rng, folder, originals)
     if surface == "JSON lines":
         lines = (home / "prompts.jsonl").read_text().splitlines()
         lines[rng.randrange(2)] = mutate_json(rng.choice(lines), rng)
@@ -239,7 +229,7 @@ def job(surface: str, rng: random.Random, folder: Path, things: dict) -> Callabl
     if surface == "pictures":
         return picture_job(rng, folder)
     if surface == "fingerprints":
-        return fingerprint_job(rng, folder, things)
+        return fingerprint_job(rng, folder, originals)
     if surface == "list options":
         return list_job(rng)
     if surface == "LoRA":
@@ -248,35 +238,39 @@ def job(surface: str, rng: random.Random, folder: Path, things: dict) -> Callabl
         return lambda: read_lora(folder / "lora.safetensors", model)
     if surface == "--resume":
         shutil.copytree(home / "run", folder / "run")
-        files = [f for f in (folder / "run").rglob("*") if f.is_file() and "student/" not in str(f)]
-        spoil(rng.choice([f for f in files if f.suffix in (".json", ".jsonl", ".safetensors")]), rng)
-        more = [*"--student-steps 2 --recipe flash --resume --out".split(), str(folder / "run")]
-        words = [*things["words"].replace("--steps 1", "--steps 2").split(), *more]
+        files = [file for file in (folder / "run").rglob("*") if "student/" not in str(file)]
+        spoil(rng.choice(with_ending(files, ".json", ".jsonl", ".safetensors")), rng)
+        words = [*originals["words"], "--steps", "2", "--student-steps", "2", "--recipe", "flash"]
+        words += ["--resume", "--out", str(folder / "run")]
         return lambda: train.main(words)
     shutil.copytree(checkpoint, folder / "checkpoint")
-    files = sorted(f for f in (folder / "checkpoint").rglob("*") if f.is_file())
+    files = sorted(file for file in (folder / "checkpoint").rglob("*") if file.is_file())
     if surface == "configs, tokenizer, scheduler":
-        file = rng.choice([f for f in files if f.suffix == ".json"])
+        file = rng.choice(with_ending(files, ".json"))
         file.write_text(mutate_json(file.read_text(), rng), "utf-8", "surrogatepass")
     elif surface == "safetensors":
-        spoil(rng.choice([f for f in files if f.suffix == ".safetensors"]), rng)
+        spoil(rng.choice(with_ending(files, ".safetensors")), rng)
     else:
         mislay(files, rng)
     words = [*drawing[2:], "--checkpoint", str(folder / "checkpoint"), "--image", str(home / "0.png")]
     return lambda: sample.main(words)
 
 
-def eval_job(rng: random.Random, folder: Path, things: dict) -> Callable[[], object]:
-    home, way = things["home"], rng.randrange(3)
+def with_ending(files: list[Path], *endings: str) -> list[Path]:
+    return [file for file in files if file.suffix in endings]
+
+
+def eval_job(rng: random.Random, folder: Path, originals: dict) -> Callable[[], object]:
+    home = originals["home"]
+    way = rng.randrange(3)
     if way == 0:
-        fixed = ["--checkpoint", str(things["checkpoint"]), "--out", str(folder / "out")]
+        fixed = ["--checkpoint", str(originals["checkpoint"]), "--out", str(folder / "out")]
         words = arguments(flags(EVAL), fixed, rng)
     elif way == 1:
         row = (home / "row.json").read_text()
         row = mutate_json(row, rng) if rng.random() < 0.9 else row
         (folder / "row.json").write_text(row, "utf-8", "surrogatepass")
         words = ["--table", str(home / "row.json"), str(folder / "row.json")]
-        rng.shuffle(words[1:])
     else:
         (folder / "pictures").mkdir()
         words = ["--prompts", str(home / "prompts.jsonl"), "--out", str(folder / "out")]
@@ -290,10 +284,10 @@ def eval_job(rng: random.Random, folder: Path, things: dict) -> Callable[[], obj
     return lambda: evaluation.main(words)
 
 
-def fingerprint_job(rng: random.Random, folder: Path, things: dict) -> Callable[[], object]:
-    """Any other byte of any file that is read is another fingerprint; other files and new time stamps are the same one."""
+def fingerprint_job(rng: random.Random, folder: Path, originals: dict) -> Callable[[], object]:
+    """Any other byte in a file that is read makes another fingerprint. Other files and new time stamps do not."""
     place = folder / "checkpoint"
-    shutil.copytree(things["checkpoint"], place)
+    shutil.copytree(originals["checkpoint"], place)
     if rng.random() < 0.3:
         place = place / rng.choice(["transformer", "vae", "text_encoder", "processor"])
     before = fingerprint(place, kept=folder / "kept.json")
@@ -318,7 +312,7 @@ def fingerprint_job(rng: random.Random, folder: Path, things: dict) -> Callable[
 
 
 def list_job(rng: random.Random) -> Callable[[], object]:
-    """A list is the same however it is divided over flags."""
+    """A list is the same, however it is divided over repeated flags."""
     parse, fixed, name = rng.choice(
         [
             (train.parse, [], "prompts"),
@@ -371,9 +365,13 @@ def spoil(file: Path, rng: random.Random) -> None:
     if file.suffix != ".safetensors" or way == 0:
         file.write_bytes(mutate_bytes(file.read_bytes() or b"{}\n", rng))
     elif way == 1:
-        rng.choice(
-            [file.unlink, lambda: file.rename(file.with_name("stray.safetensors")), lambda: file.write_bytes(b"")]
-        )()
+        change = rng.choice(["missing", "renamed", "empty"])
+        if change == "missing":
+            file.unlink()
+        elif change == "renamed":
+            file.rename(file.with_name("stray.safetensors"))
+        else:
+            file.write_bytes(b"")
     else:
         tensors = load_file(file)
         name = rng.choice(sorted(tensors))
@@ -394,6 +392,7 @@ def spoil(file: Path, rng: random.Random) -> None:
 
 
 def lora_file(original: Path, file: Path, rng: random.Random) -> None:
+    """Write a LoRA with one thing changed: a tensor, a name, or the header."""
     tensors, header = load_file(original), {}
     name = rng.choice(sorted(tensors))
     way = rng.randrange(8)
@@ -402,14 +401,13 @@ def lora_file(original: Path, file: Path, rng: random.Random) -> None:
     elif way == 1:
         tensors[name] = tensors[name].to(rng.choice([torch.int32, torch.bool, torch.float64]))
     elif way == 2:
-        tensors[name] = torch.full(
-            rng.choice([(), (0,), (2, 2), (1, 1, 1)]), rng.choice([0.0, torch.nan, 1e39]), dtype=torch.float64
-        )
+        shape = rng.choice([(), (0,), (2, 2), (1, 1, 1)])
+        tensors[name] = torch.full(shape, rng.choice([0.0, torch.nan, 1e39]), dtype=torch.float64)
     elif way == 3:
         del tensors[name]
     elif way == 4:
-        said = rng.choice(VALUES + [{"transformer.lora_alpha": value} for value in VALUES] + [int("9" * 400)])
-        header["lora_adapter_metadata"] = rng.choice([json.dumps(said), DEEP, "{"])
+        settings = VALUES + [{"transformer.lora_alpha": value} for value in VALUES] + [int("9" * 400)]
+        header["lora_adapter_metadata"] = rng.choice([json.dumps(rng.choice(settings)), DEEP, "{"])
     elif way == 5:
         header["sample_sigmas"] = rng.choice([json.dumps(rng.choice(VALUES)), "[1, 0.5", DEEP, "[0.5, 1]", "[1e400]"])
     else:
@@ -433,30 +431,31 @@ def mislay(files: list[Path], rng: random.Random) -> None:
     elif way == 3:
         file.write_bytes(rng.choice([b"", b"version https://git-lfs.github.com/spec/v1\n", rng.randbytes(300)]))
     else:  # in shards, with an index that may be wrong
-        file = rng.choice([f for f in files if f.suffix == ".safetensors"])
+        file = rng.choice(with_ending(files, ".safetensors"))
         tensors = load_file(file)
-        stem, names = file.stem, sorted(tensors)
-        parts = {f"{stem}-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
-        index = {"metadata": {}, "weight_map": {name: part for part, some in parts.items() for name in some}}
-        for part, some in parts.items():
-            save_file({name: tensors[name] for name in some}, file.with_name(part))
+        names = sorted(tensors)
+        weight_map = {}
+        for i in range(2):
+            shard = file.with_name(f"{file.stem}-0000{i + 1}-of-00002.safetensors")
+            weight_map |= dict.fromkeys(names[i::2], shard.name)
+            save_file({name: tensors[name] for name in names[i::2]}, shard)
         file.unlink()
-        text = json.dumps(index)
+        text = json.dumps({"metadata": {}, "weight_map": weight_map})
         text = rng.choice([text, mutate_json(text, rng), text.replace(names[0], "word.weight", 1)])
-        file.with_name(f"{stem}.safetensors.index.json").write_text(text, "utf-8", "surrogatepass")
+        file.with_name(f"{file.stem}.safetensors.index.json").write_text(text, "utf-8", "surrogatepass")
 
 
-def tried(surface: str, first: int, count: int, things: dict, folder: Path) -> tuple[Counter, list[str]]:
-    """So many inputs of a surface, from number `first` on: how they ended, and the faults."""
+def try_inputs(surface: str, first: int, count: int, originals: dict, folder: Path) -> tuple[Counter, list[str]]:
+    """Try `count` inputs of a surface, from number `first` on: how they ended, and the faults."""
     words, faults = Counter(), []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(contextlib.chdir(things["home"]))
-        if surface != "--resume":  # elsewhere the border is what comes before the training
-            stack.enter_context(mock.patch.object(train, "train", lambda *_: things["home"] / "run" / "student"))
+        stack.enter_context(contextlib.chdir(originals["home"]))
+        if surface != "--resume":  # the others end where the training begins
+            stack.enter_context(mock.patch.object(train, "train", lambda *_: originals["home"] / "run" / "student"))
         for i in range(first, first + count):
             rng, place = random.Random(f"{surface} {i}"), folder / str(i)
             place.mkdir()
-            word, why = outcome(job(surface, rng, place, things))
+            word, why = outcome(job(surface, rng, place, originals))
             words[word] += 1
             if why:
                 faults.append(f"{surface}, input {i}: {word}\n{why}")
@@ -471,13 +470,14 @@ def main() -> None:
     parser.add_argument("--surface", nargs="+", choices=COUNTS, default=list(COUNTS), help="default: all")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    columns, failed = ("accepted", "refused", "traceback", "hang"), False
+    columns = ("accepted", "refused", "traceback", "hang")
+    failed = False
     print(f"| surface | inputs | {' | '.join(columns)} |\n|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as folder:
-        made = things(Path(home))
+        originals = write_originals(Path(home))
         for surface in args.surface:
             count = args.count or COUNTS[surface]
-            words, faults = tried(surface, args.first, count, made, Path(folder))
+            words, faults = try_inputs(surface, args.first, count, originals, Path(folder))
             print(f"| {surface} | {count} | {' | '.join(str(words[word]) for word in columns)} |", flush=True)
             for fault in faults:
                 print(fault.rstrip(), file=sys.stderr, flush=True)
