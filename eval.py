@@ -44,7 +44,8 @@ from tqdm import tqdm
 from checkpoint.files import read_json, write_json
 from checkpoint.layout import fingerprint, teachers_in
 from judges import rubrics
-from judges.cases import check_folder, describe, file_measures, open_chats, read_cases, several_name
+from judges.cases import check_folder, describe, file_measures, read_cases, several_name
+from judges.chat import open_chats
 from judges.drawing import draw_missing
 from sample import Pipeline
 from scores.colours import colours, pixels

@@ -1,25 +1,26 @@
 """A chat model behind an HTTP endpoint. It grades pictures (rubrics.py) and writes prompts (writing.py).
 
-Any server that speaks OpenAI's chat format will do, local or remote. An answer counts only if it is one JSON object in
-the form that was asked for. What happens otherwise:
+Any server that speaks OpenAI's chat format will do, local or remote. An answer counts only if it is one JSON object of
+the requested form. Otherwise:
 
-    text around the JSON, a wrong key, a score of 6    ask again, ATTEMPTS times in all; then the question is unanswered
-    429, 5xx, a time-out, a cut connection             the same, after a pause that doubles, or that Retry-After sets
+    text around the JSON, a wrong key, a score of 6    ask again, up to ATTEMPTS times; then it is unanswered
+    429, 5xx, a time-out, a cut connection             the same, after a pause that doubles or that Retry-After sets
     400 and the like, or the model refuses             the question is refused; the others are still asked
     401, 404 and the like, a redirect                  the run ends: every question would get the same reply
-    GIVE_UP unanswered questions in a row              the run ends: the server is dead. Refused questions do not count
+    GIVE_UP unanswered questions in a row              the run ends: the server is dead; refused ones do not count
 """
 
 import base64
 import http.client
 import io
 import json
+import os
 import random
 import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,15 +35,15 @@ from tqdm import tqdm
 from data.pictures import open_picture
 from program.edges import parse_json
 
-ATTEMPTS = 6  # at one question
+ATTEMPTS = 6  # for one question
 GIVE_UP = 10  # unanswered questions in a row
 LONGEST_PAUSE = 120.0  # seconds, whatever Retry-After says
-LONGEST_SIDE = 1536  # pixels, of a picture that is sent; judges reduce larger ones themselves
-LARGEST_PNG = 4_000_000  # bytes, as servers limit a question; beyond it JPEG is sent
+LONGEST_SIDE = 1536  # pixels of a picture that is sent; judges reduce larger ones themselves
+LARGEST_PNG = 4_000_000  # bytes; servers limit a question, so a larger picture is sent as JPEG
 JSON_MODE = {"response_format": {"type": "json_object"}}  # not every server knows it
 THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}  # asked directly, without a proxy
 
-# HTTP statuses. 5xx is transient too; any other says that the server refuses this one question.
+# HTTP statuses. 5xx is transient, too. Any other means that the server refuses this one question.
 TRANSIENT = {408, 409, 425, 429}
 HOPELESS = {301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 407, 410}
 
@@ -52,7 +53,7 @@ class Unanswered(Exception):
 
 
 class Refused(Unanswered):
-    """A question that the server refuses, for its content for example. The server is alive."""
+    """A question that the server refuses, for example for its content. The server is alive."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -72,7 +73,7 @@ class Chat:
     timeout: float = 180.0  # seconds without a byte from the server
     pause: float = 2.0  # seconds after the first failure; doubles with each further one
     stop: threading.Event = field(default_factory=threading.Event)  # once set, nothing is asked
-    json_mode: bool | None = field(default=None, init=False)  # does the server know it? None: not seen
+    json_mode: bool | None = field(default=None, init=False)  # whether the server knows it; None: not known yet
 
     def __post_init__(self):
         self.url = self.url.rstrip("/").removesuffix("/chat/completions")
@@ -92,11 +93,10 @@ class Chat:
     def ask(self, system: str, content: list[dict], check: Callable[[dict], None]) -> dict:
         """Ask until the answer is a JSON object that passes `check`, which raises ValueError for a wrong one.
 
-        Unanswered after ATTEMPTS, Refused if the server refuses this question, ValueError if it refuses all questions.
+        Unanswered after ATTEMPTS; Refused if the server refuses this question; ValueError if it refuses all questions.
         """
         # No temperature: reasoning models do not accept it, and a second attempt should not repeat the first.
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        question = {"messages": messages}
+        question = {"messages": [{"role": "system", "content": system}, {"role": "user", "content": content}]}
         if self.model:
             question["model"] = self.model
         problem = "stopped"
@@ -119,19 +119,19 @@ class Chat:
                 pause = max(pause, seconds_until(error.headers.get("Retry-After", "")))
             except (OSError, http.client.HTTPException) as error:  # no connection, a time-out
                 problem = f"{type(error).__name__}: {error}"
-            except ValueError as error:  # an answer in another form: no reason to wait
+            except ValueError as error:  # an answer of the wrong form: no reason to wait
                 problem = str(error)
                 pause = 0.0
         raise Unanswered(problem)
 
     def reply(self, question: dict) -> str:
-        """The model's answer. ValueError if there is none or only half of it, Refused if the model refuses."""
+        """The model's answer. ValueError if there is none or only a part of it; Refused if the model refuses."""
         raw = self.post(question)
         try:
             choice = parse_json(raw)["choices"][0]
             message, ended = choice["message"], choice.get("finish_reason")
             text, refusal = message.get("content"), message.get("refusal")
-            if isinstance(text, list):  # texts and thoughts; the texts are the answer
+            if isinstance(text, list):  # of texts and thoughts; the texts are the answer
                 text = "".join(part["text"] for part in text if part["type"] == "text")
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"no chat completion: {raw[:200]!r}") from None
@@ -144,8 +144,8 @@ class Chat:
     def post(self, question: dict) -> bytes:
         """The server's reply, in JSON mode where the server knows it. HTTPError for a status other than success.
 
-        A server that does not know JSON mode refuses the question, but so does a content filter. Until the first
-        success shows which it is, a refused question is sent a second time, without JSON mode.
+        A server without JSON mode refuses the question, but so does a content filter. So until the first success a
+        refused question is sent a second time, without JSON mode.
         """
         if self.json_mode is not False:
             try:
@@ -169,7 +169,7 @@ class Chat:
             return response.read()
 
     def excerpt(self, error: urllib.error.HTTPError) -> str:
-        """The start of a server's error message. Some servers repeat the key in it; here it is masked."""
+        """The start of a server's error message. Some servers repeat the key in it, so the key is masked."""
         try:
             text = error.read(500).decode(errors="replace")
         except (OSError, http.client.HTTPException):
@@ -177,8 +177,29 @@ class Chat:
         return " ".join(text.replace(self.key or "\0", "***").split())[:300] or error.reason
 
 
+def open_chats(urls: Sequence[str], models: Sequence[str], variables: Sequence[str], timeout: float) -> list[Chat]:
+    """The models at these addresses: several judges, or the one that writes prompts.
+
+    models       their names; empty: each server's only model
+    variables    environment variables with their keys; empty: JUDGE_API_KEY, where it is set
+    timeout      in seconds
+
+    With several models the last address and the last key serve all that remain. ValueError: a variable is not set, or
+    two models share a name.
+    """
+    if unset := [variable for variable in variables if variable not in os.environ]:
+        raise ValueError(f"there is no environment variable {unset[0]}, which is to hold the key")
+    keys = [os.environ[variable] for variable in variables] or [os.environ.get("JUDGE_API_KEY")]
+    count = max(len(urls), len(models))
+    columns = [[*values, *values[-1:] * count][:count] for values in (urls, models or [None], keys)]
+    chats = [Chat(url, model, key, timeout) for url, model, key in zip(*columns, strict=True)]
+    if len({chat.model for chat in chats}) < len(chats):
+        raise ValueError("two judges need two names: --judge URL [URL] --judge-model NAME NAME")
+    return chats
+
+
 def refuses(status: int) -> bool:
-    """Whether an HTTP error says that the server refuses this question, and not all questions."""
+    """Whether an HTTP error means that the server refuses this question but not all questions."""
     return status < 500 and status not in TRANSIENT | HOPELESS
 
 
@@ -186,16 +207,16 @@ def seconds_until(retry_after: str) -> float:
     """The seconds that a Retry-After header asks for, as a number or as a date. 0 for anything else."""
     with suppress(ValueError):
         return float(retry_after)
-    with suppress(ValueError, OverflowError):  # no date, or a year that does not exist
+    with suppress(ValueError, OverflowError):  # not a date, or a year that does not exist
         date = parsedate_to_datetime(retry_after).replace(tzinfo=UTC)  # HTTP has no other zone
         return (date - datetime.now(UTC)).total_seconds()
     return 0.0
 
 
 def json_object(text: str) -> dict:
-    """The JSON object that an answer consists of; ValueError for anything else.
+    """The JSON object that is the whole answer; ValueError for anything else.
 
-    A finished thought before it and a code fence around it are removed: many models write them unasked.
+    A finished thought before it and a code fence around it are removed, because many models write them unasked.
     """
     bare = text.strip()
     if not bare.startswith(("{", "```")) and "</think>" in bare:
@@ -203,7 +224,7 @@ def json_object(text: str) -> dict:
     fenced = re.fullmatch(r"```(?:json)?[ \t]*\n(.*)\n[ \t]*```", bare, re.DOTALL)
     try:
         value = parse_json(fenced[1] if fenced else bare)
-        json.dumps(value, ensure_ascii=False).encode()  # half an emoji cannot be encoded
+        json.dumps(value, ensure_ascii=False).encode()  # fails for half an emoji
     except ValueError as error:
         raise ValueError(f"not the JSON that was asked for ({error}): {text[:200]!r}") from None
     if type(value) is not dict:
@@ -232,9 +253,9 @@ def image_part(path: Path) -> dict:
 
 
 def in_parallel(chat: Chat, ask: Callable, jobs: list, parallel: int, title: str) -> Iterator[tuple]:
-    """Call `ask` on each job, `parallel` at a time. Yields (job, answer or Unanswered) in the order in which they end.
+    """Call `ask` on each job, `parallel` at a time. Yields (job, answer or Unanswered) in the order of completion.
 
-    ValueError after GIVE_UP unanswered questions in a row; a refused question neither counts nor ends the row.
+    ValueError after GIVE_UP unanswered questions in a row. Refused questions neither count nor end the row.
     """
     pool = ThreadPoolExecutor(parallel)
     unanswered = 0  # in a row
@@ -255,7 +276,7 @@ def in_parallel(chat: Chat, ask: Callable, jobs: list, parallel: int, title: str
                     f"all answers so far are kept, and the same command asks for the rest"
                 )
             yield futures[future], result
-    except BaseException:  # also Ctrl-C: questions under way may end, but none is asked again
+    except BaseException:  # also Ctrl-C: pending questions may end, but none is asked again
         chat.stop.set()
         raise
     finally:

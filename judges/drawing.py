@@ -17,11 +17,12 @@ from scores.rows import machine
 
 
 def draw_missing(cases: dict[str, Prompt], several: dict[str, list[str]], folder: Path, options: EvalOptions) -> None:
-    """Draw the cases that have no picture in the folder yet. A case's noise is the same for every model.
+    """Draw the cases that have no picture in the folder yet. A case has the same noise for every model.
 
-    several: the names of a case's pictures; all but the first have further noises.
+    several: the names of each case's pictures; each has a noise of its own.
 
-    Every picture has in it what made it. ValueError for pictures of other weights or settings: a row is of one model.
+    Every picture holds the settings that made it, with a fingerprint of the weights. ValueError for pictures of other
+    weights or settings, because a row describes one model.
     """
     index = read_index(options.checkpoint)
     guidance = index["guidance"] if options.guidance is None else options.guidance
@@ -31,8 +32,8 @@ def draw_missing(cases: dict[str, Prompt], several: dict[str, list[str]], folder
     owners = {name: (picture, n) for picture, names in several.items() for n, name in enumerate(names)}
     missing = [name for name in owners if not (folder / name).exists()]
     for name in owners.keys() - set(missing):
-        before = notes_in(folder / name)
-        if any(before.get(key) != value for key, value in notes.items()):
+        its_notes = notes_in(folder / name)
+        if any(its_notes.get(key) != value for key, value in notes.items()):
             raise ValueError(f"{folder / name}: drawn by other weights or settings; name another --out for these")
     if not missing:
         return
@@ -43,8 +44,9 @@ def draw_missing(cases: dict[str, Prompt], several: dict[str, list[str]], folder
         picture_name, n = owners[name]
         case = cases[picture_name]
         case_seed = int(picture_name[-20:-4], 16) % 2**31  # from the hash in the name
-        began = time.perf_counter()
         seed = options.seed + case_seed + n
+        began = time.perf_counter()
         picture = pipeline(case.prompt, list(case.images), steps=steps, guidance=guidance, seed=seed)
-        spent = {"seconds": round(time.perf_counter() - began, 3), "machine": machine(pipeline.device)}
-        save(picture, folder / name, notes | {"prompt": case.prompt} | spent)
+        seconds = round(time.perf_counter() - began, 3)
+        made = {**notes, "prompt": case.prompt, "seconds": seconds, "machine": machine(pipeline.device)}
+        save(picture, folder / name, made)

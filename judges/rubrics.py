@@ -3,7 +3,7 @@
 The rubrics are the paper's (appendix A of Qwen-Image-Flash, arXiv 2606.03746) in our words: rubrics.toml. Scores go from
 1 to 5.
 
-Every answer is kept in a file. Its name has a hash of the whole question: model, texts, and the bytes of every picture.
+Every answer is saved in a file. Its name has a hash of the whole question: model, texts, and the bytes of every picture.
 So a changed picture is judged again, no question is paid for twice, and a stopped run resumes.
 """
 
@@ -55,7 +55,7 @@ def user_content(case: Prompt, picture: Path) -> list[dict]:
 
 
 def check_answer(answer: object, form: object, name: str = "the answer") -> None:
-    """ValueError unless the answer has the form: the same keys, a score for a number, a text for a text."""
+    """ValueError unless the answer has the form of `form`: its keys, scores for its numbers, texts for its texts."""
     if isinstance(form, dict):
         if type(answer) is not dict or answer.keys() != form.keys():
             raise ValueError(f"{name} is {short(answer)}; the keys {', '.join(form)} are expected")
@@ -74,15 +74,15 @@ def check_answer(answer: object, form: object, name: str = "the answer") -> None
 # ---- All pictures of a folder ----------------------------------------------------------------------------------------
 
 
-def judge(chat: Chat, cases: dict[str, Prompt], folder: Path, kept: Path, parallel: int) -> tuple[dict, dict]:
-    """Ask about every picture in `folder` that has no answer in the folder `kept` yet.
+def judge(chat: Chat, cases: dict[str, Prompt], folder: Path, saved: Path, parallel: int) -> tuple[dict, dict]:
+    """Ask about every picture in `folder` that has no answer in the folder `saved` yet.
 
-    Returns {name: answer} and {name: why there is none}. ValueError if the endpoint is of no use. After Ctrl-C the
-    questions under way end first. All answers until then are kept either way.
+    Returns {name: answer} and {name: why there is none}. ValueError if the endpoint is unusable. After Ctrl-C pending
+    questions end first. All answers until then are saved in any case.
     """
     answers, missing = {}, {}
     for name, case in cases.items():
-        file = kept / f"{Path(name).stem}-{question_hash(chat.model, case, folder / name)}.json"
+        file = saved / f"{Path(name).stem}-{question_hash(chat.model, case, folder / name)}.json"
         if file.exists():
             answers[name] = read_answer(file, case)
         else:
@@ -125,7 +125,7 @@ def read_answer(file: Path, case: Prompt) -> dict:
 
 def summary(cases: dict[str, Prompt], answers: dict[str, dict], unscored: dict[str, str]) -> dict:
     """One judge's part of a row: for each task the categories' means, their average and the half-width of its 95%
-    interval; and which pictures have no score. In a category without scores the mean is None, and so is the average."""
+    interval; and the pictures without a score. Without scores in a category its mean and the average are None."""
     result = {}
     for task in TASKS:
         scores = {case.category: [] for case in cases.values() if case.task == task}
@@ -140,7 +140,7 @@ def summary(cases: dict[str, Prompt], answers: dict[str, dict], unscored: dict[s
 
 
 def table(rows: list[dict]) -> str:
-    """The paper's tables, one for each task: a line for each judge of each model, and the model's rank.
+    """The paper's tables, one for each task, with a line for each judge of each model, and the model's rank.
 
     ValueError for rows that were scored on different cases.
     """
@@ -151,30 +151,31 @@ def table(rows: list[dict]) -> str:
 
 
 def table_of_task(rows: list[dict], task: str, columns: list[str]) -> str:
-    """One of these tables. columns: the categories and "average"."""
+    """One of these tables. columns: the categories, then "average"."""
     lines = [[task, "NFE", "judge", *columns, "rank", "scored"]]
     for row, rank in zip(rows, ranks(rows, task), strict=True):
-        of_model = [row["name"], str(row["nfe"] or "-")]
+        model = [row["name"], str(row["nfe"] or "-")]
         for name, judge in row["judges"].items():
             means = [judge[task][column] for column in columns]
             scores = ["-" if mean is None else f"{mean:.2f}" for mean in means]
             if f"{task}_interval" in judge:
                 scores[-1] += f" ± {judge[f'{task}_interval']:.2f}"
             scored = f"{judge['scored']} of {judge['scored'] + len(judge['unscored'])}"
-            lines.append([*of_model, name, *scores, rank, scored])
-            of_model, rank = ["", ""], ""  # only in the model's first line
+            lines.append([*model, name, *scores, rank, scored])
+            model, rank = ["", ""], ""  # they stand in the model's first line only
     return markdown(lines)
 
 
 def ranks(rows: list[dict], task: str) -> list[str]:
-    """The rank of each model by the mean of its judges' averages; "-" where an average is missing, equals share a rank.
+    """The rank of each model by the mean of its judges' averages: "-" where one is missing; equal means share a rank.
 
     The paper does not say how it ranks. This rule gives the ranks that it prints.
     """
     means = []  # of each model
     for row in rows:
-        of_judges = [judge[task]["average"] for judge in row["judges"].values()]
-        means.append(None if None in of_judges else round(float(np.mean(of_judges)), 6))
+        averages_of_judges = [judge[task]["average"] for judge in row["judges"].values()]
+        missing = None in averages_of_judges
+        means.append(None if missing else round(float(np.mean(averages_of_judges)), 6))
     known = [mean for mean in means if mean is not None]
     better = {mean: sum(other > mean for other in known) for mean in known}
     return ["-" if mean is None else str(1 + better[mean]) for mean in means]

@@ -11,13 +11,12 @@ from tqdm import tqdm
 from program import edges
 from program.writing_options import WritingOptions, parse
 
-if __name__ == "__main__":  # here already: --help and a mistyped flag do not wait for torch
+if __name__ == "__main__":  # here, so that --help and a mistyped flag do not wait for torch
     edges.run("judges.writing", parse)  # imports the rest, and calls run(options)
 
 from checkpoint.files import aside, may_write
 from data.prompts import read_prompts
-from judges.cases import open_chats
-from judges.chat import Chat, Unanswered, in_parallel, text_part
+from judges.chat import Chat, Unanswered, in_parallel, open_chats, text_part
 from program.edges import short
 
 AT_ONCE = 20  # prompts in one answer
@@ -36,7 +35,7 @@ BRIEFS = {
     "text": "pictures with words: posters, signs, covers, packages, screens; quote in double quotes exactly what is to be "
     "read in the picture, from one word to a few lines",
 }
-# A question asks for one entry of each line. Without such variety, models give much the same answer each time.
+# A question asks for one entry of each line. Otherwise models give nearly the same answer each time.
 VARIETY = (
     "at dawn, at noon, in the evening, at night, in fog, in rain, in snow, in a storm, in harsh sun",
     "photographs, oil paintings, drawings, illustrations, prints, film stills, any medium",
@@ -48,9 +47,9 @@ VARIETY = (
 
 
 def write_prompts(chat: Chat, category: str, count: int, out: Path, parallel: int) -> int:
-    """Write T2I prompts to a file of JSON lines until it has `count` different ones. Returns how many it has.
+    """Write T2I prompts to a file of JSON lines until it has `count` different ones. Returns their number.
 
-    The file is written after each answer, whole, so a killed run resumes. ValueError if it holds prompts of another
+    The whole file is written after each answer, so a killed run resumes. ValueError if it holds prompts of another
     category, or if the model has no more ideas.
     """
     may_write(out, overwrite=True)  # before the first question, which costs money
@@ -66,11 +65,11 @@ def write_prompts(chat: Chat, category: str, count: int, out: Path, parallel: in
             number = min(parallel, math.ceil((count - len(known)) / AT_ONCE))
             questions = [question_for(category, rng) for _ in range(number)]
             for _, answer in in_parallel(chat, ask, questions, parallel, "ask"):
+                before = len(known)
                 if isinstance(answer, Unanswered):
                     texts, problem = [], str(answer)
                 else:
                     texts, problem = answer["prompts"], "only prompts that are there already"
-                before = len(known)
                 for text in texts:
                     if plain(text) not in known and len(known) < count:
                         known.add(plain(text))
@@ -115,12 +114,13 @@ def check_answer(answer: dict) -> None:
 
 
 def plain(text: str) -> str:
-    """The words alone: prompts that differ only in case, space or punctuation are the same."""
+    """The words alone. Prompts that differ only in case, space or punctuation count as the same."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def run(options: WritingOptions) -> None:
-    models, keys = [options.model] if options.model else [], [options.key] if options.key else []
+    models = [options.model] if options.model else []
+    keys = [options.key] if options.key else []
     (chat,) = open_chats([options.endpoint], models, keys, options.timeout)
     count = write_prompts(chat, options.category, options.count, options.out, options.parallel)
     print(f"{options.out}: {count} prompts")
