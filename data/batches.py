@@ -1,4 +1,4 @@
-"""Micro-batches: which of the pool's entries come when, and their tensors. The draws that go with them: train.py."""
+"""Micro-batches: which entries of the pool come when, and their tensors. train.py has the draws that go with them."""
 
 import hashlib
 from collections.abc import Callable
@@ -13,27 +13,27 @@ from model import Condition
 
 
 def generator(seed: int, update: int, number: int, purpose: str) -> torch.Generator:
-    """Makes random numbers that depend on these four alone: a resumed run and another number of processes get the same
-    ones. The generator is the CPU's, so that a GPU gets the same ones, too."""
+    """A generator whose numbers depend on these four alone, so a resumed run or another number of processes gets the same
+    ones. It is the CPU's, so that a GPU gets the same ones, too."""
     digest = hashlib.blake2b(f"{seed}/{update}/{number}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 @dataclass
 class Batch:
-    """A rank's part of a micro-batch, B samples of one task and layout, on the device.
+    """A rank's part of a micro-batch: B samples of one task and layout, on the device.
 
-    Draws and target are fp32; the conditions have the working dtype.
+    Draws and target are fp32. The conditions have the working dtype.
     """
 
     task: str
     category: str
-    fraction: float  # of the update's samples that the micro-batch has, on all ranks together
+    fraction: float  # of the update's samples that are in this micro-batch, over all ranks
     condition: Condition
     empty: Condition | None  # the same sources without words
     target: Tensor | None  # (B, 64, h, w), for the flow objective
     k: int | None  # the student's step; None with the flow objective
-    noises: Tensor  # (K, B, 64, h, w) for a student that re-noises, else (1, B, 64, h, w): where a path or walk starts
+    noises: Tensor  # (K, B, 64, h, w) for a student that re-noises, else (1, B, 64, h, w), where a path or walk starts
     xi: Tensor  # (B, 64, h, w): noise for x_theta
     t: Tensor  # (B,) in [0, 1]
     times: list[float]  # the same numbers, for messages: reading them from a GPU would wait for it
@@ -41,24 +41,24 @@ class Batch:
 
     @property
     def where(self) -> str:
-        """For errors."""
+        """Names the batch in errors."""
         return f"task {self.task}, k = {self.k}, t = {self.times}"
 
 
 def nth_entries(pool: Pool, seed: int, purpose: str, task: str, category: str, n: int, size: int) -> list[Entry]:
     """The entries of a category's n-th micro-batch (of `purpose`), `size` of them, all of one class (data/pool.py).
 
-    They follow from seed and n alone. In an epoch each class gives as many micro-batches as it can fill, in a shuffled
-    order; what is left of it comes first in the next epoch. Within a class, entries come in a shuffled order, a new one
-    when all were seen. So after any number of epochs all entries were seen equally often, or once less. One exception: a
-    class with fewer entries than a micro-batch waits for several epochs, and then comes several times at once.
+    They depend on seed and n alone. In an epoch each class gives as many micro-batches as it can fill, in a shuffled
+    order. Its remaining entries come first in the next epoch. Within a class, entries are shuffled, and shuffled anew when
+    all were used. So after any number of epochs all entries were used equally often, or once less. One exception: a class
+    with fewer entries than a micro-batch waits for several epochs, and then each entry comes several times at once.
     """
     classes = pool.classes[task, category]
     entries = sum(len(members) for members in classes)
     key = f"{purpose} {task} {category}"
 
     def filled(epochs: int) -> list[int]:
-        """The micro-batches that each class fills in so many epochs."""
+        """How many micro-batches each class fills in this many epochs."""
         return [epochs * len(members) // size for members in classes]
 
     epoch = n * size // entries  # a lower bound: where sizes do not divide, an epoch fills fewer
@@ -76,7 +76,7 @@ def nth_entries(pool: Pool, seed: int, purpose: str, task: str, category: str, n
     chosen, orders = [], {}
     for position in range(used, used + size):
         lap, i = divmod(position, len(members))
-        if lap not in orders:  # all were seen: a new order
+        if lap not in orders:  # all were used: a new order
             rng = generator(seed, lap, number, f"{key} class")
             orders[lap] = torch.randperm(len(members), generator=rng).tolist()
         chosen.append(members[orders[lap][i]])
@@ -88,12 +88,12 @@ def condition_of(
 ) -> Condition:
     """The condition of B entries of one layout. empty: without their words.
 
-    Texts are padded to the longest, and at least to `length`: the longest text may be another rank's, and the target
-    stands behind that one.
+    Texts are padded to the longest, and at least to `length`. The target's position follows the longest text, which may be
+    another rank's.
     """
     texts = [entry.empty if empty else entry.states for entry in entries]  # (L_i, C) each
     slots = entries[0].slots
-    for start, stop in slots:  # entries do not keep the states of sources' slots, nor does the network read them
+    for start, stop in slots:  # entries have no states of sources' slots, because the network never reads them
         texts = [torch.cat([text[:start], text.new_zeros(stop - start, text.shape[1]), text[start:]]) for text in texts]
     length = max(length + sum(stop - start for start, stop in slots), *(len(text) for text in texts))
     states = torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])  # (B, L, C)

@@ -1,11 +1,11 @@
-"""What the frozen encoders make of every prompt, computed once and kept in a folder.
+"""Prompts and pictures, encoded once by the frozen encoders and saved in a folder.
 
     How              what is encoded of a prompt, and at which size
     encode_prompts   prompts -> Pool, by way of a folder of safetensors shards. Prompts that are in the folder are not
                      encoded again, and tensors are mapped from the files, not copied into every process
 
-The PARTS of an entry are what the encoders make: all but task, category and size. In the folder their key is a hash of
-the CONTENT: the words, the pictures' bytes, the encoders' files and How. So a changed picture is encoded again.
+The PARTS of an entry are what the encoders compute: all but task, category, size and words. Their key in the folder is a
+hash of the words, the pictures' bytes, the encoders' files and How. So a changed picture is encoded again.
 """
 
 import gc
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,8 +34,8 @@ from networks.qwen3vl import PixelSettings, Qwen3VL
 from networks.vae import VAE
 from program.ranks import all_gather, on_rank0, raise_on_all_ranks, rank, ranks, say
 
-GROUP = 32  # prompts that are encoded at once, and kept in one shard
-THREADS = 8  # of a process, for pictures: to open and resize them, to hash them
+GROUP = 32  # prompts that are encoded at once and saved in one shard
+THREADS = 8  # of a process, which open, resize and hash pictures
 ENCODERS = ("processor", "text_encoder", "vae")  # the parts of a checkpoint on which the entries depend
 ASPECTS = ((1, 1), (4, 3), (3, 4), (16, 9), (9, 16))  # of T2I, as the published networks draw
 
@@ -45,18 +45,18 @@ class How:
     """What is encoded of each prompt, and at which size. All but `aspects` belongs to the key of its parts."""
 
     resolution: int  # pictures get about the area of a square of this side, in pixels
-    empty: bool = True  # also an empty prompt with the same sources, for guidance and text dropout
-    targets: bool = False  # also the target pictures, for the flow objective
+    empty: bool = True  # also encode an empty prompt with the same sources, for guidance and text dropout
+    targets: bool = False  # also encode the target pictures, for the flow objective
     fit: str = "stretch"  # how pictures get their sizes: stretch, crop or pad (pictures.fit)
-    aspects: bool = False  # T2I without a target gets one of ASPECTS, else it is a square
+    aspects: bool = False  # T2I without a target gets one of ASPECTS instead of a square
 
 
 def encode_prompts(folder: Path, prompts: list[Prompt], checkpoint: Path, how: How, device: str = "cpu") -> Pool:
-    """Encode the prompts that `folder` does not have yet, keep them there, and map the tensors of all from its files.
+    """Encode the prompts that `folder` does not have yet, save them there, and map the tensors of all from its files.
 
-    The pool keeps the prompts' order. The encoders are opened on the device only if something is missing, in bf16 on a
-    GPU and in fp32 on a CPU, and are freed at the end. All ranks divide the work. Which prompts are encoded in one batch
-    depends on what is missing, not on the number of ranks: that would change the last bits of the states.
+    The pool has the prompts' order. The encoders are opened on the device only if something is missing, in bf16 on a GPU
+    and in fp32 on a CPU, and are freed at the end. The ranks share the work. Batches depend on what is missing but not on
+    the number of ranks, which would change the last bits of the states.
 
     ValueError or OSError name the picture that cannot be read, or the prompt whose target is missing.
     """
@@ -69,7 +69,7 @@ def encode_prompts(folder: Path, prompts: list[Prompt], checkpoint: Path, how: H
         mine = groups(missing, how, checkpoint)[rank() :: ranks()]
         if mine:
             encode_groups(mine, folder, checkpoint, how, device)
-            gc.collect()  # the encoders are gone; now their memory is, too
+            gc.collect()  # frees the encoders' memory
             torch.cuda.empty_cache()
     shards = read_shards(folder)
     entries = []
@@ -81,8 +81,9 @@ def encode_prompts(folder: Path, prompts: list[Prompt], checkpoint: Path, how: H
 
 
 def drawn_size(words: str, parts: dict, how: How) -> tuple[int, int]:
-    """(h, w) of the latents to draw: an edit has its last source's, T2I its target's if that was encoded. Else the
-    words decide: with how.aspects their hash picks one of ASPECTS, so a prompt keeps its own in every run."""
+    """(h, w) of the latents to draw. An edit has its last source's size; T2I has its target's, if that was encoded.
+    Otherwise it is a square or, with how.aspects, the one of ASPECTS that a hash of the words picks: a prompt keeps its
+    aspect in every run."""
     if parts["sources"]:
         return tuple(parts["sources"][-1].shape[1:])
     if parts["target"] is not None:
@@ -100,7 +101,7 @@ def groups(prompts: dict[str, Prompt], how: How, checkpoint: Path) -> list[dict[
 
     ValueError: a prompt lacks its target, or a source is too small or too large for the checkpoint's encoder.
     """
-    alike = defaultdict(list)
+    keys_of_layout = defaultdict(list)
     sources, source_sizes = [], []
     for key, prompt in prompts.items():
         if how.targets and prompt.target is None:
@@ -109,19 +110,22 @@ def groups(prompts: dict[str, Prompt], how: How, checkpoint: Path) -> list[dict[
         if how.targets and not shown:
             shown = [prompt.target]
         sizes = [pictures.fitted_size(picture, how.resolution) for picture in shown]
-        alike[len(prompt.images), *sizes].append(key)
+        keys_of_layout[len(prompt.images), *sizes].append(key)
         sources += prompt.images
         source_sizes += sizes[: len(prompt.images)]
     if sources:
         limits = PixelSettings.from_pretrained(checkpoint / "processor")
         pictures.check_areas(sources, source_sizes, how.resolution, limits.shortest_edge, limits.longest_edge)
-    cut = [keys[i : i + GROUP] for keys in alike.values() for i in range(0, len(keys), GROUP)]
-    return [{key: prompts[key] for key in keys} for keys in cut]
+    result = []
+    for keys in keys_of_layout.values():
+        for start in range(0, len(keys), GROUP):
+            result.append({key: prompts[key] for key in keys[start : start + GROUP]})
+    return result
 
 
 def encode_groups(work: list[dict[str, Prompt]], folder: Path, checkpoint: Path, how: How, device: str) -> None:
-    """Open the encoders, encode one group after the other, and write each as a shard. While a group is encoded, several
-    threads open and fit the next one's pictures."""
+    """Open the encoders, encode one group after the other, and write each as a shard. While one group is encoded, threads
+    open and fit the pictures of the next."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     vae = VAE.from_pretrained(checkpoint / "vae", dtype, device)
     encoder = Qwen3VL.from_pretrained(checkpoint, dtype, device)
@@ -160,7 +164,7 @@ def encode_group(
     targets: list[Image.Image | None],
     empty: bool,
 ) -> list[dict]:
-    """The parts of one group's entries. images: the fitted sources of each, of equal sizes; targets: fitted, or None."""
+    """The parts of one group's entries. images: the fitted sources of each, of equal sizes. targets: fitted, or None."""
     seen = encoder.look(images)  # (1 + J, B, T, C), for both texts
 
     def read(words: list[str]) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -168,11 +172,12 @@ def encode_group(
         states, mask, slots = encoder.encode(words, images[:n], seen[:, :n])  # (B, L, C), (B, L)
         for start, stop in slots:
             mask[:, start:stop] = False  # the MMDiT has the source's latents there instead
-        return [s[kept].to("cpu", torch.bfloat16) for s, kept in zip(states, mask, strict=True)], slots
+        rows = zip(states, mask, strict=True)
+        return [row[is_read].to("cpu", torch.bfloat16) for row, is_read in rows], slots  # each (L_i, C)
 
     def latents(shown: Iterable[Image.Image]) -> list[Tensor]:
-        like = vae.quant_conv.weight
-        pixels = pictures.to_tensor(list(shown)).to(like.device, like.dtype)  # (B, 4, H, W)
+        weight = vae.quant_conv.weight
+        pixels = pictures.to_tensor(list(shown)).to(weight.device, weight.dtype)  # (B, 4, H, W)
         return list(vae.encode(pixels).to("cpu", torch.bfloat16))  # B of (64, h, w)
 
     count = len(prompts)
@@ -180,14 +185,15 @@ def encode_group(
     wordless = [None] * count
     if empty and slots:
         wordless, _ = read([""] * count)
-    elif empty:  # without sources it is the same for all
+    elif empty:  # the same for all, because there are no sources
         wordless = read([""])[0] * count
-    goals = [None] * count if targets[0] is None else latents(targets)
+    target_latents = [None] * count if targets[0] is None else latents(targets)
     columns = [latents(column) for column in zip(*images, strict=True)]  # sources x B of (64, h_i, w_i)
     parts = []
     for i in range(count):
         sources = [column[i] for column in columns]
-        parts.append(dict(states=states[i], empty=wordless[i], slots=slots, sources=sources, target=goals[i]))
+        texts = dict(states=states[i], empty=wordless[i], slots=slots)
+        parts.append({**texts, "sources": sources, "target": target_latents[i]})
     return parts
 
 
@@ -195,7 +201,7 @@ def encode_group(
 
 
 def divided(work: Callable, items: list) -> list:
-    """work(item) for every item, in order. Each rank does a part, by several threads, and has the results of all."""
+    """work(item) for every item, in order. Each rank does a part with several threads and gets the results of all."""
     with raise_on_all_ranks(), ThreadPoolExecutor(THREADS) as threads:
         mine = list(threads.map(work, items[rank() :: ranks()]))
     shares = all_gather(mine)
@@ -203,7 +209,9 @@ def divided(work: Callable, items: list) -> list:
 
 
 def content_key(prompt: Prompt, encoders: str, how: How) -> str:
-    shown = [*prompt.images, prompt.target] if how.targets and prompt.target else prompt.images
+    shown = list(prompt.images)
+    if how.targets and prompt.target:
+        shown.append(prompt.target)
     contents = []
     for picture in shown:
         if isinstance(picture, Image.Image):
@@ -215,13 +223,13 @@ def content_key(prompt: Prompt, encoders: str, how: How) -> str:
 
 
 def write_shard(folder: Path, group: dict[str, dict]) -> None:
-    """Write a group's parts, by key, as one file, whole or not at all: it is named when its bytes are on the disk."""
+    """Write a group's parts, by key, as one file. It gets its name only when all its bytes are on the disk."""
     tensors = {}
     for key, parts in group.items():
-        named = {name: parts[name] for name in ("states", "empty", "target")}
+        named = {"states": parts["states"], "empty": parts["empty"], "target": parts["target"]}
         named |= dict(enumerate(parts["sources"]))
         for name, tensor in named.items():
-            if tensor is not None:  # each tensor of a file needs memory of its own
+            if tensor is not None:  # a copy: each tensor of a file needs memory of its own
                 tensors[f"{key}.{name}"] = tensor.clone(memory_format=torch.contiguous_format)
     slots = {key: parts["slots"] for key, parts in group.items()}
     path = folder / f"{digest(''.join(group))[:32]}.safetensors"
@@ -232,8 +240,8 @@ def write_shard(folder: Path, group: dict[str, dict]) -> None:
 def read_shards(folder: Path) -> dict[str, dict]:
     """The parts of all entries in a folder, by key. Tensors are mapped: nothing is read before it is used.
 
-    A shard that is damaged, or that an earlier version wrote with all states, is passed over. It stays until one of the
-    same prompts replaces it. Other files are not looked at.
+    A shard that is damaged, or that an earlier version wrote, is skipped with a message. It stays until a shard of the same
+    prompts replaces it. Other files are ignored.
     """
     entries = {}
     for path in sorted(folder.glob("[0-9a-f]" * 32 + ".safetensors")):
@@ -242,9 +250,8 @@ def read_shards(folder: Path) -> dict[str, dict]:
                 layouts = json.loads((file.metadata() or {}).get("slots", ""))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             entries |= {key: entry_parts(key, slots, tensors) for key, slots in layouts.items()}
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            # A damaged header may hold any JSON.
-            say(f"{path}: damaged or of an earlier version, and not used")
+        except Exception as error:  # a damaged header may hold any JSON, so nearly everything can fail
+            say(f"{path}: damaged or of an earlier version, and not used ({type(error).__name__}: {error})")
     return entries
 
 

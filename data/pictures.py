@@ -1,7 +1,7 @@
-"""Pictures: opened upright in sRGB in any mode, fitted to the latent grid, as tensors, and written with their settings.
+"""Pictures: opened upright in sRGB from any mode, fitted to the latent grid, as tensors, and written with their settings.
 
-Metadata (a camera's mark, a colour profile, texts) never decide whether a picture is read. Where they are broken, a
-notice says so, and the picture is read without them.
+Broken metadata (a camera's rotation mark, a colour profile, texts) do not keep a picture from being read. A notice says
+that they are not used.
 """
 
 import json
@@ -27,11 +27,11 @@ with suppress(ImportError):  # Pillow itself reads no HEIC
 
 Source = str | Path | Image.Image  # a picture, or the file it is in
 MOST_PIXELS = 4096 * 4096  # of a picture to draw; also the most that the published processor reads
-LARGE = 178_956_970  # pixels of a file above which it is read at half its sides; Pillow's own limit
-LARGEST = 500_000_000  # pixels of a file above which it is refused: 2 GB
-Image.MAX_IMAGE_PIXELS = LARGEST  # else Pillow refuses what is LARGE
-PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes of a profile, too: a printer's has more than Pillow's 1 MiB
-TURNS = {  # a camera's mark, the EXIF key ORIENTATION: how to set the picture upright
+LARGE = 178_956_970  # pixels; a larger file is read at half its width and height. Pillow's own limit
+LARGEST = 500_000_000  # pixels; a larger file is rejected. This many take 2 GB
+Image.MAX_IMAGE_PIXELS = LARGEST  # otherwise Pillow rejects what is LARGE
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # bytes, of profiles too: a printer's exceeds Pillow's 1 MiB
+TURNS = {  # a camera's mark, the EXIF key ORIENTATION -> how to turn the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -44,27 +44,27 @@ ORIENTATION = 0x0112
 
 
 def open_picture(source: Source) -> Image.Image:
-    """Read a picture of any mode: upright, in sRGB, as RGBA; one of more than LARGE pixels at half its sides.
+    """Read a picture of any mode: upright, in sRGB, as RGBA. With more than LARGE pixels it is read at half its sides.
 
     OSError or ValueError name the file.
 
-    The reference leaves three traps to the caller. It does not apply a camera's rotation mark, it ignores colour
-    profiles, and it cuts 16-bit grey off at 255, which turns it white.
+    The reference leaves three traps to the caller: it does not apply a camera's rotation mark, it ignores colour profiles,
+    and it clips 16-bit grey at 255, which turns it white.
     """
     return _read(source, _upright)
 
 
 def upright_size(source: Source) -> tuple[int, int]:
-    """(width, height) of what open_picture returns: from the file's header where that is sure, else by opening it."""
+    """(width, height) of what open_picture returns, from the file's header where that is reliable."""
 
     def size(picture: Image.Image, name: str) -> tuple[int, int]:
-        if picture.format not in (None, "JPEG", "PNG", "WEBP"):  # others may be turned or resized as they are decoded
+        if picture.format not in (None, "JPEG", "PNG", "WEBP"):  # decoders of others may turn or resize them
             return _upright(picture, name).size
         width, height = picture.size
         if width * height > LARGE:
             width, height = math.ceil(width / 2), math.ceil(height / 2)
-        lies = _mark(picture, name) in (5, 6, 7, 8)  # it has to be turned by a quarter
-        return (height, width) if lies else (width, height)
+        quarter_turn = _mark(picture, name) in (5, 6, 7, 8)
+        return (height, width) if quarter_turn else (width, height)
 
     return _read(source, size)
 
@@ -79,7 +79,7 @@ def name_of(source: Source) -> str:
 
 
 def _read(source: Source, use):
-    """use(picture, its name), where every error of a decoder becomes one that names the file."""
+    """use(picture, its name). Every error of a decoder becomes one that names the file."""
     name = name_of(source)
     try:
         if isinstance(source, Image.Image):
@@ -87,16 +87,16 @@ def _read(source: Source, use):
         try:
             return _open(source, name, use)
         except Exception as error:
-            # Metadata may be at fault. A profile and a camera's mark are kept as long as they are not.
-            for kept in ((b"tRNS", b"iCCP", b"eXIf"), (b"tRNS",)):
+            # Metadata may be the cause. First try to keep the profile and the camera's mark.
+            for chunks in ((b"tRNS", b"iCCP", b"eXIf"), (b"tRNS",)):
                 with suppress(Exception):
-                    result = _open(BytesIO(_png_without_metadata(source, kept)), name, use)
+                    result = _open(BytesIO(_png_with_only(source, chunks)), name, use)
                     notice("metadata", f"{name}: its metadata are broken and not used ({error})")
                     return result
             raise
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture") from None
-    except Exception as error:  # decoders raise nearly everything
+    except Exception as error:  # decoders raise nearly every class
         heic = Path(name).suffix.lower() in (".heic", ".heif", ".hif")
         advice = "; for HEIC install the package pillow-heif" if heic else ""
         raise ValueError(f"{name}: cannot be read as a picture ({error or type(error).__name__}{advice})") from None
@@ -109,8 +109,8 @@ def _open(file: str | Path | BytesIO, name: str, use):
         return use(picture, name)
 
 
-def _png_without_metadata(file: str | Path, kept: tuple[bytes, ...]) -> bytes:
-    """A PNG's bytes without its ancillary chunks, whose names begin with a small letter, but for those to keep."""
+def _png_with_only(file: str | Path, ancillary: tuple[bytes, ...]) -> bytes:
+    """A PNG's bytes with only these ancillary chunks. An ancillary chunk's name begins with a small letter."""
     with open(file, "rb") as opened:
         signature = opened.read(8)
         if signature != b"\x89PNG\r\n\x1a\n":
@@ -120,19 +120,19 @@ def _png_without_metadata(file: str | Path, kept: tuple[bytes, ...]) -> bytes:
     while start < len(content):
         stop = start + 12 + int.from_bytes(content[start : start + 4], "big")  # length, name, data, checksum
         name = content[start + 4 : start + 8]
-        if name[:1].isupper() or name in kept:
+        if name[:1].isupper() or name in ancillary:
             chunks.append(content[start:stop])
         start = stop
     return b"".join(chunks)
 
 
 def _mark(picture: Image.Image, name: str) -> int | None:
-    """A camera's mark, which says how it was held; None where there is none or it cannot be read."""
+    """A camera's mark, which says how the camera was held; None if it is missing or unreadable."""
     if picture.format == "PNG":
-        picture.load()  # the mark may stand behind the pixels, whose errors are not the mark's
+        picture.load()  # outside of the try: the mark may follow the pixels, whose errors are not the mark's
     try:
         mark = picture.getexif().get(ORIENTATION)
-    except Exception as error:  # nearly everything, as decoders do
+    except Exception as error:  # as of decoders: nearly every class
         notice("exif", f"{name}: its EXIF data are broken and not used ({error or type(error).__name__})")
         return None
     return mark if isinstance(mark, int) else None
@@ -140,44 +140,50 @@ def _mark(picture: Image.Image, name: str) -> int | None:
 
 def _upright(picture: Image.Image, name: str) -> Image.Image:
     if picture.width * picture.height > LARGE:
-        picture.draft(None, (picture.width // 2, picture.height // 2))  # where the decoder can do it: JPEG
+        picture.draft(None, (picture.width // 2, picture.height // 2))  # halves it where the decoder can: JPEG
     deep = any("16" in str(tile[-1]) for tile in getattr(picture, "tile", ()))  # 16 bits in the file
-    picture.load()  # before the mark is read: some formats come upright out of their decoder, and their mark is gone
+    picture.load()  # before the mark is read: some decoders turn the picture themselves and remove the mark
     profile, mark = picture.info.get("icc_profile"), _mark(picture, name)
-    clear = picture.info.get("transparency")  # a PNG's one transparent colour, as it stands in the file
-    if picture.mode.startswith("I"):  # I;16 and its byte orders; I is what older files of 16 bits open as
-        picture = _eight_bits(picture, clear)
-    elif deep and picture.mode == "RGB" and clear is not None:  # Pillow has kept the upper halves of the 16 bits
-        picture = picture.copy()
-        picture.info["transparency"] = tuple(value >> 8 for value in clear)
+    picture = _eight_bits(picture, deep)
     if picture.mode in ("F", "LAB"):  # floats without a known range; a mode that Pillow converts to wrong colours
         raise ValueError(f"mode {picture.mode} has no sure colours; save it as RGB")
     if picture.width * picture.height > LARGE:
-        if picture.mode in ("1", "P", "PA") or "transparency" in picture.info:  # not to be averaged as they are
+        if picture.mode in ("1", "P", "PA") or "transparency" in picture.info:  # such values have no average
             picture = picture.convert("RGBA")
         picture = picture.reduce(2)
     if mark in TURNS:
         picture = picture.transpose(TURNS[mark])
     rgba = picture.convert("RGBA")
     if profile:
-        base = {"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")  # the kind of colours it speaks of
-        rgba = _srgb(picture if base == "CMYK" else rgba.convert(base), rgba, profile, name)
-    rgba.info = {}  # mark and profile have been applied; nobody may apply them again
+        mode = {"L": "L", "LA": "L", "CMYK": "CMYK"}.get(picture.mode, "RGB")  # of the colours that it describes
+        colours = picture if mode == "CMYK" else rgba.convert(mode)
+        rgba = _srgb(colours, rgba, profile, name)
+    rgba.info = {}  # mark and profile are applied, and must not be applied again
     return rgba
 
 
-def _eight_bits(picture: Image.Image, clear: int | None) -> Image.Image:
-    """16-bit grey as L, or as LA where the value `clear` is transparent."""
-    values = np.asarray(picture).clip(0, 65535)
-    grey = (np.arange(65536) / 257).round().astype(np.uint8)  # 65535 -> 255
-    small = Image.fromarray(grey[values])
-    if clear is None:
-        return small
-    return Image.merge("LA", [small, Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8))])
+def _eight_bits(picture: Image.Image, deep: bool) -> Image.Image:
+    """The picture with 8 bits a channel: 16-bit grey as L, or as LA if one grey is transparent. Others unchanged.
+
+    deep: the file has 16 bits a channel. Of colours Pillow has kept the upper 8 bits, but not of the transparent one.
+    """
+    clear = picture.info.get("transparency")  # a PNG's one transparent colour, as in the file
+    if picture.mode.startswith("I"):  # I;16 and its byte orders; older files of 16 bits open as I
+        values = np.asarray(picture).clip(0, 65535)
+        greys = (np.arange(65536) / 257).round().astype(np.uint8)  # 65535 -> 255
+        grey = Image.fromarray(greys[values])
+        if clear is None:
+            return grey
+        alpha = np.where(values == clear, 0, 255).astype(np.uint8)
+        return Image.merge("LA", [grey, Image.fromarray(alpha)])
+    if deep and picture.mode == "RGB" and clear is not None:
+        picture = picture.copy()
+        picture.info["transparency"] = tuple(value >> 8 for value in clear)
+    return picture
 
 
 def _srgb(colours: Image.Image, rgba: Image.Image, profile: bytes, name: str) -> Image.Image:
-    """`rgba` in sRGB instead of the colours of the profile, which speaks of `colours`."""
+    """`rgba` converted to sRGB by the profile, which describes `colours`."""
     try:
         own, srgb = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.createProfile("sRGB")
         colours = ImageCms.profileToProfile(colours, own, srgb, outputMode="RGB")
@@ -185,19 +191,20 @@ def _srgb(colours: Image.Image, rgba: Image.Image, profile: bytes, name: str) ->
         notice("profile", f"{name}: its colour profile is broken and not applied ({error})")
         return rgba
     if max(high for _, high in ImageChops.difference(colours, rgba.convert("RGB")).getextrema()) <= 1:
-        return rgba  # the profile is sRGB's own; what differs is rounding
+        return rgba  # the profile is sRGB's own; the difference is rounding
     colours.putalpha(rgba.getchannel("A"))
     return colours
 
 
 def fit(source: Source, resolution: int, how: str = "stretch", size: tuple[int, int] | None = None) -> Image.Image:
-    """Open a picture and bring it to about resolution^2 pixels in its own shape, sides rounded to multiples of 32.
+    """Open a picture and resize it to about resolution^2 pixels in its own shape, sides rounded to multiples of 32.
 
     size    (width, height) to use instead
-    how     where the shape changes: "stretch" the picture, as the reference does; "crop" what is too much, equally on
-            both sides; or "pad" with white
+    how     if the shape changes: "stretch" the picture, as the reference does; "crop" it, equally on both sides; or "pad"
+            it with white
 
-    One resize serves language model and VAE alike. It is done in RGBA, where Pillow weighs colours by their alpha.
+    The language model and the VAE see the same resized picture. It is resized in RGBA, where Pillow weights colours by
+    their alpha.
     """
     picture, name = open_picture(source), name_of(source)
     width, height = size or sides(picture.width, picture.height, resolution, name)
@@ -207,10 +214,10 @@ def fit(source: Source, resolution: int, how: str = "stretch", size: tuple[int, 
     if how == "pad":
         return ImageOps.pad(picture, (width, height), lanczos, "white")
     change = picture.width * height / (picture.height * width)
-    if max(change, 1 / change) > 1.03:
+    stretch = max(change, 1 / change)
+    if stretch > 1.03:
         sizes = f"{picture.width} x {picture.height} becomes {width} x {height}"
-        by = f"{max(change, 1 / change) - 1:.0%}"
-        notice("shape", f"{name}: {sizes}, stretched by {by}; --fit crop or pad keeps the shape")
+        notice("shape", f"{name}: {sizes}, stretched by {stretch - 1:.0%}; --fit crop or pad keeps the shape")
     return picture.resize((width, height), lanczos)
 
 
@@ -225,23 +232,23 @@ def sides(width: float, height: float, resolution: int, name: str = "the shape")
 
 
 def check_areas(sources: list[Source], fitted: list[tuple[int, int]], resolution: int, fewest: int, most: int) -> None:
-    """ValueError where a source has fewer or more pixels than the language model reads. It names the first such
-    picture, and the nearest resolution that suits all of them. fitted: the sizes that they get at this resolution."""
+    """ValueError if a source has fewer or more pixels than the language model reads. It names the first such picture,
+    and the nearest resolution that suits all of them. fitted: the (width, height) of each source at this resolution."""
 
-    def wrong(sizes: list[tuple[int, int]]) -> list[int]:
-        return [number for number, (width, height) in enumerate(sizes) if not fewest <= width * height <= most]
+    def suits(width: int, height: int) -> bool:
+        return fewest <= width * height <= most
 
-    if not (bad := wrong(fitted)):
+    unsuitable = [number for number, size in enumerate(fitted) if not suits(*size)]
+    if not unsuitable:
         return
-    name, (width, height) = name_of(sources[bad[0]]), fitted[bad[0]]
-    shapes = {upright_size(source): None for source in sources}
-    larger = width * height < fewest
-    for side in range(resolution + 1, 4097) if larger else range(resolution - 1, MULTIPLE, -1):
-        if side % MULTIPLE == 0 and not wrong([sides(*shape, side, name) for shape in shapes]):
+    name, (width, height) = name_of(sources[unsuitable[0]]), fitted[unsuitable[0]]
+    shapes = dict.fromkeys(upright_size(source) for source in sources)  # each once
+    larger, smaller = range(resolution + 1, 4097), range(resolution - 1, MULTIPLE, -1)
+    advice = "no resolution suits all pictures"
+    for side in larger if width * height < fewest else smaller:
+        if side % MULTIPLE == 0 and all(suits(*sides(*shape, side, name)) for shape in shapes):
             advice = f"--resolution {side} suits all pictures"
             break
-    else:
-        advice = "no resolution suits all pictures"
     raise ValueError(
         f"{name}: becomes {width} x {height} at --resolution {resolution}, and the language model reads pictures of "
         f"{fewest:,} to {most:,} pixels (processor/preprocessor_config.json); {advice}"
@@ -249,16 +256,17 @@ def check_areas(sources: list[Source], fitted: list[tuple[int, int]], resolution
 
 
 def latent_grid(height: int, width: int, own: int) -> tuple[int, int]:
-    """(h, w) of the latent for a picture to draw, whose sides in pixels are floored to multiples of 32.
+    """(h, w) of the latent for a picture to draw, whose sides in pixels are rounded down to multiples of 32.
 
-    own: the side that the checkpoint was trained at. What a user may not expect is said once. ValueError: too small, or
-    too large to be meant.
+    own: the side that the checkpoint was trained at. A notice says that sides were rounded, or that the area differs from
+    the trained one. ValueError: too small, or too large to be intended.
     """
     h, w = (side // MULTIPLE for side in (height, width))
     drawn = f"{w * MULTIPLE} x {h * MULTIPLE}"
     if min(h, w) < 1:
         raise ValueError(f"{width} x {height} pixels: both sides must be at least {MULTIPLE}")
-    if (area := h * w * MULTIPLE**2) > MOST_PIXELS:
+    area = h * w * MULTIPLE**2
+    if area > MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels: at most {MOST_PIXELS} are drawn, and these would be {area}, "
                          f"{area * 16 / 2**30:.3g} GiB for the pixels alone")  # fmt: skip
     if (height, width) != (h * MULTIPLE, w * MULTIPLE):
@@ -285,7 +293,7 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
 def save(picture: Image.Image, path: str | Path, settings: dict) -> None:
     """Write a PNG, whole or not at all, with the settings as JSON under the text key `parameters`."""
     info = PngImagePlugin.PngInfo()
-    text = json.dumps(settings, ensure_ascii=False)  # readable, but for the bytes of odd file names
+    text = json.dumps(settings, ensure_ascii=False)  # readable, except for undecodable bytes of file names
     info.add_itxt("parameters", text.encode("utf-8", "backslashreplace").decode())
     with aside(path) as part:
         picture.save(part, "PNG", pnginfo=info)

@@ -1,4 +1,4 @@
-"""The encoded prompts of a run, and which of them may stand in one micro-batch."""
+"""The encoded prompts of a run, and which of them may share a micro-batch."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -6,19 +6,19 @@ from itertools import pairwise
 
 from torch import Tensor
 
-ENOUGH = 8  # entries that are worth a class of their own
+ENOUGH = 8  # entries of one text length, from which on they are a class of their own
 
 
 @dataclass
 class Entry:
-    """One encoded prompt, in bf16 on the CPU. The toy's take about 10 KB, the 7B's 1 MB for each 100 words, half of that
+    """One encoded prompt, in bf16 on the CPU. The toy's take about 10 KB. The 7B's take about 1 MB for 100 words, and 0.5 MB
     for each source of 1024 x 1024."""
 
     task: str
     category: str
-    states: Tensor  # (L, C) of the words: no padding, and none of the sources' slots, which the MMDiT never reads
+    states: Tensor  # (L, C) of the words, without padding and without sources' slots, which the MMDiT never reads
     empty: Tensor | None  # (L0, C) of an empty prompt with the same sources, for guidance and text dropout
-    slots: list[tuple[int, int]]  # where the sources stand, once they are put back among states, and empty too
+    slots: list[tuple[int, int]]  # [start, stop) of each source, once slots are put back into `states` or `empty`
     sources: list[Tensor]  # (64, h_i, w_i) each
     target: Tensor | None  # (64, h, w), for the flow objective
     size: tuple[int, int]  # (h, w) of what is to be drawn
@@ -26,7 +26,8 @@ class Entry:
 
     @property
     def bucket(self) -> tuple:
-        return tuple(s.shape for s in self.sources), self.size
+        """Entries of one micro-batch have the same one: the sources' shapes and the size to draw."""
+        return tuple(source.shape for source in self.sources), self.size
 
 
 class Pool:
@@ -37,25 +38,29 @@ class Pool:
         self.places: dict[tuple[str, str], list[Entry]] = defaultdict(list)
         for entry in entries:
             self.places[entry.task, entry.category].append(entry)
-        self.classes = {place: classes(found) for place, found in self.places.items()}
+        self.classes = {place: classes(members) for place, members in self.places.items()}
 
 
 def classes(entries: list[Entry]) -> list[list[Entry]]:
-    """One category's entries, divided into those that may come in one micro-batch: of one bucket and one text length.
+    """One category's entries in classes that may share a micro-batch: of one bucket and, if possible, one text length.
 
-    Padding is masked, but it counts: the target's rotary position is behind the batch's longest text, and a network
-    trained there is asked to draw elsewhere when the prompt comes alone. So the texts of a class are equally long where
-    ENOUGH entries have this length (always, in the toy). The others are put together by length, ENOUGH at a time, and
-    padded to the longest: a few positions off, but no micro-batch has the same prompt many times.
+    Padding is masked, but it moves the target: its rotary position follows the batch's longest text. A network that was
+    trained there draws elsewhere when the prompt comes alone. So the texts of a class have equal length where ENOUGH
+    entries have this length (always, in the toy). The others are sorted by length and grouped, ENOUGH at a time. They are
+    padded to the longest, so they are a few positions off, but no micro-batch repeats the same prompt many times.
     """
     buckets: dict[tuple, dict[int, list[Entry]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:
         buckets[entry.bucket][len(entry.states)].append(entry)
-    found = []
+    result = []
     for lengths in buckets.values():
-        found += [equal for equal in lengths.values() if len(equal) >= ENOUGH]
-        rare = [entry for length in sorted(lengths) if len(lengths[length]) < ENOUGH for entry in lengths[length]]
-        parts = max(1, len(rare) // ENOUGH)  # the last one has the rest, too
-        cuts = [i * ENOUGH for i in range(parts)] + [len(rare)]
-        found += [rare[start:stop] for start, stop in pairwise(cuts) if start < stop]
-    return found
+        result += [equal for equal in lengths.values() if len(equal) >= ENOUGH]
+        rare = []
+        for length in sorted(lengths):
+            equal = lengths[length]
+            if len(equal) < ENOUGH:
+                rare += equal
+        groups = max(1, len(rare) // ENOUGH)  # the last one also has the rest
+        cuts = [i * ENOUGH for i in range(groups)] + [len(rare)]
+        result += [rare[start:stop] for start, stop in pairwise(cuts) if start < stop]
+    return result

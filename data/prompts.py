@@ -16,8 +16,8 @@ from program.edges import parse_json, short
 TASKS = ("t2i", "edit")
 KEYS = ("task", "category", "prompt", "images", "target")
 MOST_IMAGES = 10  # sources of one edit
-LONGEST = 8_000  # characters of one text; ours: the language model's attention grows with the square
-MARKS = {  # what a file begins with that is not UTF-8; the longer ones first, as UTF-16's is the beginning of one
+LONGEST = 8_000  # characters of one text; ours, because the cost of attention grows with the square
+MARKS = {  # the first bytes of files that are not UTF-8; the longer ones first, because UTF-16's begins one of them
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",  # PowerShell's `>` writes it
@@ -28,7 +28,7 @@ RESERVED = ("<|image_pad|>", "<|video_pad|>")  # the encoder puts pictures in th
 
 @dataclass
 class Prompt:
-    """One training case. Files give paths; the toy world gives pictures that it has just drawn."""
+    """One training case. A file's cases have paths; the toy world's have pictures that it has just drawn."""
 
     task: str  # "t2i" or "edit"
     category: str  # any word; a recipe's composition and routing refer to it
@@ -40,16 +40,16 @@ class Prompt:
 def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
     """Read JSON lines {"task", "category", "prompt", "images", "target"}. Paths are relative to the file's folder.
 
-    Files are in UTF-8, or begin with the byte-order mark of UTF-16 or UTF-32. An edit needs images, T2I must have none.
-    target is optional. Blank lines are skipped. Any other fault (a key, a type, a missing picture) is a ValueError that
-    names file and line.
+    Files are UTF-8, or begin with the byte-order mark of UTF-16 or UTF-32. An edit needs images, T2I must have none. The
+    target is optional. Blank lines are skipped. ValueError names file and line of any fault: a key, a type, a missing
+    picture.
     """
     prompts = []
     for file in map(Path, files):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; prompts are expected in it, one JSON object a line")
         before = len(prompts)
-        # Lines are split as BYTES: str.splitlines also splits at U+2028 and others, which may stand inside a prompt.
+        # Bytes are split into lines, because str.splitlines also splits at U+2028 and others, which a prompt may contain.
         for number, line in enumerate(utf8(file).splitlines(), start=1):
             if line.strip():
                 try:
@@ -62,7 +62,7 @@ def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
 
 
 def utf8(file: Path) -> bytes:
-    """A file's text in UTF-8. ValueError names the file and its encoding, where it is not what its first bytes say."""
+    """A file's text in UTF-8. ValueError if it is not in the encoding that its first bytes announce."""
     content = file.read_bytes()
     encoding = next((encoding for mark, encoding in MARKS.items() if content.startswith(mark)), None)
     if encoding is not None:
@@ -80,7 +80,7 @@ def parse_line(line: bytes, folder: Path) -> Prompt:
     try:
         row = parse_json(line)
     except ValueError as error:  # bad JSON and bad UTF-8 alike
-        # The line has only one line of JSON; its number in the file is the caller's to say.
+        # "line 1" of the JSON means nothing here. The caller adds the line's number in the file.
         raise ValueError(f"not valid JSON: {error}".replace("line 1 ", "")) from None
     if type(row) is not dict:
         raise ValueError("a line must be a JSON object")
@@ -92,15 +92,11 @@ def parse_line(line: bytes, folder: Path) -> Prompt:
     images = row.get("images", [])
     if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
         raise ValueError(f"'images' must be a list of paths, not {short(images)}")
-    for key, text in [*((key, row[key]) for key in row if key != "images"), *(("images", image) for image in images)]:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{key!r} must be a text that is not empty, not {short(text)}")
-        if half := re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{key!r} has half of a character, {half[0]!r} (a lone surrogate); write the whole one")
-        if len(text) > LONGEST:
-            raise ValueError(f"{key!r} has {len(text):,} characters; at most {LONGEST:,} are possible")
-        if taken := [word for word in RESERVED if word in text]:
-            raise ValueError(f"{key!r} has {taken[0]}, which stands for a picture; remove it")
+    for key, value in row.items():
+        if key != "images":
+            check_text(key, value)
+    for image in images:
+        check_text("images", image)
 
     if row["task"] not in TASKS:
         raise ValueError(f"'task' must be one of {TASKS}, not {short(row['task'])}")
@@ -115,15 +111,28 @@ def parse_line(line: bytes, folder: Path) -> Prompt:
     return Prompt(row["task"], row["category"], row["prompt"], sources, target)
 
 
+def check_text(key: str, text: object) -> None:
+    """ValueError unless the value of this key is a text that the encoder can read."""
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{key!r} must be a text that is not empty, not {short(text)}")
+    if half := re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{key!r} has half of a character, {half[0]!r} (a lone surrogate); write the whole one")
+    if len(text) > LONGEST:
+        raise ValueError(f"{key!r} has {len(text):,} characters; at most {LONGEST:,} are possible")
+    for word in RESERVED:
+        if word in text:
+            raise ValueError(f"{key!r} has {word}, which stands for a picture; remove it")
+
+
 def picture_at(folder: Path, name: str) -> Path:
-    """The picture of this name, or of the same one in other bytes: é is one letter, or e and its accent. Systems that
-    copied the file may have changed that. ValueError: neither is there."""
+    """The picture of this name, in either Unicode spelling: é is one character, or e and an accent. Systems that copy a
+    file may change the spelling. ValueError: there is neither."""
     shown = folder / name if len(name) <= 255 else short(name)
     for spelled in (name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)):
         try:
             if (folder / spelled).is_file():
                 return folder / spelled
-        except OSError as error:  # a name that is too long, say
+        except OSError as error:  # for example a name that is too long
             raise ValueError(f"no picture at {shown}: {error.strerror}") from None
     raise ValueError(f"no picture at {shown}")
 

@@ -4,8 +4,8 @@
     write_sheet   grids -> one PNG, one grid below the other
     font_for      a font that can write a text
 
-Pillow's own font has little more than the letters of English. For other texts a font of the system is looked up. Where
-none has the letters, the sheet says `text 1`, and the text stands in a .txt file beside the picture.
+Pillow's own font has little more than the letters of English. For other texts a font of the system is used. If none has
+the letters, the sheet says `text 1`, and a .txt file beside the picture has the text.
 """
 
 import subprocess
@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont, features
 from checkpoint.files import aside
 
 MOST_LINES = 6  # of the words above a picture
-NO_LETTER = "\U0010ffff"  # is in no font: a font draws this where it lacks a letter
-UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's kinds of spaces and marks that nothing is drawn for
+NO_LETTER = "\U0010ffff"  # no font has it, so a font draws it like any letter that it lacks
+UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")  # Unicode's categories of spaces and invisible marks
 FONT_FOLDERS = (  # where systems without fontconfig keep their fonts: Linux, macOS, Windows
     *("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts"),
     *("/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts"),
@@ -34,13 +34,13 @@ class Grid:
 
     rows: dict[str, list[Image.Image]]  # by the name on the left
     heads: list[str]  # the words above each column
-    titles: list[str] = field(default_factory=list)  # of each column, above its head; neighbours of one title share it
+    titles: list[str] = field(default_factory=list)  # of each column, above its head; neighbours share an equal title
 
 
 def write_sheet(grids: list[Grid], path: Path) -> None:
     """Write the grids into one PNG, one below the other. Rows and grids without pictures are left out.
 
-    Each picture has a place as large as the largest one. Transparent parts show white. ValueError: there is no picture.
+    Every picture gets the space of the largest one. Transparent parts are white. ValueError: there is no picture.
     """
     shown = [Grid({name: row for name, row in grid.rows.items() if row}, grid.heads, grid.titles) for grid in grids]
     shown = [grid for grid in shown if grid.rows]
@@ -50,7 +50,7 @@ def write_sheet(grids: list[Grid], path: Path) -> None:
     width = max(width for width, _ in sizes)
     height = max(height for _, height in sizes)
 
-    unwritable: list[str] = []  # texts that no font has the letters of
+    unwritable: list[str] = []  # texts with letters that no font has
     names = [written(name, name_size(height), unwritable) for grid in shown for name in grid.rows]
     left = height // 8 + max(round(font.getlength(name)) for name, font in names)
     drawn = [draw_grid(grid, left, width, height, unwritable) for grid in shown]
@@ -69,12 +69,16 @@ def write_sheet(grids: list[Grid], path: Path) -> None:
 
 
 def draw_grid(grid: Grid, left: int, width: int, height: int, unwritable: list[str]) -> Image.Image:
-    """One grid, with names in the first `left` pixels and places of width x height. Adds to `unwritable`."""
+    """One grid, with names in the first `left` pixels and width x height pixels for a picture. Adds to `unwritable`."""
     gap = height // 32  # between pictures
     large, small = name_size(height), max(11, height // 12)
+    titles = {}  # column -> the title that begins there
+    for column, title in enumerate(grid.titles):
+        if column == 0 or title != grid.titles[column - 1]:
+            titles[column] = title
     xs, x = [], left  # where the columns begin
     for column in range(len(grid.heads)):
-        if grid.titles and column and grid.titles[column] != grid.titles[column - 1]:
+        if column and column in titles:
             x += 3 * gap
         xs.append(x)
         x += width + gap
@@ -83,16 +87,16 @@ def draw_grid(grid: Grid, left: int, width: int, height: int, unwritable: list[s
         text, font = written(head, small, unwritable)
         heads.append((wrap(text, font, width - gap), font))
     lines = max(text.count("\n") + 1 for text, _ in heads)
-    under_titles = 3 * large // 2 if grid.titles else 0
+    under_titles = 3 * large // 2 if titles else 0
     top = under_titles + round(1.3 * small * lines) + gap  # where the pictures begin
 
     canvas = Image.new("RGB", (x, top + len(grid.rows) * (height + gap)), "white")
     pen = ImageDraw.Draw(canvas)
-    for column, (text, font) in enumerate(heads):
-        pen.multiline_text((xs[column], top - 3), text, "black", font, anchor="ld", spacing=1)
-        if grid.titles and (column == 0 or grid.titles[column] != grid.titles[column - 1]):
-            title, font = written(grid.titles[column], large, unwritable)
-            pen.text((xs[column], under_titles - 4), title, "black", font, anchor="ls")
+    for x, (text, font) in zip(xs, heads, strict=True):
+        pen.multiline_text((x, top - 3), text, "black", font, anchor="ld", spacing=1)
+    for column, title in titles.items():
+        text, font = written(title, large, unwritable)
+        pen.text((xs[column], under_titles - 4), text, "black", font, anchor="ls")
     y = top
     for name, row in grid.rows.items():
         text, font = written(name, large, unwritable)
@@ -104,12 +108,12 @@ def draw_grid(grid: Grid, left: int, width: int, height: int, unwritable: list[s
 
 
 def name_size(height: int) -> int:
-    """Of the letters beside and above pictures of this height, in pixels."""
+    """The size in pixels of the letters beside and above pictures of this height."""
     return max(12, height // 8)
 
 
 def written(text: str, size: int, unwritable: list[str]) -> tuple[str, ImageFont.FreeTypeFont]:
-    """What stands on the sheet for a text, and the font for it. A text without a font is added to `unwritable`."""
+    """What the sheet shows for a text, and its font. A text that no font can write is added to `unwritable`."""
     if font := font_for(text, size):
         return text, font
     if text not in unwritable:
@@ -118,8 +122,8 @@ def written(text: str, size: int, unwritable: list[str]) -> tuple[str, ImageFont
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """A text in lines of at most `width` pixels, broken between words, or inside one that is longer. What comes after
-    MOST_LINES lines is cut off."""
+    """A text in at most MOST_LINES lines of at most `width` pixels. Lines break between words, and inside a word that is
+    longer than a line. The rest is cut off."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -144,9 +148,9 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 
 
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """A font of so many pixels that has every letter of the text: Pillow's own, else one of the system; or None.
+    """A font of this size in pixels that has every letter of the text: Pillow's own, or one of the system, or None.
 
-    None also for a text that runs from right to left where Pillow cannot set one (its library raqm is missing).
+    Also None for a text that runs from right to left if Pillow cannot set one (its library raqm is missing).
     """
     letters = frozenset(letter for letter in text if unicodedata.category(letter) not in UNSEEN)
     own = ImageFont.load_default(size)
@@ -155,24 +159,25 @@ def font_for(text: str, size: int) -> ImageFont.FreeTypeFont | None:
     right_to_left = any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in letters)
     if right_to_left and not features.check("raqm"):
         return None
-    found = system_font(letters)
-    return ImageFont.truetype(found[0], size, found[1]) if found else None
+    font = system_font(letters)
+    return ImageFont.truetype(font[0], size, font[1]) if font else None
 
 
 @cache
 def system_font(letters: frozenset[str]) -> tuple[str, int] | None:
     """A font file of the system that has all the letters, and the font's number in it."""
-    for file, number in (*fontconfig(letters), *((str(file), 0) for file in font_files())):
+    candidates = fontconfig(letters) + [(str(file), 0) for file in font_files()]
+    for file, number in candidates:
         try:
             if writes(ImageFont.truetype(file, 16, number), letters):
                 return file, number
-        except OSError:  # not a font, or a bitmap font of other sizes
+        except OSError:  # not a font, or a bitmap font of another size
             continue
     return None
 
 
 def fontconfig(letters: frozenset[str]) -> list[tuple[str, int]]:
-    """The font that fontconfig would choose for the letters; none where it is not installed. It may lack some."""
+    """The font that fontconfig chooses for the letters, which may lack some; none if fontconfig is not installed."""
     codes = " ".join(f"{ord(letter):x}" for letter in sorted(letters))
     command = ["fc-match", "-f", "%{file}\n%{index}", f"sans-serif:charset={codes}"]
     try:
@@ -185,16 +190,16 @@ def fontconfig(letters: frozenset[str]) -> list[tuple[str, int]]:
 
 @cache
 def font_files() -> list[Path]:
-    """The files in FONT_FOLDERS, the largest first: these have the most letters."""
-    folders = [Path(folder).expanduser() for folder in FONT_FOLDERS]
-    files = [
-        file for folder in folders for file in folder.rglob("*") if file.suffix.lower() in (".ttf", ".otf", ".ttc")
-    ]
+    """The fonts in FONT_FOLDERS, the largest files first, because they have the most letters."""
+    files = []
+    for folder in FONT_FOLDERS:
+        inside = Path(folder).expanduser().rglob("*")
+        files += [file for file in inside if file.suffix.lower() in (".ttf", ".otf", ".ttc")]
     return sorted(files, key=lambda file: file.stat().st_size, reverse=True)
 
 
 def writes(font: ImageFont.FreeTypeFont, letters: frozenset[str]) -> bool:
-    """Whether the font has all the letters. For one that it lacks, a font draws the same sign as for NO_LETTER."""
+    """Whether the font has all the letters. It draws a letter that it lacks like NO_LETTER."""
 
     def drawn(letter: str) -> tuple:
         mask = font.getmask(letter)
