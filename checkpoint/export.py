@@ -12,11 +12,11 @@ from checkpoint.layout import UNBENT, Scheduler, check_sigmas, how_it_draws, rea
 from checkpoint.lora import factorise, is_named, layers_of, write_lora
 from checkpoint.weights import check_finite
 
-FROZEN = ("vae", "text_encoder", "processor")  # a student has these from its base
+FROZEN = ("vae", "text_encoder", "processor")  # a student takes these from its base
 
 
 def check_base(base: Path) -> None:
-    """ValueError or FileNotFoundError if a part of the checkpoint is missing that `export` will need."""
+    """ValueError or FileNotFoundError if the checkpoint lacks a part that `export` needs."""
     read_index(base)
     read_json(base / "scheduler" / "scheduler_config.json")
     for name in (*FROZEN, "transformer"):
@@ -38,12 +38,12 @@ def export(
 
     model        its MMDiT; encoder, VAE and processor come from the base checkpoint
     sigmas       the times at which it draws, without the final 0
-    link         link to the base's files instead of copying them. This saves 18 GB for the published ones, but the
-                 student then needs its base to stay where it is
+    link         link to the base's files instead of copying them. This saves 18 GB with the published ones, but then the
+                 base must stay where it is
     stochastic   it draws by flow.renoise, else by flow.euler
     bend         how the scheduler bends the sigmas; by default not at all
 
-    ValueError, before anything is written: the folder has something in it, or the model is not finite.
+    ValueError, before anything is written: the folder is not empty, or the model is not finite.
     """
     base, out = Path(base_directory).resolve(), Path(out_directory).resolve()
     sigmas = check_sigmas(sigmas, "sigmas")
@@ -77,8 +77,8 @@ def export_lora(
     rank: int,
     exact: Collection[str] = (),
 ) -> str:
-    """Write the LoRA of `rank` that is nearest to what a full student changed in its base. Its header has the times at
-    which the student draws. Layers that are named by `exact` are written as whole changes. Returns a summary to print.
+    """Write the LoRA of `rank` that is nearest to the change from the base to a full student. Its header has the times at
+    which the student draws. Layers that `exact` names are written as whole changes. Returns a summary to print.
 
     ValueError: the networks differ in size, a name fits no layer, or the times depend on the picture's size.
     """
@@ -96,7 +96,7 @@ def export_lora(
     lora, kept = factorise(base, student, rank, exact)
     for name, (a, b, _) in lora.items():
         check_finite({f"{name}.A": a, f"{name}.B": b}, str(out))
-    times = scheduler.sigmas(sigmas, tokens=1)[:-1]  # a static shift is done here
+    times = scheduler.sigmas(sigmas, tokens=1)[:-1]  # this applies a static shift
     write_lora(out, lora, times, stochastic=scheduler.stochastic_sampling, exact=exact)
     size = Path(out).stat().st_size / 1e6
     whole = f" and {', '.join(exact)} whole" if exact else ""
@@ -105,8 +105,8 @@ def export_lora(
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy what is visible in a folder, but not its permissions: a base is often read-only, and a read-only copy could
-    neither be finished nor removed."""
+    """Copy the visible contents of a folder, but not its permissions: a base is often read-only, and a read-only copy
+    could neither be finished nor removed."""
     target.mkdir()
     for path in visible(source):
         if path.is_dir():

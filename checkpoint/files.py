@@ -1,6 +1,6 @@
-"""Files: what may be written where, which files of a folder count, hashes, and strict reading of JSON and configs.
+"""Files: where a program may write, which files of a folder count, hashes, and strict reading of JSON and configs.
 
-Writing has two steps. `may_write` decides before the work begins. `aside` writes a file or folder whole or not at all.
+Writing has two steps. `may_write` checks before the work begins. `aside` writes a file or folder completely or not at all.
 Torch is not imported here.
 """
 
@@ -25,19 +25,19 @@ from program.edges import parse_json, short
 def may_write(path: str | Path, overwrite: bool = False, folder: bool = False) -> None:
     """Check that `path` may be written, and that it can be. Folders above it are created.
 
-    what is there                  may it be replaced?
+    found there                    may it be replaced?
     nothing, or an empty folder    yes
     a file                         with `overwrite`
     a folder with anything in it   never
 
-    ValueError or OSError say what is in the way. folder: `path` will be a folder.
+    folder: `path` will be a folder. ValueError or OSError name the obstacle.
     """
     path = Path(path)
     if path.is_dir() and (not folder or any(path.iterdir())):
         raise ValueError(f"{path}: is a folder with something in it; name another place")
     if path.is_file() and (folder or not overwrite):
         raise ValueError(f"{path}: exists; name another{'' if folder else ', or give --overwrite'}")
-    with aside(path) as trial:  # removed at once, so nothing is renamed
+    with aside(path) as trial:  # removed before `aside` would rename it
         trial.touch()
         trial.unlink()
 
@@ -47,12 +47,12 @@ PART = ".qwen-image-flash.part"  # the end of the names that `aside` uses
 
 @contextmanager
 def aside(path: str | Path, writer: str = "") -> Iterator[Path]:
-    """Within, write a file or a folder at the path that is yielded. Afterwards it replaces `path`, which must not be a
-    folder with anything in it.
+    """Within, write a file or a folder at the yielded path. Afterwards it replaces `path`, which must not be a folder with
+    anything in it.
 
-    After an error, Ctrl-C or a full disk nothing of it is left, and `path` is as before. An OSError names `path`. What a
-    killed run leaves is removed by the next one that writes to `path`. writer: a name for this process, where several
-    may write to `path` at once.
+    After an error, Ctrl-C or a full disk nothing of it is left, and `path` is unchanged. An OSError names `path`. The next
+    run that writes to `path` removes what a killed run left. writer: a name for this process, if several may write to
+    `path` at once.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}{writer}{PART}")
@@ -70,7 +70,7 @@ def aside(path: str | Path, writer: str = "") -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """A file, a link or a whole folder, where there is one."""
+    """Remove a file, a link or a whole folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -79,32 +79,33 @@ def remove(path: Path) -> None:
 
 # ---- What a folder and a file contain --------------------------------------------------------------------------------
 
-KEPT = ".digests.json"  # the usual name of the file in which `file_digests` keeps its results
-SETTLED = 2  # seconds after which another change surely gets another time stamp
+KEPT = ".digests.json"  # the usual name of the file with the results of `file_digests`
+SETTLED = 2  # seconds after a change, from which on another change gets another time stamp
 
 
 def visible(folder: Path) -> list[Path]:
-    """The contents of a folder, sorted; nothing if it does not exist. Left out is what other programs leave everywhere:
-    names that begin with a dot (downloaders, notebooks, macOS), and those of Windows."""
+    """The contents of a folder, sorted; empty if it does not exist. Files that other programs leave everywhere are
+    excluded: names that begin with a dot (downloaders, notebooks, macOS), and those of Windows."""
     return sorted(path for path in folder.glob("[!.]*") if path.name.lower() not in ("thumbs.db", "desktop.ini"))
 
 
 def digest(content: bytes | str) -> str:
-    """SHA-256 of the content, 64 letters. Processors have instructions for it."""
+    """SHA-256 of the content, 64 letters. It is fast, because processors have instructions for it."""
     return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
 
 
 def file_digests(files: list[Path], kept: Path | None = None) -> list[str]:
     """The `digest` of each file's whole content.
 
-    kept: a JSON file for the results. A file is not read again while its size, both time stamps and its inode stay the
-    same. A `kept` that is damaged, missing or cannot be written only costs time.
+    kept: a JSON file for the results. A file is not read again as long as its size, both time stamps and its inode are
+    the same. A `kept` that is damaged, missing or read-only only costs time.
     """
     known = read_kept(kept) if kept else {}  # path -> "MARK DIGEST"
     now = dict(known)
 
     def digest_of(file: Path) -> str:
-        stat, place, started = file.stat(), str(file.resolve()), time.time()
+        started = time.time()
+        stat, place = file.stat(), str(file.resolve())
         mark = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
         known_mark, _, content = known.get(place, "").rpartition(" ")
         if known_mark != mark:
@@ -123,7 +124,7 @@ def file_digests(files: list[Path], kept: Path | None = None) -> list[str]:
 
 
 def read_kept(kept: Path) -> dict[str, str]:
-    """What `file_digests` kept; empty if it is missing or damaged."""
+    """The saved results of `file_digests`; empty if the file is missing or damaged."""
     with suppress(OSError, ValueError):
         content = read_json(kept)
         if content.get("checksum") == digest(json.dumps(content.get("files"))):
@@ -135,7 +136,7 @@ def read_kept(kept: Path) -> dict[str, str]:
 
 
 def read_json(path: str | Path) -> dict:
-    """Read a file that holds one JSON object; FileNotFoundError or ValueError otherwise."""
+    """Read a file that holds one JSON object; else FileNotFoundError or ValueError."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint in the published layout has it")
@@ -144,23 +145,24 @@ def read_json(path: str | Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is expected, found {type(content).__name__}")  # noqa: TRY004
+        raise ValueError(f"{path}: a JSON object is expected, found {type(content).__name__}")
     return content
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Write one JSON object, whole or not at all."""
+    """Write one JSON object, completely or not at all."""
     with aside(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def config_from_json(cls: type, path: str | Path):
     """Build the dataclass `cls` from a JSON file that has exactly its fields as keys, else ValueError. Keys that begin
-    with "_" are ignored: they are notes of the library that wrote the file."""
+    with "_" are ignored, because they are notes of the library that wrote the file."""
     content = {key: value for key, value in read_json(path).items() if not key.startswith("_")}
+    names = [entry.name for entry in fields(cls)]
     for key in content:
-        if key not in cls.__dataclass_fields__:
-            raise ValueError(f"{path}: unknown key {key!r}; {cls.__name__} has {', '.join(cls.__dataclass_fields__)}")
+        if key not in names:
+            raise ValueError(f"{path}: unknown key {key!r}; {cls.__name__} has {', '.join(names)}")
     return build_config(cls, content, f"{path}: ")
 
 
@@ -175,7 +177,7 @@ def build_config(cls: type, content: dict, where: str):
             raise ValueError(f"{where}{entry.name!r} is missing")
         value = content[entry.name]
         if not has_type(value, entry.type):
-            kind = getattr(entry.type, "__name__", entry.type) if not get_args(entry.type) else entry.type
+            kind = entry.type if get_args(entry.type) else entry.type.__name__
             raise ValueError(f"{where}{entry.name} is {short(value)}; {kind} is expected")
         values[entry.name] = tuple(value) if isinstance(value, list) else value
     try:

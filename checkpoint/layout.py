@@ -1,5 +1,5 @@
-"""What a checkpoint's small files say: model_index.json, the scheduler's config, the sigmas. Which of its files are read,
-and their fingerprint. And devices."""
+"""A checkpoint's small files: model_index.json, the scheduler's config, the sigmas. Which of its files are read, and their
+fingerprint. Which device the networks run on, and whether their outputs are finite."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -15,27 +15,27 @@ from checkpoint.weights import finite
 from program.edges import notice, short
 from program.ranges import Ranged, only, within
 
-# Sides of pictures are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels.
+# Sides of pictures are multiples of this: a slot of the language model stands for 2 x 2 latent tokens of 16 x 16 pixels.
 MULTIPLE = 32
 PARTS = ("scheduler", "transformer", "vae", "text_encoder", "processor")  # a checkpoint's folders that are always read
 
 
 @dataclass
 class Scheduler(Ranged):
-    """scheduler/scheduler_config.json: how a list of sigmas is bent, and which sampler walks along it.
+    """scheduler/scheduler_config.json: how a list of sigmas is bent, and which sampler uses it.
 
-    The published values bend it towards noise. A few-step student's file does not bend it.
+    The published values bend the sigmas towards noise. A few-step student's do not bend them.
     """
 
-    use_dynamic_shifting: bool = True  # the more target tokens, the longer the steps stay near noise
-    shift: float = within(1.0, "(0, 100]")  # where dynamic shifting is off
+    use_dynamic_shifting: bool = True  # with more target tokens, more of the steps are near noise
+    shift: float = within(1.0, "(0, 100]")  # used if dynamic shifting is off
     base_shift: float = within(0.5, "[-10, 10]")
     max_shift: float = within(0.9, "[-10, 10]")
     base_image_seq_len: int = within(256, "[1, 1048576]")
     max_image_seq_len: int = within(8192, "[1, 1048576]")
     shift_terminal: float | None = within(None, "[0, 1)")  # the last sigma before 0; published: 0.02
     stochastic_sampling: bool = False  # drawn by flow.renoise, else by flow.euler
-    # No checkpoint of this family uses the other keys of diffusers' class.
+    # The other keys of diffusers' class, which no checkpoint of this family uses.
     num_train_timesteps: int = only(1000)
     time_shift_type: str = only("exponential")
     invert_sigmas: bool = only(False)
@@ -49,10 +49,9 @@ class Scheduler(Ranged):
             raise ValueError(f"base_image_seq_len is {self.base_image_seq_len}; it must be below max_image_seq_len")
 
     def sigmas(self, steps: int | list[float], tokens: int) -> list[float]:
-        """The bent sigmas for a picture of `tokens` tokens, from a number of steps or from given sigmas. The final 0 is
-        included.
+        """The bent sigmas for a picture of `tokens` tokens, from a number of steps or from given sigmas, with the final 0.
 
-        ValueError: the file's values make no schedule for a picture of this size.
+        ValueError: the file's values give no valid schedule for this size.
         """
         try:
             sigmas = flow.teacher_sigmas(
@@ -71,6 +70,11 @@ class Scheduler(Ranged):
         check_sigmas(sigmas[:-1], f"scheduler_config.json at {tokens} tokens")
         return sigmas
 
+    @property
+    def bends(self) -> bool:
+        """Whether `sigmas` changes the sigmas that it is given."""
+        return self.use_dynamic_shifting or self.shift != 1.0 or self.shift_terminal is not None
+
 
 UNBENT = Scheduler(use_dynamic_shifting=False, shift=1.0, shift_terminal=None)
 
@@ -85,17 +89,17 @@ def choose_schedule(
 ) -> tuple[Scheduler, list[float] | None]:
     """The times at which a checkpoint draws with LoRAs: (the scheduler that bends them, the times before it does).
 
-    own                 the checkpoint's sample_sigmas; its scheduler bends them, if it bends at all
-    students            LoRA files of few-step students: their times, which nothing bends, and whether they re-noise
-    sigmas, shift       times that the user gave (without the final 0), and how they are bent: "dynamic" like the
-                        checkpoint's scheduler, but without its terminal stretch; a number, statically; "none"
+    own                 the checkpoint's sample_sigmas, which its scheduler may bend
+    students            LoRA files of few-step students: their times, which are not bent, and whether they re-noise
+    sigmas, shift       the user's times (without the final 0), and how to bend them: "dynamic", like the checkpoint's
+                        scheduler but without its terminal stretch; a number, statically; or "none"
     """
     schedules = list(students.values())
     if sigmas is None and any(schedule != schedules[0] for schedule in schedules):
         times = [times for times, _ in schedules]
         raise ValueError(f"the LoRA files have schedules of their own, {times}; choose one by sigmas")
     if students:
-        students_times, renoises = schedules[0]
+        student_times, renoises = schedules[0]
         scheduler = replace(scheduler, stochastic_sampling=renoises)
     if sigmas is not None:
         check_sigmas(sigmas, "sigmas")
@@ -103,9 +107,9 @@ def choose_schedule(
         scheduler = replace(scheduler, use_dynamic_shifting=shift == "dynamic", shift=factor, shift_terminal=None)
         return scheduler, sigmas
     if students:
-        files, count = ", ".join(map(str, students)), len(students_times)
-        notice(f"schedule {students_times}", f"{files}: draws in {count} steps at {students_times}")
-        return replace(scheduler, use_dynamic_shifting=False, shift=1.0, shift_terminal=None), students_times
+        files, count = ", ".join(map(str, students)), len(student_times)
+        notice(f"schedule {student_times}", f"{files}: draws in {count} steps at {student_times}")
+        return replace(scheduler, use_dynamic_shifting=False, shift=1.0, shift_terminal=None), student_times
     if own is not None and scheduler.shift_terminal:
         notice(
             f"terminal {directory}",
@@ -116,9 +120,9 @@ def choose_schedule(
 
 
 def check_sigmas(sigmas: list[float], name: str) -> list[float]:
-    """The sigmas as floats, or a ValueError that begins with `name`."""
-    numbers = isinstance(sigmas, (list, tuple)) and sigmas and all(type(s) in (int, float) for s in sigmas)
-    if not numbers or not all(a > b for a, b in pairwise([*sigmas, 0.0])) or sigmas[0] > 1:
+    """The sigmas as floats. ValueError, beginning with `name`, unless they fall within (0, 1]."""
+    are_numbers = isinstance(sigmas, (list, tuple)) and sigmas and all(type(s) in (int, float) for s in sigmas)
+    if not are_numbers or sigmas[0] > 1 or not all(a > b for a, b in pairwise([*sigmas, 0.0])):
         raise ValueError(f"{name}: {short(sigmas)} is no schedule; it must fall within (0, 1], without the final 0")
     return [float(s) for s in sigmas]
 
@@ -133,14 +137,14 @@ class Drawing(Ranged):
 
 def how_it_draws(sigmas: list[float], stochastic: bool, bend: Scheduler = UNBENT) -> str:
     """How a student must be drawn, in words: for a folder's README.md, a LoRA's header and the terminal."""
-    bent = (bend.use_dynamic_shifting, bend.shift, bend.shift_terminal) != (False, 1.0, None)
-    times = f"{sigmas}{', which its scheduler shifts' if bent else ''}"
-    steps = f"Draws in {len(sigmas)} step{'s' * (len(sigmas) > 1)} at the times {times}, without guidance,"
+    count = "1 step" if len(sigmas) == 1 else f"{len(sigmas)} steps"
+    times = f"{sigmas}, which its scheduler shifts" if bend.bends else f"{sigmas}"
+    steps = f"Draws in {count} at the times {times}, without guidance,"
     if not stochastic:
         return f"{steps} by Euler's method."
     return (
-        f"{steps} with new noise after each step (stochastic_sampling). diffusers does so where its scheduler says it."
-        " ComfyUI, vLLM-Omni and SGLang know Euler's method alone, by which this student draws worse."
+        f"{steps} with new noise after each step (stochastic_sampling). diffusers does this if its scheduler's config says"
+        " so. ComfyUI, vLLM-Omni and SGLang only have Euler's method, which draws this student worse."
     )
 
 
@@ -150,7 +154,7 @@ def read_index(directory: str | Path) -> dict:
     index = {"sample_sigmas": None} | asdict(Drawing()) | read_json(path)
     if index.get("_class_name") != "QwenImage21Pipeline":
         raise ValueError(f"{path}: _class_name is {index.get('_class_name')!r}, QwenImage21Pipeline is expected")
-    known = {"scheduler", "vae", "text_encoder", "processor", "transformer", "sample_sigmas", "resolution", "guidance"}
+    known = {*PARTS, "sample_sigmas", "resolution", "guidance"}
     unknown = [key for key in index if key not in known and not key.startswith("_")]
     if unknown:
         raise ValueError(f"{path}: unknown key {unknown[0]!r}")
@@ -161,7 +165,7 @@ def read_index(directory: str | Path) -> dict:
 
 
 def check_parts(directory: Path, mmdit, vae, encoder) -> None:
-    """The three networks' configs against each other; ValueError names the numbers that must be equal."""
+    """Check that the three networks' configs fit together. ValueError names the numbers that must be equal."""
     for numbers, first, second in (
         ("transformer in_channels and out_channels", mmdit.in_channels, mmdit.out_channels),
         ("transformer in_channels and vae z_dim", mmdit.in_channels, vae.z_dim),
@@ -173,7 +177,7 @@ def check_parts(directory: Path, mmdit, vae, encoder) -> None:
 
 
 def open_device(name: str | torch.device) -> torch.device:
-    """The device, if torch can compute on it here; else ValueError."""
+    """The device, if torch can compute on it; else ValueError."""
     try:
         tried = torch.zeros(1, device=name)
         tried.item()  # "meta" has no values
@@ -183,8 +187,8 @@ def open_device(name: str | torch.device) -> torch.device:
 
 
 def files_read(place: Path) -> list[Path]:
-    """The files that a run reads at a place. Of a checkpoint: model_index.json and the files of its PARTS, but not its
-    teachers/, which are places of their own. Of another folder: configs and weights. Of a file: itself."""
+    """The files that a run reads at a place. Of a checkpoint: model_index.json and the files of its PARTS, without its
+    teachers/, which are places of their own. Of another folder: configs and weights. Of a file: the file itself."""
     if place.is_file():
         return [place]
     if (place / "model_index.json").is_file():
@@ -199,7 +203,7 @@ def teachers_in(checkpoint: Path) -> dict[str, Path]:
 
 
 def fingerprint(*places: Path, kept: Path | None = None) -> str:
-    """16 letters that depend on every byte that is read at these places and on the names of files inside them, but not on
+    """16 letters that depend on every byte that is read at these places and on the names of the files inside, but not on
     the places' own names or on time stamps. kept: see `file_digests`."""
     files = [(place, file) for place in places for file in files_read(place)]
     digests = file_digests([file for _, file in files], kept)
@@ -208,7 +212,7 @@ def fingerprint(*places: Path, kept: Path | None = None) -> str:
 
 
 def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """A network's output, unchanged. Where it is not finite, a ValueError suggests another dtype."""
+    """A network's output, unchanged. If it is not finite, a ValueError suggests another dtype."""
     if not finite(values):
         wider = {torch.float16: "bfloat16 or float32", torch.bfloat16: "float32"}.get(dtype)
         advice = f"--dtype {wider} may help" if wider else "the checkpoint or a LoRA is damaged, or its scale too large"

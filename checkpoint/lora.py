@@ -1,9 +1,9 @@
-"""LoRA files (arXiv 2106.09685): merged into weights, made from full weights, written, and read in all common spellings.
+"""LoRAs (arXiv 2106.09685): merged into weights, computed from full weights, written, and read in all common spellings.
 
-LoRA    {layer: (A, B, alpha)}: it changes the layer's weight W (out, in) to W + alpha / r B A, with A (r, in) and
+LoRA    {layer: (A, B, alpha)}. It changes the layer's weight W (out, in) to W + alpha / r B A, with A (r, in) and
         B (out, r). The gains (d,) of a norm count as a matrix of one row.
 
-training/roles.py lets a network carry LoRAs without merging them.
+training/roles.py adds LoRAs to a network without merging them.
 """
 
 import json
@@ -33,12 +33,13 @@ def layers_of(model: nn.Module) -> dict[str, nn.Parameter]:
 def new_lora(
     model: nn.Module, rank: int, alpha: float | None = None, layers: str = ATTENTION, rng: torch.Generator | None = None
 ) -> LoRA:
-    """A LoRA that changes nothing yet: A is random, B zero. alpha None: the rank. `layers`: a regular expression."""
+    """A LoRA that changes nothing yet: A is random, B zero. alpha None: the rank. layers: a regular expression."""
     lora = {}
     for name, weight in layers_of(model).items():
         if weight.ndim == 2 and re.fullmatch(layers, name):
             out, width = weight.shape
-            a = torch.randn(rank, width, generator=rng) * width**-0.5  # (r, in), on the CPU: the same on every device
+            # (r, in). Drawn on the CPU, so that every device gets the same numbers.
+            a = torch.randn(rank, width, generator=rng) * width**-0.5
             lora[name] = a, torch.zeros(out, rank), float(rank if alpha is None else alpha)
     return lora
 
@@ -50,9 +51,9 @@ def new_lora(
 def merge(model: nn.Module, loras: list[tuple[str | Path, LoRA, float]]) -> None:
     """Add LoRAs to the weights themselves. Each is given as (its name in errors, the LoRA, its scale).
 
-    Their changes are added in fp32, and the sum is rounded once. This matters because a change is small compared with its
-    weight. If it is 1% of it, rounding to bf16 loses 16% of the change. Merged one by one, four quarters of such a change
-    would lose 55%. ValueError: a weight overflows.
+    The changes are added in fp32, and the sum is rounded once, because a change is small compared with its weight. If it
+    is 1% of the weight, rounding to bf16 loses 16% of the change. Four quarters of it, merged one by one, would lose 55%.
+    ValueError: a weight overflows.
     """
     layers = dict.fromkeys(layer for _, lora, _ in loras for layer in lora)  # each once, in order
     for layer in layers:
@@ -74,10 +75,10 @@ def merge(model: nn.Module, loras: list[tuple[str | Path, LoRA, float]]) -> None
 
 @torch.no_grad()
 def factorise(base: nn.Module, student: nn.Module, rank: int, exact: Collection[str] = ()) -> tuple[LoRA, float]:
-    """The LoRA of `rank` that is nearest to what a full student changed in its base.
+    """The LoRA of `rank` that is nearest to the change from the base to a full student.
 
-    Returns it, and the share of the change's squared norm that it keeps. Layers that are named by `exact` keep their
-    whole change. Other changes of norms are lost, because only the matrices of linear layers have a rank.
+    Returns it, and the share of the change's squared norm that it keeps. Layers that `exact` names keep their whole
+    change. Other changes of norms are lost, because only the matrices of linear layers have a rank.
     """
     lora, kept, total = {}, 0.0, 0.0
     trained = layers_of(student)
@@ -96,23 +97,23 @@ def factorise(base: nn.Module, student: nn.Module, rank: int, exact: Collection[
 
 
 def is_named(layer: str, names: Collection[str]) -> bool:
-    """Whether one of the names is a part of the layer's name, as attn.to_q is of transformer_blocks.0.attn.to_q."""
+    """Whether the layer's name contains one of the names, as transformer_blocks.0.attn.to_q contains attn.to_q."""
     return any(f".{name}." in f".{layer}." for name in names)
 
 
 def nearest(change: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A (r, in) and B (out, r) whose product is nearest to the change (out, in), and the singular values (r,) it keeps."""
+    """A (r, in) and B (out, r) whose product is nearest to the change (out, in), and its singular values (r,)."""
     # The randomised method computes only the largest values. The fixed seed makes its result repeatable.
     r = min(rank, *change.shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(change, q=min(2 * r + 8, *change.shape), niter=4)  # (out, q), (q,), (in, q)
-    root = s[:r].sqrt()  # each factor takes half of the size, so that neither is tiny
+    root = s[:r].sqrt()  # in both factors, so that neither is tiny
     return (root * v[:, :r]).T, u[:, :r] * root, s[:r]
 
 
 def as_factors(change: Tensor) -> tuple[Tensor, Tensor, float]:
-    """A whole change, (out, in) or (d,), as A, B and alpha. This is exact, because one factor is the identity."""
+    """A whole change, (out, in) or (d,), as A, B and alpha: exactly, because one factor is the identity."""
     change = change.reshape(-1, change.shape[-1])  # (out, in)
     out, width = change.shape
     if out <= width:
@@ -131,14 +132,14 @@ def write_lora(
     stochastic: bool = True,
     exact: Collection[str] = (),
 ) -> None:
-    """Write one safetensors file: A (r, in), B (out, r) and alpha of every layer. Layers that are named by `exact` get
-    their whole change, in fp32, as `LAYER.diff`.
+    """Write one safetensors file: A (r, in), B (out, r) and alpha of every layer. Layers that `exact` names get their
+    whole change instead, in fp32, as `LAYER.diff`.
 
-    The header tells how a few-step student draws: `sigmas` as `sample_sigmas`, `stochastic` (see Scheduler) as
+    The header says how a few-step student draws: `sigmas` as `sample_sigmas`, `stochastic` (see Scheduler) as
     `stochastic_sampling`, and both in words as `description`.
 
-    Names of layers have no prefix. With `transformer.` diffusers would reject alpha. With `diffusion_model.` ComfyUI,
-    which fuses two of the MLP's layers, would drop their halves.
+    Layers' names have no prefix. With `transformer.` diffusers would reject alpha. With `diffusion_model.` ComfyUI, which
+    fuses two layers of the MLP, would drop both.
     """
     tensors = {}
     for name, (a, b, alpha) in lora.items():
@@ -160,16 +161,16 @@ def write_lora(
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-# A key begins with any prefixes, and then the layer's name, with dots, or with underscores as kohya's programs write it.
-# It ends with lora_A, lora_down or lora.down, or their partners; or with diff, ComfyUI's name for a whole change.
+# A key begins with any number of prefixes. The layer's name follows, with dots or, from kohya's programs, underscores.
+# The end is lora_A, lora_down or lora.down, or their partners, alpha, or diff, ComfyUI's name for a whole change.
 LORA_KEY = re.compile(
     r"(?:base_model\.model\.|model\.|transformer\.|diffusion_model\.|unet\.|lora_unet_|lora_transformer_)*(?P<layer>.+)"
     r"\.(?:(?P<a>lora_A|lora[._]down)|(?P<b>lora_B|lora[._]up)|(?P<alpha>alpha)|(?P<diff>diff))"
     r"(?:\.default)?(?:\.weight)?"
 )
-# ComfyUI fuses two layers of the MLP; the rows of the gate come first. LoRAs that were extracted there have this layer.
+# ComfyUI fuses two layers of the MLP, the gate's rows first. LoRAs that were extracted there have the fused layer.
 FUSED, HALVES = "img_mlp.gate_up", ("img_mlp.gate_layer", "img_mlp.proj")
-# Rejected keys, and what a file with such keys is.
+# Patterns of rejected keys -> what a file with such keys is.
 REFUSED = {
     r".*\.(dora_scale|lora_magnitude_vector)(\..*)?": "a DoRA, which also scales the rows of the weights",
     r".*\.(lokr_|hada_).*": "a LoKr or LoHa, whose factors are multiplied in another way",
@@ -179,7 +180,7 @@ REFUSED = {
     r"(.*\.)?proj_out\.weight": "no plain LoRA: it replaces whole layers",
     r".*\.(weight|bias)": "no plain LoRA: it holds whole weights",
 }
-PDD_FORMAT = "qwenimage21_extracted_prefused"  # the header of PAI's Fun-Acc has a `format` that begins so
+PDD_FORMAT = "qwenimage21_extracted_prefused"  # `format` in the header of PAI's Fun-Acc begins with this
 
 
 def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | None, bool]:
@@ -187,7 +188,7 @@ def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | N
 
     Returns the LoRA in fp32, its sample_sigmas or None, and whether it draws by stochastic sampling. Without an alpha
     the changes are B A. ValueError or FileNotFoundError name the file, and the layer or key: a layer that is not in
-    `model`, comes twice or has another shape, half a pair, a key that belongs to no LoRA, a damaged file.
+    `model`, comes twice or has another shape; half of a pair; a key of no LoRA; a damaged file.
     """
     path = Path(path)
     if not path.is_file():
@@ -204,8 +205,8 @@ def read_lora(path: str | Path, model: nn.Module) -> tuple[LoRA, list[float] | N
         for name, (a, b, own_alpha) in changes(path, layer, tensors, alpha).items():
             shape = list(weights[name].shape)
             is_norm = len(shape) == 1
-            fits = [len(b), a.shape[1]] == ([1, *shape] if is_norm else shape)
-            if not fits or (is_norm and "diff" not in tensors):
+            matrix = [1, *shape] if is_norm else shape
+            if [len(b), a.shape[1]] != matrix or (is_norm and "diff" not in tensors):
                 factors = f"A {list(a.shape)} and B {list(b.shape)}"
                 raise ValueError(f"{path}: {name} has {factors}, but its weight is {shape}")
             if name in lora:
@@ -221,23 +222,18 @@ def check_keys(path: Path, keys: list[str], header: dict[str, str]) -> None:
     unknown = [key for key in keys if not LORA_KEY.fullmatch(key)]
     if not unknown:
         return
-    kind = "no LoRA of a kind that is read here"
-    for pattern, name in REFUSED.items():
-        if any(re.fullmatch(pattern, key) for key in unknown):
-            kind = name
-            break
+    kinds = [kind for pattern, kind in REFUSED.items() if any(re.fullmatch(pattern, key) for key in unknown)]
     if header.get("format", "").startswith(PDD_FORMAT):
-        kind = "a PDD student (Fun-Acc), which has an output layer for each of its steps"
+        kinds = ["a PDD student (Fun-Acc), which has an output layer for each of its steps"]
+    kind = kinds[0] if kinds else "no LoRA of a kind that is read here"
     shown = ", ".join(key[:100] for key in unknown[:3]) + ", ..." * (len(unknown) > 3)
     raise ValueError(f"{path}: {kind}; {len(unknown)} of its {len(keys)} keys are unknown: {shown}")
 
 
 def read_tensors(path: Path, file, keys: list[str], layers: list[str]) -> dict[str, dict[str, Tensor]]:
-    """The file's tensors in fp32, by layer (FUSED is one, too) and kind: a, b, alpha or diff."""
+    """The file's tensors in fp32, by layer (FUSED is one, too) and kind: a, b, alpha or diff. layers: the model's."""
     layers = layers + [name.replace(HALVES[0], FUSED) for name in layers if name.endswith(HALVES[0])]
-    spellings = {name: name for name in layers}
-    for name in layers:
-        spellings.setdefault(name.replace(".", "_"), name)
+    spellings = {name.replace(".", "_"): name for name in layers} | {name: name for name in layers}
     tensors: dict[str, dict[str, Tensor]] = {}
     for key in keys:
         match = LORA_KEY.fullmatch(key)
@@ -261,7 +257,7 @@ def read_tensors(path: Path, file, keys: list[str], layers: list[str]) -> dict[s
 
 
 def changes(path: Path, layer: str, tensors: dict[str, Tensor], alpha: float | None) -> LoRA:
-    """What one layer of the file changes: the layer of this name, or both halves of FUSED. alpha: the header's."""
+    """The changes by one layer of the file: of the layer of this name, or of both HALVES. alpha: the header's."""
     if "diff" in tensors:
         whole = tensors["diff"]
         if len(tensors) > 1 or layer.endswith(FUSED) or whole.ndim > 2:
@@ -272,16 +268,17 @@ def changes(path: Path, layer: str, tensors: dict[str, Tensor], alpha: float | N
     a, b = tensors["a"], tensors["b"]
     if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
         raise ValueError(f"{path}: {layer} has A {list(a.shape)} and B {list(b.shape)}, which make no product")
-    own = float(tensors.get("alpha", len(a) if alpha is None else alpha))
+    default = len(a) if alpha is None else alpha
+    alpha = float(tensors.get("alpha", default))
     if not layer.endswith(FUSED):
-        return {layer: (a, b, own)}
+        return {layer: (a, b, alpha)}
     gate, value = (layer.replace(FUSED, half) for half in HALVES)
     rows = len(b) // 2
-    return {gate: (a, b[:rows], own), value: (a, b[rows:], own)}
+    return {gate: (a, b[:rows], alpha), value: (a, b[rows:], alpha)}
 
 
 def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[float] | None, bool]:
-    """What the header of a LoRA file says: alpha (diffusers and peft keep it there), the sigmas, stochastic sampling."""
+    """From a LoRA file's header: alpha, which diffusers and peft write there, the sigmas, and stochastic sampling."""
 
     def value(key: str, default: str) -> object:
         try:
@@ -292,7 +289,7 @@ def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[
     adapter = value("lora_adapter_metadata", "{}")
     if not isinstance(adapter, dict):
         raise ValueError(f"{path}: lora_adapter_metadata in its header is no JSON object: {short(adapter)}")
-    # diffusers' pipeline writes the network's name before each key, its network alone does not.
+    # diffusers' pipeline writes the network's name before each key; a network alone does not.
     adapter = {key.removeprefix("transformer."): entry for key, entry in adapter.items()}
     alpha = adapter.get("lora_alpha")
     if alpha is not None and (type(alpha) not in (int, float) or not inside(alpha, "(0, 1e6]")):
@@ -300,9 +297,10 @@ def read_header(header: dict[str, str], path: Path) -> tuple[float | None, list[
     if adapter.get("alpha_pattern") or adapter.get("use_rslora") or adapter.get("use_dora"):
         raise ValueError(f"{path}: its header asks for per-layer alphas, rsLoRA or DoRA, which are not read here")
 
-    sigmas, stochastic = value("sample_sigmas", "null"), value("stochastic_sampling", "false")
+    sigmas = value("sample_sigmas", "null")
     if sigmas is not None:
         sigmas = check_sigmas(sigmas, f"{path}: sample_sigmas")
+    stochastic = value("stochastic_sampling", "false")
     if type(stochastic) is not bool:
         raise ValueError(f"{path}: stochastic_sampling is {short(stochastic)}; true or false is expected")
     return alpha, sigmas, stochastic
