@@ -1,16 +1,16 @@
 """The frozen condition encoder: Qwen3-VL reads the prompt together with its source pictures.
 
-The MMDiT's condition is what the language model holds after its LAST layer and BEFORE its final norm, with the fixed
-system turn cut off the front. Why before: that norm belongs to the guess of the next word. It scales every channel by
-what the vocabulary's matrix (`lm_head`, never applied here either) wants to see, while the MMDiT begins with a norm of
-its own, `txt_in.text_norm`, whose scales were learned for pictures. The trap: libraries call both "the last hidden
-state", and with the normed one nothing fails, pictures only get worse.
+The MMDiT's condition is the output of the language model's LAST layer, BEFORE its final norm, without the fixed system
+turn at the front. The final norm belongs to the prediction of the next word: it scales the channels for the vocabulary's
+matrix (`lm_head`, which is not applied here either). The MMDiT has a norm of its own instead, `txt_in.text_norm`, whose
+scales were learned for pictures. The trap: libraries call both "the last hidden state". With the normed one nothing
+fails, but pictures get worse.
 
 Parameter names are the tensor names of the published text_encoder/, so that loading is strict and needs no mapping.
 
 Two towers:
   vision    cuts a picture into 16 x 16 patches, reads them with a bidirectional transformer, and merges every 2 x 2
-            group of patches into one token of the language model
+            patches into one token of the language model
   language  a causal transformer over the prompt's tokens, in which each `<|image_pad|>` slot holds one merged token.
             States from earlier blocks of the vision tower ("deepstack") are added to the slots after the first layers
 
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from checkpoint.files import build_config, read_json
 from checkpoint.weights import load_weights
 from program.edges import short
-from program.ranges import Ranged, within
+from program.ranges import Ranged, only, within
 
 SYSTEM_TURN = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 USER_TURN = "<|im_start|>user\n{pictures}{prompt}<|im_end|>\n<|im_start|>assistant\n"
@@ -81,10 +81,10 @@ class VisionConfig(Ranged):
     hidden_size: int = within(1152, "[1, 65536]")
     intermediate_size: int = within(4304, "[1, 1048576]")
     num_heads: int = within(16, "[1, 1024]")
-    in_channels: int = within(3, "[3, 3]")
-    patch_size: int = within(16, "[16, 16]")  # a slot stands for 2 x 2 latent tokens of 16 x 16 pixels
+    in_channels: int = only(3)
+    patch_size: int = only(16)  # a slot stands for 2 x 2 latent tokens of 16 x 16 pixels
     temporal_patch_size: int = within(2, "[1, 16]")
-    spatial_merge_size: int = within(2, "[2, 2]")
+    spatial_merge_size: int = only(2)
     num_position_embeddings: int = within(2304, "[1, 1048576]")  # learned on a square grid, 48 x 48
     out_hidden_size: int = within(4096, "[1, 65536]")
     deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)  # blocks whose states go to the language model as well
@@ -111,13 +111,14 @@ class Qwen3VLConfig:
         """Read text_encoder/config.json in either spelling of the rope: `rope_theta` beside `rope_scaling` (as
         published), or `rope_parameters` with both inside (as transformers 5 writes it).
 
-        The file is full of keys for training and generation, so unknown ones are passed over. A missing key, a wrong
-        value, or one that asks for other arithmetic than this file's is a ValueError with file and key.
+        Unknown keys are ignored, because the file has many for training and generation. ValueError names file and key of
+        a missing or wrong value, and of one whose arithmetic is not implemented here.
         """
         content = read_json(path)
-        text = _section(path, content, "text_config", TextConfig, {"hidden_act": "silu", "rope_type": "default"})
-        understood = {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 1e4}
-        vision = _section(path, content, "vision_config", VisionConfig, understood)
+        of_text = {"hidden_act": "silu", "rope_type": "default"}
+        text = _section(path, content, "text_config", TextConfig, of_text)
+        of_vision = {"hidden_act": "gelu_pytorch_tanh", "rope_theta": 1e4}
+        vision = _section(path, content, "vision_config", VisionConfig, of_vision)
         slot = content.get("image_token_id")
         if type(slot) is not int or not 0 <= slot < text.vocab_size:
             raise ValueError(f"{path}: 'image_token_id' is {short(slot)}; a token of the vocabulary is expected")
@@ -128,8 +129,8 @@ class Qwen3VLConfig:
         return cls(text, vision, slot)
 
 
-def _section(path: str | Path, content: dict, name: str, kind: type, understood: dict):
-    """One of the two configs inside the file. understood: the only values of further keys that this file computes."""
+def _section(path: str | Path, content: dict, name: str, kind: type, implemented: dict):
+    """One of the two configs inside the file. implemented: the only possible values of further keys."""
     section = content.get(name)
     if not isinstance(section, dict):
         raise ValueError(f"{path}: key {name!r} is missing or not an object")
@@ -138,8 +139,7 @@ def _section(path: str | Path, content: dict, name: str, kind: type, understood:
         if not isinstance(rope, dict):
             raise ValueError(f"{path}: {name}.{key} is {short(rope)}; an object is expected")
         section = rope | section
-    understood = understood | {"attention_bias": False, "mrope_interleaved": True}
-    for key, value in understood.items():
+    for key, value in {**implemented, "attention_bias": False, "mrope_interleaved": True}.items():
         if section.get(key, value) != value:
             raise ValueError(f"{path}: {name}.{key} is {short(section[key])}; only {value!r} is implemented")
     return build_config(kind, section, f"{path}: {name}.")
@@ -154,7 +154,7 @@ def rotary_frequencies(width: int, theta: float, device: torch.device) -> Tensor
 
 
 def rotate_halves(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (i, i + D/2) of x (..., P, D) by angles whose cosine and sine are `rope`, each (P, D/2) in fp32.
+    """Turn the pairs (i, i + D/2) of x (..., P, D) by angles whose cosines and sines are `rope`, each (P, D/2) in fp32.
     The MMDiT's rope turns adjacent pairs instead (attention.rotate_pairs)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)  # (..., P, D/2) each
@@ -173,7 +173,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "n p (qkv h d) -> qkv n h p d", qkv=3, h=self.heads)  # (N, H, P, D) each
-        # Pictures lie along the batch axis: each attends to itself alone, without a mask.
+        # Pictures are along the batch axis, so each attends only to itself, without a mask.
         x = F.scaled_dot_product_attention(rotate_halves(q, rope), rotate_halves(k, rope), v)  # (N, H, P, D)
         return self.proj(rearrange(x, "n h p d -> n p (h d)"))  # (N, P, E)
 
@@ -202,11 +202,11 @@ class VisionBlock(nn.Module):
 
 
 class Merger(nn.Module):
-    """Groups of four neighbouring patches become tokens of the language model."""
+    """Merges each group of four neighbouring patches into one token of the language model."""
 
     def __init__(self, config: VisionConfig, norm_group: bool):
         super().__init__()
-        self.norm_group = norm_group  # deepstack mergers norm a group of four as one vector, the last one each patch
+        self.norm_group = norm_group  # deepstack's mergers norm a group as one vector; the last merger norms each patch
         self.group = config.spatial_merge_size**2
         width = self.group * config.hidden_size
         self.norm = nn.LayerNorm(width if norm_group else config.hidden_size, eps=1e-6)
@@ -217,7 +217,7 @@ class Merger(nn.Module):
         x = x if self.norm_group else self.norm(x)  # (N, P, E)
         x = rearrange(x, "n (s g) e -> n s (g e)", g=self.group)  # (N, S, 4E)
         x = self.norm(x) if self.norm_group else x  # (N, S, 4E)
-        return self.linear_fc2(F.gelu(self.linear_fc1(x)))  # (N, S, C); here the exact GELU, in the blocks the tanh one
+        return self.linear_fc2(F.gelu(self.linear_fc1(x)))  # (N, S, C); the exact GELU, unlike the blocks' tanh
 
 
 class VisionTower(nn.Module):
@@ -233,12 +233,12 @@ class VisionTower(nn.Module):
         self.deepstack_merger_list = nn.ModuleList(Merger(config, norm_group=True) for _ in levels)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pictures of one size (N, 3, 16h, 16w) -> (1 + J, N, S, C): the merged tokens, row-major over the
+        """Normalised pictures of one size (N, 3, 16h, 16w) -> (1 + J, N, S, C): the merged tokens, row by row over the
         grid (h/2, w/2), then the deepstack levels."""
         c, proj = self.config, self.patch_embed["proj"]
         h, w = pixels.shape[-2] // c.patch_size, pixels.shape[-1] // c.patch_size
-        # A patch spans two frames of a video; a still picture is shown twice. The kernel is applied as a product: in
-        # bf16 a convolution with stride 16 comes out plainly wrong on some CPUs (torch 2.13, oneDNN with AMX).
+        # A patch has two frames of a video, so a still picture is repeated. The kernel is applied as a matrix product,
+        # because in bf16 a convolution with stride 16 gives wrong results on some CPUs (torch 2.13, oneDNN with AMX).
         sides = {"i": c.patch_size, "j": c.patch_size, "a": c.spatial_merge_size, "b": c.spatial_merge_size}
         patches = "n c (h a i) (w b j) -> n (h w a b) (c t i j)"  # in the order of _grouped
         x = repeat(pixels.to(proj.weight.dtype), patches, t=c.temporal_patch_size, **sides)  # (N, P, 3 2 16 16)
@@ -252,7 +252,7 @@ class VisionTower(nn.Module):
         ys, xs = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")  # (h, w) each
         places = self._grouped(torch.stack([ys, xs])[None].to(x.device))[0]  # (P, 2)
         frequency = rotary_frequencies(c.hidden_size // c.num_heads // 2, 1e4, x.device)  # (D/4,)
-        angles = (places[:, :, None] * frequency).flatten(1)  # (P, D/2): height's half, then width's
+        angles = (places[:, :, None] * frequency).flatten(1)  # (P, D/2): half for height, half for width
         rope = angles.cos(), angles.sin()
 
         levels = []
@@ -264,7 +264,7 @@ class VisionTower(nn.Module):
         return torch.stack([self.merger(x), *levels])  # (1 + J, N, S, C)
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """A map (N, E, h, w) as a sequence (N, P, E) in which the four patches of a 2 x 2 group are neighbours."""
+        """A map (N, E, h, w) as a sequence (N, P, E) in which the four patches of a group are neighbours."""
         m = self.config.spatial_merge_size
         return rearrange(x, "n e (h a) (w b) -> n (h w a b) e", a=m, b=m)  # (N, P, E)
 
@@ -291,7 +291,7 @@ class LanguageAttention(nn.Module):
         v = rearrange(self.v_proj(x), heads, d=d)  # (B, K, L, D)
         q = rotate_halves(self.q_norm(q), rope)  # (B, H, L, D)
         k = rotate_halves(self.k_norm(k), rope)  # (B, K, L, D)
-        # Causal is all the mask there is: padding stands on the right, where no token before it can look.
+        # The causal mask is enough: padding is on the right, where no token before it can look.
         x = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, L, D)
         return self.o_proj(rearrange(x, "b h l d -> b l (h d)"))  # (B, L, C)
 
@@ -326,13 +326,16 @@ class LanguageModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        # In the files and never applied: see the top of this file.
+        # In the files but never applied: see the top of this file.
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, tokens: Tensor, places: Tensor, slots: Tensor, seen: Tensor) -> Tensor:
-        """tokens (B, L) ids; places (3, L) time, height and width of each; slots (T,) where the pictures' tokens go and
-        seen (1 + J, B, T, C) what the vision tower made of them -> states (B, L, C) before the final norm."""
-        # Interleaved axes: height has the frequencies 1, 4, 7, ..., width 2, 5, 8, ..., time all the others.
+        """States (B, L, C) before the final norm.
+
+        tokens (B, L): ids. places (3, L): time, height and width of each. slots (T,): the positions of the pictures'
+        tokens. seen (1 + J, B, T, C): the vision tower's output for them.
+        """
+        # Interleaved axes: height has the frequencies 1, 4, 7, ..., width 2, 5, 8, ..., time all others.
         frequency = rotary_frequencies(self.config.head_dim, self.config.rope_theta, tokens.device)  # (D/2,)
         axis = torch.zeros_like(frequency, dtype=torch.long)  # (D/2,)
         axis[1 : 3 * self.config.mrope_section[1] : 3] = 1
@@ -341,11 +344,11 @@ class LanguageModel(nn.Module):
         rope = angles.cos(), angles.sin()
 
         x = self.embed_tokens(tokens)  # (B, L, C)
-        x[:, slots] = seen[0]  # (B, L, C): the slot's own embedding is overwritten
+        x[:, slots] = seen[0]  # (B, L, C); replaces the slots' own embedding
         for index, layer in enumerate(self.layers):
             x = layer(x, rope)  # (B, L, C)
             if index + 1 < len(seen):
-                x[:, slots] += seen[index + 1]  # (B, L, C): deepstack level by level
+                x[:, slots] += seen[index + 1]  # (B, L, C); one deepstack level after each layer
         return x  # (B, L, C)
 
 
@@ -354,7 +357,7 @@ class LanguageModel(nn.Module):
 
 @dataclass
 class PixelSettings(Ranged):
-    """Keys of processor/preprocessor_config.json; the edges bound a picture's area, in pixels."""
+    """Keys of processor/preprocessor_config.json. The edges are the limits of a picture's area, in pixels."""
 
     image_mean: tuple[float, float, float] = within((0.5, 0.5, 0.5), "[0, 1]")
     image_std: tuple[float, float, float] = within((0.5, 0.5, 0.5), "[0.001, 1]")
@@ -363,7 +366,7 @@ class PixelSettings(Ranged):
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> "PixelSettings":
-        """Read them from the folder processor/. ValueError or FileNotFoundError name file and key."""
+        """Read the folder processor/. ValueError or FileNotFoundError name file and key."""
         path = Path(directory) / "preprocessor_config.json"
         if not path.is_file() and path.with_name("processor_config.json").is_file():
             path = path.with_name("processor_config.json")  # transformers 5 saves the same keys inside this one
@@ -376,7 +379,7 @@ class PixelSettings(Ranged):
 
 
 class Processor:
-    """What the published processor/ folder says about tokens and pixels."""
+    """The tokenizer and the pixel settings of the published processor/ folder."""
 
     def __init__(self, directory: str | Path):
         self.directory = directory
@@ -390,7 +393,7 @@ class Processor:
             self.tokenizer.encode(SYSTEM_TURN + USER_TURN)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the library raises no narrower class, and panics with a wider one
+        except BaseException as error:  # the library raises Exception itself, and panics with a wider class
             raise ValueError(f"{path}: not a tokenizer ({error})") from None
         missing = [token for token in TOKENS if self.tokenizer.token_to_id(token) is None]
         if missing:
@@ -398,9 +401,10 @@ class Processor:
         self.settings = PixelSettings.from_pretrained(directory)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """One picture as (3, H, W), in [-1, 1] with the published mean and deviation of 0.5. Transparency shows white.
+        """One picture as (3, H, W), in [-1, 1] with the published mean and deviation of 0.5, on white.
 
-        ValueError where the processor would still resize: the slots must fit the latents of the very same picture.
+        ValueError for a size that the published processor would change: the slots must fit the latents of the same
+        picture.
         """
         width, height = image.size
         fewest, most = self.settings.shortest_edge, self.settings.longest_edge
@@ -416,7 +420,7 @@ class Processor:
 
 
 class Qwen3VL(nn.Module):
-    """Build it with `from_pretrained`; `encode` is its one use."""
+    """Open it with `from_pretrained`, and use `encode`."""
 
     def __init__(self, config: Qwen3VLConfig, processor: Processor):
         super().__init__()
@@ -444,88 +448,103 @@ class Qwen3VL(nn.Module):
         load_weights(encoder, directory / "text_encoder", "model", dtype, device, skip=(r"lm_head\.weight",))
         return encoder.eval().requires_grad_(False)
 
-    # Not inference_mode: its tensors may not enter a graph, and the MMDiT's backward pass needs the states.
+    # Not inference_mode: its tensors cannot enter a graph, and the MMDiT's backward pass needs the states.
     @torch.no_grad()
     def encode(
         self, prompts: list[str], images: list[list[Image.Image]] | None = None, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[tuple[int, int]]]:
         """The condition of a batch of prompts, each with its own source pictures, already resized.
 
-        images: one list per prompt; None for text to image. All prompts of a batch have equally many, of the same
-        sizes in the same order: a batch has one layout. seen: what `look` made of them, if other words were read before.
+        images: one list per prompt; None for text to image. A batch has one layout: every prompt has the same number of
+        pictures, of the same sizes in the same order. seen: the output of `look` for them, if it is known already.
+
         Returns states (B, L, C), zero-padded on the right, L without the system turn; mask (B, L), True at real tokens;
-        and for each picture [start, stop) of its slots along L, row-major, one slot for 32 x 32 pixels.
-        ValueError: an unequal layout, a size the vision tower cannot take, a prompt that writes a slot token itself, a
+        and for each picture [start, stop) of its slots along L, row by row, one slot for 32 x 32 pixels.
+
+        ValueError: different layouts, a size that the vision tower cannot read, a prompt that contains a slot token, a
         tokenizer that reads the slots as something else.
         """
         images = [[] for _ in prompts] if images is None else images
-        if not prompts or len(images) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts and {len(images)} lists of source pictures: one list per prompt")
-        sizes = [image.size for image in images[0]]
-        if any([image.size for image in row] != sizes for row in images):
-            raise ValueError("the prompts of one batch need equally many source pictures of equal sizes: encode apart")
-        for prompt in prompts:
-            if SLOT in prompt or "<|video_pad|>" in prompt:
-                raise ValueError(f"prompt {prompt!r}: {SLOT} and <|video_pad|> are kept for pictures; remove them")
+        check_layout(prompts, images)
         seen = self.look(images) if seen is None else seen  # (1 + J, B, T, C)
-
-        # Text is cut into tokens after the slots are written out, special tokens in a user's text included.
-        grids = [(height // SIDE, width // SIDE) for width, height in sizes]
+        grids = [(image.height // SIDE, image.width // SIDE) for image in images[0]]
         counts = [rows * columns for rows, columns in grids]
-        numbered = enumerate(counts, start=1)
-        pictures = " ".join(PICTURE.format(number=number, slots=SLOT * count) for number, count in numbered)
-        # An empty prompt becomes one space: the language model has no start token, it must have something to read.
-        texts = [SYSTEM_TURN + USER_TURN.format(pictures=pictures, prompt=prompt or " ") for prompt in prompts]
-        ids = [encoding.ids for encoding in self.processor.tokenizer.encode_batch(texts)]
-        lengths = torch.tensor([len(text) for text in ids])  # (B,)
-        longest = int(lengths.max())
-        tokens = torch.tensor([text + [0] * (longest - len(text)) for text in ids])  # (B, L)
+        tokens, lengths = self.tokens(prompts, counts)  # (B, L), (B,)
 
-        found = (tokens == self.config.image_token_id).sum(1)  # (B,)
-        if (found != sum(counts)).any():
-            where = f"{self.processor.directory}/tokenizer.json: makes {found.tolist()} tokens {SLOT} of prompts"
-            raise ValueError(f"{where} with {sum(counts)} each; its normalizer or its added tokens are damaged")
-        # The pictures stand before the prompt, so their slots and every position are the same for the whole batch.
+        # The pictures come before the prompt, so their slots and all positions are the same for the whole batch.
         slots = (tokens[0] == self.config.image_token_id).nonzero()[:, 0]  # (T,)
         runs = [(int(run[0]), int(run[-1]) + 1) for run in slots.split(counts)]
-        places = rope_places(longest, runs, grids)  # (3, L)
-        to = seen.device
-        states = self.model["language_model"](tokens.to(to), places.to(to), slots.to(to), seen)  # (B, L, C)
+        length = tokens.shape[1]
+        places = rope_places(length, runs, grids)  # (3, L)
+        device = seen.device
+        states = self.model["language_model"](tokens.to(device), places.to(device), slots.to(device), seen)  # (B, L, C)
 
         cut = len(self.processor.tokenizer.encode(SYSTEM_TURN).ids)
-        mask = (torch.arange(longest) < lengths[:, None])[:, cut:].to(to)  # (B, L - cut)
+        mask = (torch.arange(length) < lengths[:, None])[:, cut:].to(device)  # (B, L - cut)
         states = states[:, cut:].masked_fill(~mask[..., None], 0)  # (B, L - cut, C)
         return states, mask, [(start - cut, stop - cut) for start, stop in runs]
 
+    def tokens(self, prompts: list[str], counts: list[int]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) of the prompts in their template, zero-padded on the right, and their lengths (B,).
+
+        counts: the slots of each picture. Special tokens in a user's text are read as such.
+        """
+        numbered = enumerate(counts, start=1)
+        pictures = " ".join(PICTURE.format(number=number, slots=SLOT * count) for number, count in numbered)
+        # An empty prompt becomes one space. The language model has no start token, so it needs something to read.
+        texts = [SYSTEM_TURN + USER_TURN.format(pictures=pictures, prompt=prompt or " ") for prompt in prompts]
+        ids = [encoding.ids for encoding in self.processor.tokenizer.encode_batch(texts)]
+        lengths = torch.tensor([len(row) for row in ids])  # (B,)
+        longest = int(lengths.max())
+        tokens = torch.tensor([row + [0] * (longest - len(row)) for row in ids])  # (B, L)
+        slots = (tokens == self.config.image_token_id).sum(1)  # (B,)
+        if (slots != sum(counts)).any():
+            problem = f"{self.processor.directory}/tokenizer.json: makes {slots.tolist()} tokens {SLOT} of prompts"
+            raise ValueError(f"{problem} with {sum(counts)} each; its normalizer or its added tokens are damaged")
+        return tokens, lengths
+
     @torch.no_grad()
     def look(self, images: list[list[Image.Image]]) -> Tensor:
-        """What the vision tower makes of each prompt's pictures, one after the other: (1 + J, B, T, C). See `encode`."""
+        """The vision tower's output for each prompt's pictures, one after the other: (1 + J, B, T, C). See `encode`."""
         weight = self.model["visual"].pos_embed.weight
         columns = [weight.new_zeros(1, len(images), 0, self.config.text.hidden_size)]  # (1, B, 0, C), without pictures
         for column in zip(*images, strict=True):
-            once = {id(image): image for image in column}  # prompts often share a picture
-            pixels = torch.stack([self.processor.pixels(image) for image in once.values()])  # (N, 3, H, W)
+            different = {id(image): image for image in column}  # prompts often share a picture
+            pixels = torch.stack([self.processor.pixels(image) for image in different.values()])  # (N, 3, H, W)
             features = self.model["visual"](pixels.to(weight.device))  # (1 + J, N, S, C)
-            places = {key: place for place, key in enumerate(once)}
-            columns.append(features[:, [places[id(image)] for image in column]])  # (1 + J, B, S, C)
+            numbers = {key: number for number, key in enumerate(different)}
+            columns.append(features[:, [numbers[id(image)] for image in column]])  # (1 + J, B, S, C)
         return torch.cat(columns[1:] or columns, dim=2)
 
 
-def rope_places(length: int, runs: list[tuple[int, int]], grids: list[tuple[int, int]]) -> Tensor:
-    """Time, height and width (3, length) of every token, for pictures in the slots `runs` with merged `grids` (rows, columns).
+def check_layout(prompts: list[str], images: list[list[Image.Image]]) -> None:
+    """ValueError unless the prompts can be one batch: see `Qwen3VL.encode`."""
+    if not prompts or len(images) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts and {len(images)} lists of source pictures: one list per prompt")
+    sizes = [image.size for image in images[0]]
+    if any([image.size for image in row] != sizes for row in images):
+        raise ValueError("the prompts of one batch need equally many source pictures of equal sizes: encode apart")
+    for prompt in prompts:
+        if SLOT in prompt or "<|video_pad|>" in prompt:
+            raise ValueError(f"prompt {prompt!r}: {SLOT} and <|video_pad|> are kept for pictures; remove them")
 
-    Text advances a counter on all three axes. A picture stands still in time at the counter, and its rows and columns
-    count from there, not centred as in the MMDiT; then the counter advances by the longer of its sides.
+
+def rope_places(length: int, runs: list[tuple[int, int]], grids: list[tuple[int, int]]) -> Tensor:
+    """Time, height and width (3, length) of every token. runs: [start, stop) of each picture's slots; grids: their rows and
+    columns.
+
+    Text advances a counter on all three axes. A picture has the counter as its time, and its rows and columns count from
+    there, not from its centre as in the MMDiT. Then the counter advances by the longer of its sides.
     """
     pieces = []
     counter = 0  # the next position
-    done = 0  # tokens that have theirs
+    placed = 0  # tokens that have a position
     for (start, stop), (rows, columns) in zip(runs, grids, strict=True):
-        pieces.append((counter + torch.arange(start - done)).expand(3, -1))  # (3, text before)
-        counter += start - done
+        pieces.append((counter + torch.arange(start - placed)).expand(3, -1))  # (3, text before)
+        counter += start - placed
         grid = torch.meshgrid(torch.zeros(1).long(), torch.arange(rows), torch.arange(columns), indexing="ij")
         pieces.append(counter + torch.stack(grid).flatten(1))  # (3, rows * columns)
         counter += max(rows, columns)
-        done = stop
-    pieces.append((counter + torch.arange(length - done)).expand(3, -1))  # (3, text after)
+        placed = stop
+    pieces.append((counter + torch.arange(length - placed)).expand(3, -1))  # (3, text after)
     return torch.cat(pieces, dim=1)  # (3, length)

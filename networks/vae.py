@@ -1,19 +1,19 @@
 """The Qwen-Image-2.x autoencoder: pictures in, latents 16 times smaller out, and back.
 
-A residual convolutional autoencoder, f16c64: four halvings of height and width, 64 latent channels; it reads and
-writes RGBA. It descends from a causal VIDEO autoencoder and is used here for a single picture, so no axis of time is
-left in this file but for two marks. The published file holds `time_conv` weights that a single frame never meets
-(skipped by name, written back as zeros), and where the video network would halve or double the number of frames the
-parameter-free shortcuts of a block still reckon with the frames that are not there (`Down.shortcut`, `Up.shortcut`).
+A residual convolutional autoencoder, f16c64: four halvings of height and width, 64 latent channels. It reads and writes
+RGBA. It comes from a causal VIDEO autoencoder and is used here for single pictures, so this file has no axis of time. Two
+traces of it remain. The published file has `time_conv` weights that a single frame never uses: they are skipped by name
+and written as zeros. And where the video network halves or doubles the number of frames, the shortcuts without parameters
+still count the missing frames (`Down.shortcut`, `Up.shortcut`).
 
     encoder   conv_in - Down x 5 - Mid - norm, SiLU, conv_out - quant_conv - 128 moments: mean and log variance
     decoder   post_quant_conv - conv_in - Mid - Up x 5 - norm, SiLU, conv_out
 
-Module and parameter names are those of the published tensors, which is why some modules look deeper than they need.
+Module and parameter names are those of the published tensors, so some modules are nested more deeply than they need.
 
 Shapes: B pictures; C channels, H height and W width of the current level; o an output's channels; h, w those of the
 latent grid, 1/16 of the picture's; z = 64 latent channels; d = C of the middle block.
-Reference for behaviour: `AutoencoderKLQwenImage21` of diffusers 0.42.1; tests/test_vae.py holds us to it.
+Reference for behaviour: `AutoencoderKLQwenImage21` of diffusers 0.42.1; tests/test_vae.py compares with it.
 """
 
 import re
@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from checkpoint.files import config_from_json, save_config
 from checkpoint.weights import load_weights, save_weights
-from program.ranges import Ranged, within
+from program.ranges import Ranged, only, within
 
 STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
-ENCODED = 4 * 64 * 64  # latent pixels of a batch that are encoded at once; ours, for memory: four of 1024 x 1024
+ENCODED = 4 * 64 * 64  # latent pixels of a batch that are encoded at once: four of 1024 x 1024; ours, for memory
 DECODED = 64 * 64  # latent pixels of each picture that are decoded at once
 
 
@@ -38,52 +38,49 @@ DECODED = 64 * 64  # latent pixels of each picture that are decoded at once
 class VAEConfig(Ranged):
     """The keys of vae/config.json, with the published values as defaults (the latents' statistics excepted).
 
-    ValueError names the key whose value is impossible, or asks for a network that is not built here.
+    ValueError names the key whose value is impossible or asks for a network that is not implemented.
     """
 
     base_dim: int = within(96, "[1, 4096]")  # channels of the encoder's first level
-    decoder_base_dim: int | None = within(144, "[1, 4096]")  # of the decoder's last level; null: base_dim
+    decoder_base_dim: int | None = within(144, "[1, 4096]")  # channels of the decoder's last level; null: base_dim
     z_dim: int = within(64, "[1, 4096]")
-    # Channels of a level / base_dim. Every level but the last halves the sides.
+    # Channels of a level / base_dim. Every level but the last halves height and width.
     dim_mult: tuple[int, ...] = within((1, 2, 4, 8, 8), "[1, 256]")
     num_res_blocks: int = within(2, "[1, 64]")  # in a level of the encoder; the decoder's levels have one more
-    attn_scales: tuple[float, ...] = ()
-    temperal_downsample: tuple[bool, ...] = (False, True, True, True)  # (sic) which halvings are of time, too
-    dropout: float = 0.0
+    attn_scales: tuple[float, ...] = only(())
+    temperal_downsample: tuple[bool, ...] = (False, True, True, True)  # (sic) which levels also halve time
+    dropout: float = only(0.0)
     # Mean and deviation of each latent channel over many pictures. The published 64 come with the checkpoint.
     latents_mean: tuple[float, ...] = within((0.0,) * 64, "[-1e6, 1e6]")
     latents_std: tuple[float, ...] = within((1.0,) * 64, "[1e-6, 1e6]")
-    is_residual: bool = True
-    in_channels: int = within(4, "[4, 4]")  # RGBA
-    out_channels: int = within(4, "[4, 4]")
-    patch_size: int | None = None
-    scale_factor_temporal: int = 8  # this and the next only describe: what the network
-    scale_factor_spatial: int = 16  # really does follows from dim_mult, see `factor`
+    is_residual: bool = only(True)
+    in_channels: int = only(4)  # RGBA
+    out_channels: int = only(4)
+    patch_size: int | None = only(None)
+    scale_factor_temporal: int = 8  # this and the next are only descriptions;
+    scale_factor_spatial: int = 16  # dim_mult decides, see `factor`
 
     def __post_init__(self):
         super().__post_init__()
         if self.decoder_base_dim is None:
             self.decoder_base_dim = self.base_dim
-        for key in ("dim_mult", "attn_scales", "temperal_downsample", "latents_mean", "latents_std"):
+        for key in ("dim_mult", "temperal_downsample", "latents_mean", "latents_std"):
             setattr(self, key, tuple(getattr(self, key)))
-        for key, built in {"is_residual": True, "attn_scales": (), "dropout": 0.0, "patch_size": None}.items():
-            if getattr(self, key) != built:
-                raise ValueError(f"{key} is {getattr(self, key)!r}; only {built!r}, as published, is built here")
         if not 2 <= len(self.dim_mult) <= 8:
             raise ValueError(f"dim_mult has {len(self.dim_mult)} levels; 2 to 8 are expected")
         lengths = {"temperal_downsample": len(self.dim_mult) - 1, "latents_mean": self.z_dim, "latents_std": self.z_dim}
         for key, length in lengths.items():
             if len(getattr(self, key)) != length:
                 raise ValueError(f"{key} has {len(getattr(self, key))} values; by the other keys {length} are expected")
-        # The shortcuts regroup channels, which works for whole groups only.
-        rests = [c * 4**space * 2**time % o for c, o, space, time in self.encoder_levels()]
-        rests += [o * 4 * 2**time % c for c, o, space, time in self.decoder_levels() if space]
-        if any(rests):
+        # The shortcuts regroup channels, so these must divide into whole groups.
+        remainders = [c * 4**space * 2**time % o for c, o, space, time in self.encoder_levels()]
+        remainders += [o * 4 * 2**time % c for c, o, space, time in self.decoder_levels() if space]
+        if any(remainders):
             raise ValueError(f"dim_mult is {self.dim_mult}; the channels of two neighbours do not divide into groups")
 
     @property
     def factor(self) -> int:
-        """Pixels of the picture per pixel of the latent grid and side; 16 as published."""
+        """A picture's side / the latent grid's side; 16 as published."""
         return 2 ** (len(self.dim_mult) - 1)
 
     def encoder_levels(self) -> list[tuple[int, int, bool, bool]]:
@@ -91,7 +88,7 @@ class VAEConfig(Ranged):
         return self._levels(self.base_dim, (1, *self.dim_mult), self.temperal_downsample)
 
     def decoder_levels(self) -> list[tuple[int, int, bool, bool]]:
-        """(channels in, channels out, doubles space, doubles time) likewise: the encoder's mirror image."""
+        """(channels in, channels out, doubles space, doubles time) of every level, the encoder's mirror image."""
         multiples = (self.dim_mult[-1], *self.dim_mult[::-1])
         return self._levels(self.decoder_base_dim, multiples, self.temperal_downsample[::-1])
 
@@ -103,19 +100,19 @@ class VAEConfig(Ranged):
 
 
 class Norm(nn.Module):
-    """x / rms(x over channels) * gamma: the direction of every pixel's channel vector, rescaled."""
+    """x / rms(x over channels) * gamma: every pixel's channel vector at a fixed length, times gamma."""
 
     def __init__(self, dim: int, ones: int = 3):
         super().__init__()
-        # The published gamma keeps the video's axes: (C, 1, 1, 1), in the attention (C, 1, 1).
+        # The published gamma has the video's axes: (C, 1, 1, 1), and (C, 1, 1) in the attention.
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * ones))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The length stays fp32 up to the division: rounded to bf16 it would be off for all of a pixel's channels alike.
-        # Clamped, so that a zero pixel stays zero.
+        # The length is fp32 until the division. In bf16 its rounding would change all channels of a pixel alike. It is
+        # clamped so that a zero pixel stays zero.
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)  # (B, 1, H, W)
         scale = x.shape[1] ** 0.5 / length.clamp(min=1e-12)  # (B, 1, H, W)
-        gamma = self.gamma.view(-1, 1, 1).to(x.dtype)  # (C, 1, 1); under autocast it is fp32 and would promote x
+        gamma = self.gamma.view(-1, 1, 1).to(x.dtype)  # (C, 1, 1); the cast matters under autocast
         return x * scale.to(x.dtype) * gamma  # (B, C, H, W)
 
 
@@ -135,7 +132,7 @@ class Resnet(nn.Module):
 
 
 class GridAttention(nn.Module):
-    """One head as wide as the channels; every pixel of the latent grid sees every other."""
+    """Attention of one head over all channels. Every pixel of the latent grid sees every other."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -146,9 +143,9 @@ class GridAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm(x))  # (B, 3d, h, w)
         q, k, v = rearrange(qkv, "b (three d) h w -> three b 1 (h w) d", three=3)  # (B, 1, hw, d) each
-        # Some pixels after the other, because the fused kernels stop at 256 channels a head: here a GPU may write out
-        # all scores, and a picture of 2048 x 2048 pixels has 16,384^2 of them.
-        y = [F.scaled_dot_product_attention(part, k, v) for part in q.split(4096, 2)]  # each (B, 1, 4096 or less, d)
+        # In blocks of queries, because the fused kernels are limited to 256 channels a head. Without them a GPU writes out
+        # all scores: 16,384^2 for a picture of 2048 x 2048 pixels.
+        y = [F.scaled_dot_product_attention(block, k, v) for block in q.split(4096, 2)]  # each (B, 1, 4096 or less, d)
         y = torch.cat(y, 2)  # (B, 1, hw, d)
         y = rearrange(y, "b 1 (h w) d -> b d h w", h=x.shape[2])  # (B, d, h, w)
         return x + self.proj(y)  # (B, d, h, w)
@@ -172,7 +169,7 @@ def resample(first: nn.Module, conv: nn.Conv2d) -> nn.ModuleDict:
 
 
 class Down(nn.Module):
-    """Residual blocks, then half the height and width (but not in the last level); a shortcut without weights."""
+    """Residual blocks, then half the height and width, except in the last level. The shortcut has no weights."""
 
     def __init__(self, num_res_blocks: int, dim: int, out_dim: int, halves_space: bool, halves_time: bool):
         super().__init__()
@@ -181,14 +178,15 @@ class Down(nn.Module):
         self.halves_time = halves_time
         self.resnets = nn.ModuleList(Resnet(dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks))
         if halves_space:
-            # Zeros to the right and below only: output i looks at pixels 2i to 2i + 2. padding=1 would start at 2i - 1.
+            # Zeros only on the right and below: output i sees the pixels 2i to 2i + 2. With padding=1 it would begin at
+            # 2i - 1.
             self.downsampler = resample(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(out_dim, out_dim, 3, stride=2))
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Space (and time) to channels, ordered (channel, frame, row, column); then means of consecutive groups.
+        """Space (and time) to channels, in the order (channel, frame, row, column). Then means of consecutive groups.
 
-        Of two frames our picture is the SECOND, after one of zeros. So where the channels double (groups of 4) even
-        outputs are zero and odd ones plain 2 x 2 means; where they stay (groups of 8) the zeros count in the division.
+        Of two frames our picture is the SECOND; the first is zeros. So if the channels double (groups of 4), even outputs
+        are zero, and odd outputs are plain 2 x 2 means. If not (groups of 8), the zeros are a part of each mean.
         """
         side = 2 if self.halves_space else 1
         x = rearrange(x, "b c (h p) (w q) -> b c (p q) h w", p=side, q=side)  # (B, C, 4, H/2, W/2)
@@ -206,7 +204,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Residual blocks, then twice the height and width; a shortcut without weights. The last level has neither."""
+    """Residual blocks, then twice the height and width, and a shortcut without weights. The last level has only blocks."""
 
     def __init__(self, num_res_blocks: int, dim: int, out_dim: int, doubles_space: bool, doubles_time: bool):
         super().__init__()
@@ -219,9 +217,9 @@ class Up(nn.Module):
             self.upsampler = resample(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv)
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """Every channel repeated, then spread as (channel, frame, row, column) over space (and time).
+        """Every channel is repeated, then spread over space (and time) in the order (channel, frame, row, column).
 
-        Of two frames the FIRST is dropped. So where the channels halve, output c copies input 2c + 1.
+        Of two frames the FIRST is dropped. So if the channels halve, output c copies input 2c + 1.
         """
         frames = 2 if self.doubles_time else 1
         x = repeat(x, "b c h w -> b (c r) h w", r=self.out_dim * frames * 4 // x.shape[1])  # (B, o f 4, H, W)
@@ -270,11 +268,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(out_dim, config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Pictures (B, 4, H, W), of at most DECODED latent pixels at once: strips of whole rows, one after the other.
+        """Pictures (B, 4, H, W) from latents (B, z, h, w), in strips of whole rows of at most DECODED latent pixels each.
 
-        The strips are exact, not blended. Up to the middle block every pixel depends on every other, but that is done
-        for the whole grid: it is small. After it come only convolutions (the norms look at one pixel), which reach a
-        known way. So each level of a strip is given that many more rows of the level below than it must deliver.
+        The strips are exact, not blended. Up to the middle block every pixel depends on every other, but the grid is small
+        and is computed as a whole. After it come only convolutions, with a known reach (norms see one pixel). So each level
+        of a strip gets as many additional rows as the following levels reach.
         """
         x = self.mid_block(self.conv_in(z))  # (B, d, h, w)
         rows = max(1, DECODED // x.shape[3])
@@ -283,15 +281,15 @@ class Decoder(nn.Module):
 
     def strip(self, x: Tensor, start: int, stop: int) -> Tensor:
         """The part of the picture that belongs to the rows [start, stop) of the grid x (B, d, h, w)."""
-        margins = [1]  # the rows that conv_out sees beyond its own, and before it those that each level must be given
+        margins = [1]  # the additional rows that each level needs above and below, and at the end those of conv_out
         for block in reversed(self.up_blocks):
-            # One more for the upsampler's kernel.
-            doubled = (margins[0] + 2) // 2 if block.doubles_space else margins[0]
-            margins.insert(0, doubled + 2 * len(block.resnets))
-        top = 0  # the row where x begins; start, stop and top are rows of x, which become finer
+            # Half as many rows before doubling, and one more for the upsampler's kernel.
+            before = (margins[0] + 2) // 2 if block.doubles_space else margins[0]
+            margins.insert(0, before + 2 * len(block.resnets))
+        top = 0  # the row where x begins. top, start and stop count rows of x, and double with it
 
         for block, margin in zip(self.up_blocks, margins[:-1], strict=True):
-            above = max(start - margin, 0)  # the picture's own edges stay edges
+            above = max(start - margin, 0)  # not beyond the picture's edge
             x = block(x[:, :, above - top : stop + margin - top])  # (B, o, 2H, 2W)
             top = above
             if block.doubles_space:
@@ -303,8 +301,8 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """`moments` and `decode_raw` are the bare networks, for whoever trains one; `encode` and `decode` speak the
-    normalised latents that the MMDiT sees. All four are differentiable."""
+    """`encode` and `decode` use the normalised latents that the MMDiT sees. `moments` and `decode_raw` are the networks
+    themselves, for training one. All four are differentiable."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -317,7 +315,7 @@ class VAE(nn.Module):
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log variance (B, 64, H/16, W/16) of the posterior, not normalised.
 
-        images (B, 4, H, W) in [-1, 1], in the weights' dtype; ValueError where a side is no multiple of 16.
+        images (B, 4, H, W) in [-1, 1], in the weights' dtype. ValueError if a side is no multiple of 16.
         """
         factor, channels = self.config.factor, self.config.in_channels
         if images.ndim != 4 or images.shape[1] != channels or images.shape[2] % factor or images.shape[3] % factor:
@@ -327,14 +325,14 @@ class VAE(nn.Module):
         return self.quant_conv(self.encoder(images)).chunk(2, dim=1)  # (B, z, h, w) each
 
     def decode_raw(self, z: Tensor) -> Tensor:
-        """images (B, 4, 16h, 16w), not clamped, of latents z (B, 64, h, w) that are not normalised."""
+        """latents z (B, 64, h, w), not normalised -> images (B, 4, 16h, 16w), not clamped."""
         return self.decoder(self.post_quant_conv(z))  # (B, 4, 16h, 16w)
 
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 4, H, W) in [-1, 1] -> latents (B, 64, H/16, W/16): the posterior's mode, normalised.
 
-        Large pictures are encoded a few at a time: 32 of 1024 x 1024 at once would take 33 GB in bf16. Whatever the dtype
-        given, the weights' dtype comes back. ValueError as in `moments`.
+        Large pictures are encoded a few at a time, because 32 of 1024 x 1024 at once would take 33 GB in bf16. The result
+        has the weights' dtype. ValueError as in `moments`.
         """
         at_once = max(1, ENCODED * self.config.factor**2 // (images.shape[-2] * images.shape[-1]))
         parts = images.to(self.quant_conv.weight.dtype).split(at_once)  # each (at_once or less, 4, H, W)
@@ -343,20 +341,17 @@ class VAE(nn.Module):
         return ((mean - center) / std).to(mean.dtype)  # (B, z, h, w)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w) around [-1, 1]; clamping is left to the caller.
-
-        Whatever the dtype given, the weights' dtype comes back.
-        """
+        """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w) around [-1, 1], not clamped, in the weights' dtype."""
         center, std = self.statistics(latents.device)  # (z, 1, 1) each
         return self.decode_raw((latents * std + center).to(self.quant_conv.weight.dtype))  # (B, 4, 16h, 16w)
 
     def statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the latents, (64, 1, 1) each. In fp32, which promotes whatever they meet."""
+        """Mean and deviation of the latents, (64, 1, 1) each, in fp32, so that the arithmetic with them is in fp32."""
         stats = torch.tensor([self.config.latents_mean, self.config.latents_std], device=device)  # (2, z)
         return stats[0, :, None, None], stats[1, :, None, None]  # (z, 1, 1) each
 
     def video_weights(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the published tensors that only a second frame would meet."""
+        """Names and shapes of the published tensors that only a second frame would use."""
         shapes = {}
         for number, (_, dim, _, time) in enumerate(self.config.encoder_levels()):
             if time:
@@ -373,7 +368,7 @@ class VAE(nn.Module):
         cls, directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "VAE":
         """Open the vae/ folder of a checkpoint in the published layout: frozen, in evaluation mode, with the channels of a
-        pixel side by side in memory, as convolutions like it (on a CPU: half the time in fp32).
+        pixel adjacent in memory, because this halves the time of convolutions (on a CPU, in fp32).
 
         Strict: FileNotFoundError or ValueError name the file and the key or tensor that is missing, unknown or wrong.
         """
@@ -385,8 +380,8 @@ class VAE(nn.Module):
         return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and the weights, those of the video as zeros: what diffusers does not find in the file it
-        leaves on the meta device, and the network can then be moved nowhere."""
+        """Write config.json and the weights, with zeros for the video's. Otherwise diffusers would leave these on the meta
+        device and could not move the network."""
         unused = {name: torch.zeros(shape) for name, shape in self.video_weights().items()}
         save_weights({**self.state_dict(), **unused}, directory, STEM, dtype)
         save_config(self.config, Path(directory) / "config.json", "AutoencoderKLQwenImage21")
