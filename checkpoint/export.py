@@ -59,7 +59,9 @@ def export(
                 copy_folder(base / name, part / name)
         model.save_pretrained(part / "transformer", dtype)
         scheduler = read_json(base / "scheduler" / "scheduler_config.json")
-        scheduler |= {key: getattr(bend, key) for key in ("use_dynamic_shifting", "shift", "shift_terminal")}
+        scheduler["use_dynamic_shifting"] = bend.use_dynamic_shifting
+        scheduler["shift"] = bend.shift
+        scheduler["shift_terminal"] = bend.shift_terminal
         scheduler["stochastic_sampling"] = stochastic
         write_json(part / "scheduler" / "scheduler_config.json", scheduler)
         write_json(part / "model_index.json", read_index(base) | {"sample_sigmas": sigmas, "guidance": 1.0})
@@ -87,8 +89,7 @@ def export_lora(
         raise ValueError(f"{out}: {problem}; --export a folder instead")
     for name in exact:
         if not any(is_named(layer, [name]) for layer in layers_of(student)):
-            problem = "no layer has this in its name"
-            raise ValueError(f"--exact {name}: {problem}; proj_out or attn.norm_q would be such names")
+            raise ValueError(f"--exact {name}: no layer's name contains this; try proj_out or attn.norm_q")
     weight = next(student.parameters())
     base = type(student).from_pretrained(Path(base_directory) / "transformer", weight.dtype, weight.device)
     if base.config != student.config:

@@ -15,7 +15,7 @@ from checkpoint.weights import finite
 from program.edges import notice, short
 from program.ranges import Ranged, only, within
 
-# Sides of pictures are multiples of this: a slot of the language model stands for 2 x 2 latent tokens of 16 x 16 pixels.
+# Pictures' sides are multiples of this: a slot of the language model is 2 x 2 latent tokens of 16 x 16 pixels.
 MULTIPLE = 32
 PARTS = ("scheduler", "transformer", "vae", "text_encoder", "processor")  # a checkpoint's folders that are always read
 
@@ -27,7 +27,7 @@ class Scheduler(Ranged):
     The published values bend the sigmas towards noise. A few-step student's do not bend them.
     """
 
-    use_dynamic_shifting: bool = True  # with more target tokens, more of the steps are near noise
+    use_dynamic_shifting: bool = True  # more target tokens move the steps towards noise
     shift: float = within(1.0, "(0, 100]")  # used if dynamic shifting is off
     base_shift: float = within(0.5, "[-10, 10]")
     max_shift: float = within(0.9, "[-10, 10]")
@@ -123,7 +123,9 @@ def check_sigmas(sigmas: list[float], name: str) -> list[float]:
     """The sigmas as floats. ValueError, beginning with `name`, unless they fall within (0, 1]."""
     are_numbers = isinstance(sigmas, (list, tuple)) and sigmas and all(type(s) in (int, float) for s in sigmas)
     if not are_numbers or sigmas[0] > 1 or not all(a > b for a, b in pairwise([*sigmas, 0.0])):
-        raise ValueError(f"{name}: {short(sigmas)} is no schedule; it must fall within (0, 1], without the final 0")
+        raise ValueError(
+            f"{name}: {short(sigmas)} is no schedule: numbers that fall within (0, 1], without the final 0"
+        )
     return [float(s) for s in sigmas]
 
 
@@ -192,7 +194,10 @@ def files_read(place: Path) -> list[Path]:
     if place.is_file():
         return [place]
     if (place / "model_index.json").is_file():
-        return [place / "model_index.json", *(file for part in PARTS for file in files_read(place / part))]
+        files = [place / "model_index.json"]
+        for part in PARTS:
+            files += files_read(place / part)
+        return files
     return [path for path in visible(place) if path.suffix in (".json", ".safetensors")]
 
 
@@ -205,10 +210,12 @@ def teachers_in(checkpoint: Path) -> dict[str, Path]:
 def fingerprint(*places: Path, kept: Path | None = None) -> str:
     """16 letters that depend on every byte that is read at these places and on the names of the files inside, but not on
     the places' own names or on time stamps. kept: see `file_digests`."""
-    files = [(place, file) for place in places for file in files_read(place)]
-    digests = file_digests([file for _, file in files], kept)
-    names = [f"{places.index(place)} {file.relative_to(place).as_posix()}" for place, file in files]
-    return digest(json.dumps(list(zip(names, digests))))[:16]
+    names, files = [], []
+    for number, place in enumerate(places):
+        for file in files_read(place):
+            names.append(f"{number} {file.relative_to(place).as_posix()}")
+            files.append(file)
+    return digest(json.dumps(list(zip(names, file_digests(files, kept)))))[:16]
 
 
 def check_stage(stage: str, values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,7 @@ class Batch:
     empty: Condition | None  # the same sources without words
     target: Tensor | None  # (B, 64, h, w), for the flow objective
     k: int | None  # the student's step; None with the flow objective
-    noises: Tensor  # (K, B, 64, h, w) for a student that re-noises, else (1, B, 64, h, w), where a path or walk starts
+    noises: Tensor  # (K, B, 64, h, w) for a student that re-noises; else (1, B, 64, h, w), the start of a path or walk
     xi: Tensor  # (B, 64, h, w): noise for x_theta
     t: Tensor  # (B,) in [0, 1]
     times: list[float]  # the same numbers, for messages: reading them from a GPU would wait for it
@@ -94,8 +94,10 @@ def condition_of(
     texts = [entry.empty if empty else entry.states for entry in entries]  # (L_i, C) each
     slots = entries[0].slots
     for start, stop in slots:  # entries have no states of sources' slots, because the network never reads them
-        texts = [torch.cat([text[:start], text.new_zeros(stop - start, text.shape[1]), text[start:]]) for text in texts]
-    length = max(length + sum(stop - start for start, stop in slots), *(len(text) for text in texts))
+        zeros = texts[0].new_zeros(stop - start, texts[0].shape[1])
+        texts = [torch.cat([text[:start], zeros, text[start:]]) for text in texts]
+        length += stop - start
+    length = max(length, *(len(text) for text in texts))
     states = torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])  # (B, L, C)
     mask = torch.stack([torch.arange(length) < len(text) for text in texts])  # (B, L)
     columns = zip(*(entry.sources for entry in entries), strict=True)

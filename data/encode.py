@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +61,9 @@ def encode_prompts(folder: Path, prompts: list[Prompt], checkpoint: Path, how: H
     ValueError or OSError name the picture that cannot be read, or the prompt whose target is missing.
     """
     on_rank0(lambda: folder.mkdir(parents=True, exist_ok=True))
-    encoders = on_rank0(lambda: fingerprint(*(checkpoint / part for part in ENCODERS), kept=folder / KEPT))
-    keys = divided(lambda prompt: content_key(prompt, encoders, how), prompts)
+    folders = [checkpoint / part for part in ENCODERS]
+    encoders = on_rank0(lambda: fingerprint(*folders, kept=folder / KEPT))
+    keys = content_keys(prompts, encoders, how)
     known = on_rank0(lambda: set(read_shards(folder)))
     missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in known}
     with raise_on_all_ranks():
@@ -89,7 +90,8 @@ def drawn_size(words: str, parts: dict, how: How) -> tuple[int, int]:
     if parts["target"] is not None:
         return tuple(parts["target"].shape[1:])
     pick = hashlib.blake2b(words.encode()).digest()[0] % len(ASPECTS) if how.aspects else 0
-    width, height = pictures.sides(*ASPECTS[pick], how.resolution // pictures.MULTIPLE * pictures.MULTIPLE)
+    side = how.resolution // pictures.MULTIPLE * pictures.MULTIPLE
+    width, height = pictures.sides(*ASPECTS[pick], side)
     return height // 16, width // 16
 
 
@@ -200,12 +202,12 @@ def encode_group(
 # ---- the folder ------------------------------------------------------------------------------------------------------
 
 
-def divided(work: Callable, items: list) -> list:
-    """work(item) for every item, in order. Each rank does a part with several threads and gets the results of all."""
+def content_keys(prompts: list[Prompt], encoders: str, how: How) -> list[str]:
+    """The key of every prompt, in order. Each rank reads the pictures of a part of them. encoders: their fingerprint."""
     with raise_on_all_ranks(), ThreadPoolExecutor(THREADS) as threads:
-        mine = list(threads.map(work, items[rank() :: ranks()]))
+        mine = list(threads.map(lambda prompt: content_key(prompt, encoders, how), prompts[rank() :: ranks()]))
     shares = all_gather(mine)
-    return [shares[i % ranks()][i // ranks()] for i in range(len(items))]
+    return [shares[i % ranks()][i // ranks()] for i in range(len(prompts))]
 
 
 def content_key(prompt: Prompt, encoders: str, how: How) -> str:

@@ -69,9 +69,9 @@ def utf8(file: Path) -> bytes:
         try:
             return content.decode(encoding).encode()
         except ValueError as error:
-            raise ValueError(f"{file}: begins as {encoding.upper()} and does not go on so ({error})") from None
+            raise ValueError(f"{file}: begins as {encoding.upper()} but is not ({error})") from None
     if b"\0" in content:
-        raise ValueError(f"{file}: has zero bytes, as UTF-16 without its mark would; save it as UTF-8")
+        raise ValueError(f"{file}: has zero bytes, like UTF-16 without its mark; save it as UTF-8")
     return content
 
 

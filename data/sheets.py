@@ -42,8 +42,11 @@ def write_sheet(grids: list[Grid], path: Path) -> None:
 
     Every picture gets the space of the largest one. Transparent parts are white. ValueError: there is no picture.
     """
-    shown = [Grid({name: row for name, row in grid.rows.items() if row}, grid.heads, grid.titles) for grid in grids]
-    shown = [grid for grid in shown if grid.rows]
+    shown = []
+    for grid in grids:
+        rows = {name: row for name, row in grid.rows.items() if row}
+        if rows:
+            shown.append(Grid(rows, grid.heads, grid.titles))
     sizes = [picture.size for grid in shown for row in grid.rows.values() for picture in row]
     if not sizes:
         raise ValueError(f"{path}: there are no pictures to show")
@@ -54,7 +57,8 @@ def write_sheet(grids: list[Grid], path: Path) -> None:
     names = [written(name, name_size(height), unwritable) for grid in shown for name in grid.rows]
     left = height // 8 + max(round(font.getlength(name)) for name, font in names)
     drawn = [draw_grid(grid, left, width, height, unwritable) for grid in shown]
-    sheet = Image.new("RGB", (max(grid.width for grid in drawn), sum(grid.height for grid in drawn)), "white")
+    size = max(grid.width for grid in drawn), sum(grid.height for grid in drawn)
+    sheet = Image.new("RGB", size, "white")
     y = 0
     for grid in drawn:
         sheet.paste(grid, (0, y))

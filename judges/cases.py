@@ -43,7 +43,7 @@ def name_cases(cases: list[Prompt]) -> dict[str, Prompt]:
     for case in cases:
         shown = f"{case.task}, {case.category}, {case.prompt!r}"
         if case.task == "edit" and case.category not in FAMILIES:
-            raise ValueError(f"--prompts: {shown}: no rubric is for such edits; categories are {', '.join(FAMILIES)}")
+            raise ValueError(f"--prompts: {shown}: such edits have no rubric; categories are {', '.join(FAMILIES)}")
         sources = [digest(Path(image).read_bytes()) for image in case.images]
         content = json.dumps([case.task, case.category, case.prompt, sources])
         word = re.sub(r"\W+", "_", case.category)[:32]
@@ -64,14 +64,14 @@ def check_folder(folder: Path, cases: dict[str, Prompt], several: dict[str, list
 
     several: the pictures that each case needs. The folder may have further ones of the same cases, NAME-3.png.
     """
-    present = {path.name for path in visible(folder)}  # without a killed run's unfinished picture: it begins with a dot
+    present = {path.name for path in visible(folder)}  # a killed run's unfinished picture is hidden
     extra = []
     for name in sorted(present):
         first = re.sub(r"-\d{1,4}\.png$", ".png", name)
         if first not in cases and name not in cases:
             extra.append(name)
     if extra:
-        raise ValueError(f"{folder / extra[0]}: belongs to no case ({len(extra)} such in all); take it away")
+        raise ValueError(f"{folder / extra[0]}: belongs to no case ({len(extra)} such files); remove it")
     owners = {name: picture for picture, names in several.items() for name in names}
     missing = sorted(owners.keys() - present)
     if whole and missing:
@@ -87,7 +87,8 @@ def notes_in(picture: Path) -> dict:
             notes = json.loads(opened.info["parameters"])
     except (OSError, KeyError, ValueError):  # no notes, or those of another program under the same key
         return {}
-    return notes if isinstance(notes, dict) and {"steps", "guidance", "weights", "seconds"} <= notes.keys() else {}
+    are_ours = isinstance(notes, dict) and {"steps", "guidance", "weights", "seconds"} <= notes.keys()
+    return notes if are_ours else {}
 
 
 def describe(cases: dict[str, Prompt], folder: Path) -> dict:

@@ -83,7 +83,7 @@ class Chat:
         except ValueError:  # a port that is no number, a bracket that is not closed
             valid = False
         if not valid or not re.fullmatch("[!-~]+", self.url):
-            raise ValueError(f"{self.url}: no address; one like http://localhost:8000/v1 is expected")
+            raise ValueError(f"{self.url}: no address such as http://localhost:8000/v1")
         if not re.fullmatch("[ -~]*", self.key or ""):
             raise ValueError(f"{self.url}: the key for it has letters that HTTP cannot send")
         no_proxy = urllib.request.ProxyHandler({})
@@ -188,7 +188,7 @@ def open_chats(urls: Sequence[str], models: Sequence[str], variables: Sequence[s
     two models share a name.
     """
     if unset := [variable for variable in variables if variable not in os.environ]:
-        raise ValueError(f"there is no environment variable {unset[0]}, which is to hold the key")
+        raise ValueError(f"there is no environment variable {unset[0]}; it should have the key")
     keys = [os.environ[variable] for variable in variables] or [os.environ.get("JUDGE_API_KEY")]
     count = max(len(urls), len(models))
     columns = [[*values, *values[-1:] * count][:count] for values in (urls, models or [None], keys)]

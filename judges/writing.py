@@ -69,7 +69,7 @@ def write_prompts(chat: Chat, category: str, count: int, out: Path, parallel: in
                 if isinstance(answer, Unanswered):
                     texts, problem = [], str(answer)
                 else:
-                    texts, problem = answer["prompts"], "only prompts that are there already"
+                    texts, problem = answer["prompts"], "only prompts that it has already"
                 for text in texts:
                     if plain(text) not in known and len(known) < count:
                         known.add(plain(text))

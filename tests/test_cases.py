@@ -32,7 +32,7 @@ def test_names_of_pictures(tmp_path):
     (folder / "copy.png").write_bytes((folder / "source.png").read_bytes())
     with pytest.raises(ValueError, match="twice: edit, scene"):  # the same picture under another name
         name_cases([*cases.values(), Prompt("edit", "scene", "do it", [folder / "copy.png"])])
-    with pytest.raises(ValueError, match="edit, motion, 'run': no rubric is for such edits; categories are scene"):
+    with pytest.raises(ValueError, match="edit, motion, 'run': such edits have no rubric; categories are scene"):
         name_cases([Prompt("edit", "motion", "run", [folder / "source.png"])])
 
 

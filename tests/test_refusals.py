@@ -149,8 +149,8 @@ LINE = json.dumps(T2I)
 PROMPT_FILES = [
     (b"\n", "no prompts"),
     (None, "no such file"),
-    (LINE.encode("utf-16") + b"\n", "begins as UTF-16 and does not go on so"),
-    (LINE.encode("utf-16-le"), "zero bytes, as UTF-16 without its mark"),
+    (LINE.encode("utf-16") + b"\n", "begins as UTF-16 but is not"),
+    (LINE.encode("utf-16-le"), "zero bytes, like UTF-16 without its mark"),
 ]
 
 

@@ -59,7 +59,7 @@ def test_a_file_of_something_else_is_refused_and_keeps_every_byte(serve, tmp_pat
 
 
 @pytest.mark.parametrize("answer, words", [
-    ('{"prompts": ["the same"]}', "1 of 30 prompts; the last . answers were of no use: only prompts that are there"),
+    ('{"prompts": ["the same"]}', "1 of 30 prompts; the last . answers were of no use: only prompts that it has"),
     ('{"prompts": ["\\ud83d"]}', "0 of 30 prompts; .* of no use: not the JSON"),
     ('{"prompts": []}', "a list 'prompts' and nothing else is expected: {'prompts': ..}"),
     ('{"prompts": ["...", "a"]}', "every prompt must be a text"),
