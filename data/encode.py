@@ -193,9 +193,9 @@ def encode_group(
     columns = [latents(column) for column in zip(*images, strict=True)]  # sources x B of (64, h_i, w_i)
     parts = []
     for i in range(count):
-        sources = [column[i] for column in columns]
-        texts = dict(states=states[i], empty=wordless[i], slots=slots)
-        parts.append({**texts, "sources": sources, "target": target_latents[i]})
+        entry = {"states": states[i], "empty": wordless[i], "target": target_latents[i], "slots": slots}
+        entry["sources"] = [column[i] for column in columns]
+        parts.append(entry)
     return parts
 
 

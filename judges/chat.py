@@ -43,7 +43,7 @@ LARGEST_PNG = 4_000_000  # bytes; servers limit a question, so a larger picture 
 JSON_MODE = {"response_format": {"type": "json_object"}}  # not every server knows it
 THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}  # asked directly, without a proxy
 
-# HTTP statuses. 5xx is transient, too. Any other means that the server refuses this one question.
+# HTTP statuses. 5xx is transient, too. Any other status refuses this one question.
 TRANSIENT = {408, 409, 425, 429}
 HOPELESS = {301, 302, 303, 307, 308, 401, 402, 403, 404, 405, 407, 410}
 

@@ -31,12 +31,12 @@ from program.ranges import Ranged, only, within
 
 STEM = "diffusion_pytorch_model"  # file name of the weights in the published layout
 ENCODED = 4 * 64 * 64  # latent pixels of a batch that are encoded at once: four of 1024 x 1024; ours, for memory
-DECODED = 64 * 64  # latent pixels of each picture that are decoded at once
+DECODED = 64 * 64  # latent pixels of each picture that are decoded at once: one of 1024 x 1024
 
 
 @dataclass
 class VAEConfig(Ranged):
-    """The keys of vae/config.json, with the published values as defaults (the latents' statistics excepted).
+    """The keys of vae/config.json, with the published values as defaults, except for the latents' statistics.
 
     ValueError names the key whose value is impossible or asks for a network that is not implemented.
     """
