@@ -38,8 +38,8 @@ def export(
 
     model        its MMDiT; encoder, VAE and processor come from the base checkpoint
     sigmas       the times at which it draws, without the final 0
-    link         link to the base's files instead of copying them. This saves 18 GB with the published ones, but then the
-                 base must stay where it is
+    link         link to the base's files instead of copying them. This saves 18 GB with the published ones, but the
+                 base must then stay where it is
     stochastic   it draws by flow.renoise, else by flow.euler
     bend         how the scheduler bends the sigmas; by default not at all
 
@@ -79,8 +79,9 @@ def export_lora(
     rank: int,
     exact: Collection[str] = (),
 ) -> str:
-    """Write the LoRA of `rank` that is nearest to the change from the base to a full student. Its header has the times at
-    which the student draws. Layers that `exact` names are written as whole changes. Returns a summary to print.
+    """Write the LoRA of `rank` that is nearest to the change from the base to a full student. Its header has the
+    times at which the student draws. Layers that `exact` names are written as whole changes. Returns a summary to
+    print.
 
     ValueError: the networks differ in size, a name fits no layer, or the times depend on the picture's size.
     """

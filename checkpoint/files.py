@@ -1,7 +1,7 @@
 """Files: where a program may write, which files of a folder count, hashes, and strict reading of JSON and configs.
 
-Writing has two steps. `may_write` checks before the work begins. `aside` writes a file or folder completely or not at all.
-Torch is not imported here.
+Writing has two steps. `may_write` checks before the work begins. `aside` writes a file or folder completely or not at
+all. Torch is not imported here.
 """
 
 import hashlib
@@ -47,12 +47,12 @@ PART = ".qwen-image-flash.part"  # the end of the names that `aside` uses
 
 @contextmanager
 def aside(path: str | Path, writer: str = "") -> Iterator[Path]:
-    """Within, write a file or a folder at the yielded path. Afterwards it replaces `path`, which must not be a folder with
-    anything in it.
+    """Within, write a file or a folder at the yielded path. Afterwards it replaces `path`, which must not be a folder
+    with anything in it.
 
-    After an error, Ctrl-C or a full disk nothing of it is left, and `path` is unchanged. An OSError names `path`. The next
-    run that writes to `path` removes what a killed run left. writer: a name for this process, if several may write to
-    `path` at once.
+    After an error, Ctrl-C or a full disk nothing of it is left, and `path` is unchanged. An OSError names `path`. The
+    next run that writes to `path` removes what a killed run left. writer: a name for this process, if several may
+    write to `path` at once.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}{writer}{PART}")

@@ -1,5 +1,5 @@
-"""A checkpoint's small files: model_index.json, the scheduler's config, the sigmas. Which of its files are read, and their
-fingerprint. Which device the networks run on, and whether their outputs are finite."""
+"""A checkpoint's small files: model_index.json, the scheduler's config, the sigmas. Which of its files are read, and
+their fingerprint. Which device the networks run on, and whether their outputs are finite."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -49,7 +49,7 @@ class Scheduler(Ranged):
             raise ValueError(f"base_image_seq_len is {self.base_image_seq_len}; it must be below max_image_seq_len")
 
     def sigmas(self, steps: int | list[float], tokens: int) -> list[float]:
-        """The bent sigmas for a picture of `tokens` tokens, from a number of steps or from given sigmas, with the final 0.
+        """The bent sigmas, with the final 0, for a picture of `tokens` tokens, from a number of steps or from sigmas.
 
         ValueError: the file's values give no valid schedule for this size.
         """
@@ -145,8 +145,8 @@ def how_it_draws(sigmas: list[float], stochastic: bool, bend: Scheduler = UNBENT
     if not stochastic:
         return f"{steps} by Euler's method."
     return (
-        f"{steps} with new noise after each step (stochastic_sampling). diffusers does this if its scheduler's config says"
-        " so. ComfyUI, vLLM-Omni and SGLang only have Euler's method, which draws this student worse."
+        f"{steps} with new noise after each step (stochastic_sampling). diffusers does this if its scheduler's config"
+        " says so. ComfyUI, vLLM-Omni and SGLang only have Euler's method, which draws this student worse."
     )
 
 
@@ -208,8 +208,8 @@ def teachers_in(checkpoint: Path) -> dict[str, Path]:
 
 
 def fingerprint(*places: Path, kept: Path | None = None) -> str:
-    """16 letters that depend on every byte that is read at these places and on the names of the files inside, but not on
-    the places' own names or on time stamps. kept: see `file_digests`."""
+    """16 letters that depend on every byte that is read at these places and on the names of the files inside, but not
+    on the places' own names or on time stamps. kept: see `file_digests`."""
     names, files = [], []
     for number, place in enumerate(places):
         for file in files_read(place):

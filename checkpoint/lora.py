@@ -51,9 +51,9 @@ def new_lora(
 def merge(model: nn.Module, loras: list[tuple[str | Path, LoRA, float]]) -> None:
     """Add LoRAs to the weights themselves. Each is given as (its name in errors, the LoRA, its scale).
 
-    The changes are added in fp32, and the sum is rounded once, because a change is small compared with its weight. If it
-    is 1% of the weight, rounding to bf16 loses 16% of the change. Four quarters of it, merged one by one, would lose 55%.
-    ValueError: a weight overflows.
+    The changes are added in fp32, and the sum is rounded once, because a change is small compared with its weight. If
+    it is 1% of the weight, rounding to bf16 loses 16% of the change. Four quarters of it, merged one by one, would
+    lose 55%. ValueError: a weight overflows.
     """
     layers = dict.fromkeys(layer for _, lora, _ in loras for layer in lora)  # each once, in order
     for layer in layers:
@@ -138,8 +138,8 @@ def write_lora(
     The header says how a few-step student draws: `sigmas` as `sample_sigmas`, `stochastic` (see Scheduler) as
     `stochastic_sampling`, and both in words as `description`.
 
-    Layers' names have no prefix. With `transformer.` diffusers would reject alpha. With `diffusion_model.` ComfyUI, which
-    fuses two layers of the MLP, would drop both.
+    Layers' names have no prefix. With `transformer.` diffusers would reject alpha. With `diffusion_model.` ComfyUI,
+    which fuses two layers of the MLP, would drop both.
     """
     tensors = {}
     for name, (a, b, alpha) in lora.items():

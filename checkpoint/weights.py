@@ -26,11 +26,12 @@ def load_weights(
     device: str | torch.device,
     skip: tuple[str, ...] = (),
 ) -> None:
-    """Fill `module`, built on the meta device, from `{stem}.safetensors` or the shards in `{stem}.safetensors.index.json`.
+    """Fill `module`, built on the meta device, from `{stem}.safetensors` or the shards in
+    `{stem}.safetensors.index.json`.
 
     The files must hold exactly the module's tensors, in its shapes and with finite values. Tensors whose whole name
-    matches a regular expression in `skip` are ignored. Tensors are mapped from disk and placed one by one, so memory holds
-    at most the module and one more tensor. On the meta device, which has no values, the files are only checked.
+    matches a regular expression in `skip` are ignored. Tensors are mapped from disk and placed one by one, so memory
+    holds at most the module and one more tensor. On the meta device, which has no values, the files are only checked.
     """
     files = files_of_tensors(module, Path(directory), stem, skip)
     if torch.device(device).type == "meta":

@@ -13,8 +13,8 @@ from model import Condition
 
 
 def generator(seed: int, update: int, number: int, purpose: str) -> torch.Generator:
-    """A generator whose numbers depend on these four alone, so a resumed run or another number of processes gets the same
-    ones. It is the CPU's, so that a GPU gets the same ones, too."""
+    """A generator whose numbers depend on these four alone, so a resumed run or another number of processes gets the
+    same ones. It is the CPU's, so that a GPU gets the same ones, too."""
     digest = hashlib.blake2b(f"{seed}/{update}/{number}/{purpose}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -49,9 +49,10 @@ def nth_entries(pool: Pool, seed: int, purpose: str, task: str, category: str, n
     """The entries of a category's n-th micro-batch (of `purpose`), `size` of them, all of one class (data/pool.py).
 
     They depend on seed and n alone. In an epoch each class gives as many micro-batches as it can fill, in a shuffled
-    order. Its remaining entries come first in the next epoch. Within a class, entries are shuffled, and shuffled anew when
-    all were used. So after any number of epochs all entries were used equally often, or once less. One exception: a class
-    with fewer entries than a micro-batch waits for several epochs, and then each entry comes several times at once.
+    order. Its remaining entries come first in the next epoch. Within a class, entries are shuffled, and shuffled anew
+    when all were used. So after any number of epochs all entries were used equally often, or once less. One
+    exception: a class with fewer entries than a micro-batch waits for several epochs, and then each entry comes
+    several times at once.
     """
     classes = pool.classes[task, category]
     entries = sum(len(members) for members in classes)
@@ -88,8 +89,8 @@ def condition_of(
 ) -> Condition:
     """The condition of B entries of one layout. empty: without their words.
 
-    Texts are padded to the longest, and at least to `length`. The target's position follows the longest text, which may be
-    another rank's.
+    Texts are padded to the longest, and at least to `length`. The target's position follows the longest text, which
+    may be another rank's.
     """
     texts = [entry.empty if empty else entry.states for entry in entries]  # (L_i, C) each
     slots = entries[0].slots

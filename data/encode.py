@@ -4,8 +4,8 @@
     encode_prompts   prompts -> Pool, by way of a folder of safetensors shards. Prompts that are in the folder are not
                      encoded again, and tensors are mapped from the files, not copied into every process
 
-The PARTS of an entry are what the encoders compute: all but task, category, size and words. Their key in the folder is a
-hash of the words, the pictures' bytes, the encoders' files and How. So a changed picture is encoded again.
+The PARTS of an entry are what the encoders compute: all but task, category, size and words. Their key in the folder
+is a hash of the words, the pictures' bytes, the encoders' files and How. So a changed picture is encoded again.
 """
 
 import gc
@@ -54,9 +54,9 @@ class How:
 def encode_prompts(folder: Path, prompts: list[Prompt], checkpoint: Path, how: How, device: str = "cpu") -> Pool:
     """Encode the prompts that `folder` does not have yet, save them there, and map the tensors of all from its files.
 
-    The pool has the prompts' order. The encoders are opened on the device only if something is missing, in bf16 on a GPU
-    and in fp32 on a CPU, and are freed at the end. The ranks share the work. Batches depend on what is missing but not on
-    the number of ranks, which would change the last bits of the states.
+    The pool has the prompts' order. The encoders are opened on the device only if something is missing, in bf16 on a
+    GPU and in fp32 on a CPU, and are freed at the end. The ranks share the work. Batches depend on what is missing
+    but not on the number of ranks, which would change the last bits of the states.
 
     ValueError or OSError name the picture that cannot be read, or the prompt whose target is missing.
     """
@@ -126,8 +126,8 @@ def groups(prompts: dict[str, Prompt], how: How, checkpoint: Path) -> list[dict[
 
 
 def encode_groups(work: list[dict[str, Prompt]], folder: Path, checkpoint: Path, how: How, device: str) -> None:
-    """Open the encoders, encode one group after the other, and write each as a shard. While one group is encoded, threads
-    open and fit the pictures of the next."""
+    """Open the encoders, encode one group after the other, and write each as a shard. While one group is encoded,
+    threads open and fit the pictures of the next."""
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     vae = VAE.from_pretrained(checkpoint / "vae", dtype, device)
     encoder = Qwen3VL.from_pretrained(checkpoint, dtype, device)
@@ -166,7 +166,7 @@ def encode_group(
     targets: list[Image.Image | None],
     empty: bool,
 ) -> list[dict]:
-    """The parts of one group's entries. images: the fitted sources of each, of equal sizes. targets: fitted, or None."""
+    """The parts of one group's entries. images: each prompt's fitted sources, of equal sizes. targets: fitted, or None."""
     seen = encoder.look(images)  # (1 + J, B, T, C), for both texts
 
     def read(words: list[str]) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -203,7 +203,7 @@ def encode_group(
 
 
 def content_keys(prompts: list[Prompt], encoders: str, how: How) -> list[str]:
-    """The key of every prompt, in order. Each rank reads the pictures of a part of them. encoders: their fingerprint."""
+    """The key of every prompt, in order. Each rank reads a part of the pictures. encoders: their fingerprint."""
     with raise_on_all_ranks(), ThreadPoolExecutor(THREADS) as threads:
         mine = list(threads.map(lambda prompt: content_key(prompt, encoders, how), prompts[rank() :: ranks()]))
     shares = all_gather(mine)
@@ -242,8 +242,8 @@ def write_shard(folder: Path, group: dict[str, dict]) -> None:
 def read_shards(folder: Path) -> dict[str, dict]:
     """The parts of all entries in a folder, by key. Tensors are mapped: nothing is read before it is used.
 
-    A shard that is damaged, or that an earlier version wrote, is skipped with a message. It stays until a shard of the same
-    prompts replaces it. Other files are ignored.
+    A shard that is damaged, or that an earlier version wrote, is skipped with a message. It stays until a shard of
+    the same prompts replaces it. Other files are ignored.
     """
     entries = {}
     for path in sorted(folder.glob("[0-9a-f]" * 32 + ".safetensors")):

@@ -1,4 +1,4 @@
-"""Pictures: opened upright in sRGB from any mode, fitted to the latent grid, as tensors, and written with their settings.
+"""Pictures: opened upright in sRGB from any mode, fitted to the latent grid, as tensors, written with their settings.
 
 Broken metadata (a camera's rotation mark, a colour profile, texts) do not keep a picture from being read. A notice says
 that they are not used.
@@ -48,8 +48,8 @@ def open_picture(source: Source) -> Image.Image:
 
     OSError or ValueError name the file.
 
-    The reference leaves three traps to the caller: it does not apply a camera's rotation mark, it ignores colour profiles,
-    and it clips 16-bit grey at 255, which turns it white.
+    The reference leaves three traps to the caller: it does not apply a camera's rotation mark, it ignores colour
+    profiles, and it clips 16-bit grey at 255, which turns it white.
     """
     return _read(source, _upright)
 
@@ -200,8 +200,8 @@ def fit(source: Source, resolution: int, how: str = "stretch", size: tuple[int, 
     """Open a picture and resize it to about resolution^2 pixels in its own shape, sides rounded to multiples of 32.
 
     size    (width, height) to use instead
-    how     if the shape changes: "stretch" the picture, as the reference does; "crop" it, equally on both sides; or "pad"
-            it with white
+    how     if the shape changes: "stretch" the picture, as the reference does; "crop" it, equally on both sides;
+            or "pad" it with white
 
     The language model and the VAE see the same resized picture. It is resized in RGBA, where Pillow weights colours by
     their alpha.
@@ -258,8 +258,8 @@ def check_areas(sources: list[Source], fitted: list[tuple[int, int]], resolution
 def latent_grid(height: int, width: int, own: int) -> tuple[int, int]:
     """(h, w) of the latent for a picture to draw, whose sides in pixels are rounded down to multiples of 32.
 
-    own: the side that the checkpoint was trained at. A notice says that sides were rounded, or that the area differs from
-    the trained one. ValueError: too small, or too large to be intended.
+    own: the side that the checkpoint was trained at. A notice says that sides were rounded, or that the area differs
+    from the trained one. ValueError: too small, or too large to be intended.
     """
     h, w = (side // MULTIPLE for side in (height, width))
     drawn = f"{w * MULTIPLE} x {h * MULTIPLE}"

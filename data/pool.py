@@ -11,8 +11,8 @@ ENOUGH = 8  # entries of one text length, from which on they are a class of thei
 
 @dataclass
 class Entry:
-    """One encoded prompt, in bf16 on the CPU. The toy's take about 10 KB. The 7B's take about 1 MB for 100 words, and 0.5 MB
-    for each source of 1024 x 1024."""
+    """One encoded prompt, in bf16 on the CPU. The toy's take about 10 KB. The 7B's take about 1 MB for 100 words, and
+    0.5 MB for each source of 1024 x 1024."""
 
     task: str
     category: str
@@ -46,8 +46,8 @@ def classes(entries: list[Entry]) -> list[list[Entry]]:
 
     Padding is masked, but it moves the target: its rotary position follows the batch's longest text. A network that was
     trained there draws elsewhere when the prompt comes alone. So the texts of a class have equal length where ENOUGH
-    entries have this length (always, in the toy). The others are sorted by length and grouped, ENOUGH at a time. They are
-    padded to the longest, so they are a few positions off, but no micro-batch repeats the same prompt many times.
+    entries have this length (always, in the toy). The others are sorted by length and grouped, ENOUGH at a time. They
+    are padded to the longest, so they are a few positions off, but no micro-batch repeats the same prompt many times.
     """
     buckets: dict[tuple, dict[int, list[Entry]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:

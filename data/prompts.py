@@ -40,16 +40,16 @@ class Prompt:
 def read_prompts(files: Iterable[str | Path]) -> list[Prompt]:
     """Read JSON lines {"task", "category", "prompt", "images", "target"}. Paths are relative to the file's folder.
 
-    Files are UTF-8, or begin with the byte-order mark of UTF-16 or UTF-32. An edit needs images, T2I must have none. The
-    target is optional. Blank lines are skipped. ValueError names file and line of any fault: a key, a type, a missing
-    picture.
+    Files are UTF-8, or begin with the byte-order mark of UTF-16 or UTF-32. An edit needs images, T2I must have none.
+    The target is optional. Blank lines are skipped. ValueError names file and line of any fault: a key, a type, a
+    missing picture.
     """
     prompts = []
     for file in map(Path, files):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; prompts are expected in it, one JSON object a line")
         before = len(prompts)
-        # Bytes are split into lines, because str.splitlines also splits at U+2028 and others, which a prompt may contain.
+        # Bytes are split into lines: str.splitlines also splits at U+2028 and others, which a prompt may contain.
         for number, line in enumerate(utf8(file).splitlines(), start=1):
             if line.strip():
                 try:

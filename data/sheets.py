@@ -126,8 +126,8 @@ def written(text: str, size: int, unwritable: list[str]) -> tuple[str, ImageFont
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """A text in at most MOST_LINES lines of at most `width` pixels. Lines break between words, and inside a word that is
-    longer than a line. The rest is cut off."""
+    """A text in at most MOST_LINES lines of at most `width` pixels. Lines break between words, and inside a word that
+    is longer than a line. The rest is cut off."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()

@@ -1,10 +1,10 @@
 """A vision-language model as the judge: its questions, the form of its answers, and the table of its scores.
 
-The rubrics are the paper's (appendix A of Qwen-Image-Flash, arXiv 2606.03746) in our words: rubrics.toml. Scores go from
-1 to 5.
+The rubrics are the paper's (appendix A of Qwen-Image-Flash, arXiv 2606.03746) in our words: rubrics.toml. Scores go
+from 1 to 5.
 
-Every answer is saved in a file. Its name has a hash of the whole question: model, texts, and the bytes of every picture.
-So a changed picture is judged again, no question is paid for twice, and a stopped run resumes.
+Every answer is saved in a file. Its name has a hash of the whole question: model, texts, and the bytes of every
+picture. So a changed picture is judged again, no question is paid for twice, and a stopped run resumes.
 """
 
 import json

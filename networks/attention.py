@@ -29,11 +29,12 @@ def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CausalBias | None) -> Tensor:
     """Softmax attention of q (B, H, n, d) over k and v (B, H, m, d).
 
-    mask: None, so that every query sees every key; causal_lower_right(n, m), so that the queries are the last n of m tokens
-    and see themselves and all tokens before them; or a tensor that is added to the scores, in which -inf hides a key.
+    mask: None, so that every query sees every key; causal_lower_right(n, m), so that the queries are the last n of m
+    tokens and see themselves and all tokens before them; or a tensor that is added to the scores, in which -inf hides
+    a key.
 
-    A causal_lower_right is a rule and not a tensor. GPU kernels apply it directly. On a CPU torch makes a tensor of it if
-    n < m. With n = m it becomes is_causal=True everywhere.
+    A causal_lower_right is a rule and not a tensor. GPU kernels apply it directly. On a CPU torch makes a tensor of
+    it if n < m. With n = m it becomes is_causal=True everywhere.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         return _products(q, k, v, mask)  # (B, H, n, d)
@@ -44,7 +45,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CausalBias | None) ->
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CausalBias | None) -> Tensor:
-    """The same, written out. In bf16 on a CPU its backward pass is several times faster than that of torch's function."""
+    """The same, written out. In bf16 on a CPU its backward pass is several times faster than torch's."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT  # (B, H, n, m)
     n, m = scores.shape[-2:]
     if isinstance(mask, CausalBias):

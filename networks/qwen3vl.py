@@ -1,10 +1,10 @@
 """The frozen condition encoder: Qwen3-VL reads the prompt together with its source pictures.
 
 The MMDiT's condition is the output of the language model's LAST layer, BEFORE its final norm, without the fixed system
-turn at the front. The final norm belongs to the prediction of the next word: it scales the channels for the vocabulary's
-matrix (`lm_head`, which is not applied here either). The MMDiT has a norm of its own instead, `txt_in.text_norm`, whose
-scales were learned for pictures. The trap: libraries call both "the last hidden state". With the normed one nothing
-fails, but pictures get worse.
+turn at the front. The final norm belongs to the prediction of the next word: it scales the channels for the
+vocabulary's matrix (`lm_head`, which is not applied here either). The MMDiT has a norm of its own instead,
+`txt_in.text_norm`, whose scales were learned for pictures. The trap: libraries call both "the last hidden state".
+With the normed one nothing fails, but pictures get worse.
 
 Parameter names are the tensor names of the published text_encoder/, so that loading is strict and needs no mapping.
 
@@ -16,7 +16,7 @@ Two towers:
 
 Shapes in the comments:
   B prompts   L tokens of the longest prompt   C width of the language model   H query heads   K key heads
-  N pictures of one size   h, w patches down and across   P = h w   S = P / 4 merged tokens   E width of the vision tower
+  N pictures of one size   h, w patches down and across   P = h w   S = P / 4 merged tokens   E width of the tower
   D width of a head   J deepstack levels   T image slots of one prompt: the sum of S over its pictures
 
 References: Qwen3-VL technical report (arXiv:2511.21631), Qwen-Image technical report (arXiv:2508.02324).
@@ -111,8 +111,8 @@ class Qwen3VLConfig:
         """Read text_encoder/config.json in either spelling of the rope: `rope_theta` beside `rope_scaling` (as
         published), or `rope_parameters` with both inside (as transformers 5 writes it).
 
-        Unknown keys are ignored, because the file has many for training and generation. ValueError names file and key of
-        a missing or wrong value, and of one whose arithmetic is not implemented here.
+        Unknown keys are ignored, because the file has many for training and generation. ValueError names file and key
+        of a missing or wrong value, and of one whose arithmetic is not implemented here.
         """
         content = read_json(path)
         of_text = {"hidden_act": "silu", "rope_type": "default"}
@@ -530,11 +530,11 @@ def check_layout(prompts: list[str], images: list[list[Image.Image]]) -> None:
 
 
 def rope_places(length: int, runs: list[tuple[int, int]], grids: list[tuple[int, int]]) -> Tensor:
-    """Time, height and width (3, length) of every token. runs: [start, stop) of each picture's slots; grids: their rows and
-    columns.
+    """Time, height and width (3, length) of every token. runs: [start, stop) of each picture's slots; grids: their
+    rows and columns.
 
-    Text advances a counter on all three axes. A picture has the counter as its time, and its rows and columns count from
-    there, not from its centre as in the MMDiT. Then the counter advances by the longer of its sides.
+    Text advances a counter on all three axes. A picture has the counter as its time, and its rows and columns count
+    from there, not from its centre as in the MMDiT. Then the counter advances by the longer of its sides.
     """
     pieces = []
     counter = 0  # the next position

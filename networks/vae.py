@@ -1,10 +1,10 @@
 """The Qwen-Image-2.x autoencoder: pictures in, latents 16 times smaller out, and back.
 
 A residual convolutional autoencoder, f16c64: four halvings of height and width, 64 latent channels. It reads and writes
-RGBA. It comes from a causal VIDEO autoencoder and is used here for single pictures, so this file has no axis of time. Two
-traces of it remain. The published file has `time_conv` weights that a single frame never uses: they are skipped by name
-and written as zeros. And where the video network halves or doubles the number of frames, the shortcuts without parameters
-still count the missing frames (`Down.shortcut`, `Up.shortcut`).
+RGBA. It comes from a causal VIDEO autoencoder and is used here for single pictures, so this file has no axis of time.
+Two traces of it remain. The published file has `time_conv` weights that a single frame never uses: they are skipped
+by name and written as zeros. And where the video network halves or doubles the number of frames, the shortcuts
+without parameters still count the missing frames (`Down.shortcut`, `Up.shortcut`).
 
     encoder   conv_in - Down x 5 - Mid - norm, SiLU, conv_out - quant_conv - 128 moments: mean and log variance
     decoder   post_quant_conv - conv_in - Mid - Up x 5 - norm, SiLU, conv_out
@@ -143,8 +143,8 @@ class GridAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm(x))  # (B, 3d, h, w)
         q, k, v = rearrange(qkv, "b (three d) h w -> three b 1 (h w) d", three=3)  # (B, 1, hw, d) each
-        # In blocks of queries, because the fused kernels are limited to 256 channels a head. Without them a GPU writes out
-        # all scores: 16,384^2 for a picture of 2048 x 2048 pixels.
+        # In blocks of queries, because the fused kernels are limited to 256 channels a head. Without them a GPU
+        # writes out all scores: 16,384^2 for a picture of 2048 x 2048 pixels.
         y = [F.scaled_dot_product_attention(block, k, v) for block in q.split(4096, 2)]  # each (B, 1, 4096 or less, d)
         y = torch.cat(y, 2)  # (B, 1, hw, d)
         y = rearrange(y, "b 1 (h w) d -> b d h w", h=x.shape[2])  # (B, d, h, w)
@@ -185,8 +185,9 @@ class Down(nn.Module):
     def shortcut(self, x: Tensor) -> Tensor:
         """Space (and time) to channels, in the order (channel, frame, row, column). Then means of consecutive groups.
 
-        Of two frames our picture is the SECOND; the first is zeros. So if the channels double (groups of 4), even outputs
-        are zero, and odd outputs are plain 2 x 2 means. If not (groups of 8), the zeros are a part of each mean.
+        Of two frames our picture is the SECOND; the first is zeros. So if the channels double (groups of 4), even
+        outputs are zero, and odd outputs are plain 2 x 2 means. If not (groups of 8), the zeros are a part of each
+        mean.
         """
         side = 2 if self.halves_space else 1
         x = rearrange(x, "b c (h p) (w q) -> b c (p q) h w", p=side, q=side)  # (B, C, 4, H/2, W/2)
@@ -204,7 +205,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Residual blocks, then twice the height and width, and a shortcut without weights. The last level has only blocks."""
+    """Residual blocks, twice the height and width, a shortcut without weights. The last level has only blocks."""
 
     def __init__(self, num_res_blocks: int, dim: int, out_dim: int, doubles_space: bool, doubles_time: bool):
         super().__init__()
@@ -268,11 +269,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(out_dim, config.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Pictures (B, 4, H, W) from latents (B, z, h, w), in strips of whole rows of at most DECODED latent pixels each.
+        """Pictures (B, 4, H, W) from latents (B, z, h, w), in strips of rows of at most DECODED latent pixels each.
 
-        The strips are exact, not blended. Up to the middle block every pixel depends on every other, but the grid is small
-        and is computed as a whole. After it come only convolutions, with a known reach (norms see one pixel). So each level
-        of a strip gets as many additional rows as the following levels reach.
+        The strips are exact, not blended. Up to the middle block every pixel depends on every other, but the grid is
+        small and is computed as a whole. After it come only convolutions, with a known reach (norms see one pixel).
+        So each level of a strip gets as many additional rows as the following levels reach.
         """
         x = self.mid_block(self.conv_in(z))  # (B, d, h, w)
         rows = max(1, DECODED // x.shape[3])
@@ -331,8 +332,8 @@ class VAE(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """images (B, 4, H, W) in [-1, 1] -> latents (B, 64, H/16, W/16): the posterior's mode, normalised.
 
-        Large pictures are encoded a few at a time, because 32 of 1024 x 1024 at once would take 33 GB in bf16. The result
-        has the weights' dtype. ValueError as in `moments`.
+        Large pictures are encoded a few at a time, because 32 of 1024 x 1024 at once would take 33 GB in bf16. The
+        result has the weights' dtype. ValueError as in `moments`.
         """
         at_once = max(1, ENCODED * self.config.factor**2 // (images.shape[-2] * images.shape[-1]))
         parts = images.to(self.quant_conv.weight.dtype).split(at_once)  # each (at_once or less, 4, H, W)
@@ -341,7 +342,7 @@ class VAE(nn.Module):
         return ((mean - center) / std).to(mean.dtype)  # (B, z, h, w)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w) around [-1, 1], not clamped, in the weights' dtype."""
+        """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w) around [-1, 1], not clamped, of the weights' dtype."""
         center, std = self.statistics(latents.device)  # (z, 1, 1) each
         return self.decode_raw((latents * std + center).to(self.quant_conv.weight.dtype))  # (B, 4, 16h, 16w)
 
@@ -367,8 +368,8 @@ class VAE(nn.Module):
     def from_pretrained(
         cls, directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
     ) -> "VAE":
-        """Open the vae/ folder of a checkpoint in the published layout: frozen, in evaluation mode, with the channels of a
-        pixel adjacent in memory, because this halves the time of convolutions (on a CPU, in fp32).
+        """Open the vae/ folder of a checkpoint in the published layout: frozen, in evaluation mode, with the channels
+        of a pixel adjacent in memory, because this halves the time of convolutions (on a CPU, in fp32).
 
         Strict: FileNotFoundError or ValueError name the file and the key or tensor that is missing, unknown or wrong.
         """
@@ -380,8 +381,8 @@ class VAE(nn.Module):
         return vae.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def save_pretrained(self, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and the weights, with zeros for the video's. Otherwise diffusers would leave these on the meta
-        device and could not move the network."""
+        """Write config.json and the weights, with zeros for the video's. Otherwise diffusers would leave these on the
+        meta device and could not move the network."""
         unused = {name: torch.zeros(shape) for name, shape in self.video_weights().items()}
         save_weights({**self.state_dict(), **unused}, directory, STEM, dtype)
         save_config(self.config, Path(directory) / "config.json", "AutoencoderKLQwenImage21")
