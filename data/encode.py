@@ -166,7 +166,7 @@ def encode_group(
     targets: list[Image.Image | None],
     empty: bool,
 ) -> list[dict]:
-    """The parts of one group's entries. images: each prompt's fitted sources, of equal sizes. targets: fitted, or None."""
+    """The parts of one group's entries. images: the fitted sources, of equal sizes. targets: fitted, or None."""
     seen = encoder.look(images)  # (1 + J, B, T, C), for both texts
 
     def read(words: list[str]) -> tuple[list[Tensor], list[tuple[int, int]]]:

@@ -342,7 +342,7 @@ class VAE(nn.Module):
         return ((mean - center) / std).to(mean.dtype)  # (B, z, h, w)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w) around [-1, 1], not clamped, of the weights' dtype."""
+        """normalised latents (B, 64, h, w) -> images (B, 4, 16h, 16w) around [-1, 1], not clamped; in the weights' type."""
         center, std = self.statistics(latents.device)  # (z, 1, 1) each
         return self.decode_raw((latents * std + center).to(self.quant_conv.weight.dtype))  # (B, 4, 16h, 16w)
 
