@@ -102,6 +102,7 @@ class Setting:
     lr: float = 1e-3
     fake_lr: float = 5e-3  # higher, because the fake score has to keep up with the student
     beta1: float = 0.0  # Adam's
+    shift: float = 1.0  # of the times p(t): above 1 they move towards noise
     tail: float = 0.1  # students draw with averaged weights, of about the last tenth of the updates so far
     width: int = 64  # of the three hidden layers
     guidance: float = 1.0  # w of the teachers; 1 is off
@@ -260,7 +261,7 @@ def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[i
             sigmas=SIGMAS,
             k=k,
             xi=xi,
-            t=renoise_times(u, 1.0, SIGMAS, k, setting.below),
+            t=renoise_times(u, setting.shift, SIGMAS, k, setting.below),
             fresh=fresh,
         )
         return round, category, source

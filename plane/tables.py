@@ -45,6 +45,8 @@ CHOICES = {
     "fake lr 2e-3": {"fake_lr": 2e-3},
     "fake lr 1e-2": {"fake_lr": 1e-2},
     "batch 32": {"batch": 32},
+    "shift 1.5": {"shift": 1.5},
+    "shift 3": {"shift": 3.0},
     "width 128": {"width": 128},
     "three times the updates": {"updates": 6000},
 }
