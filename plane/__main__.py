@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         sweep(name, setting, args.out)
     elif name == "dimension":
         dimension(setting, args.out)
-    else:
+    elif name == "dmd":
         show(setting, PICTURED[args.recipe or "base-5-5"], args.out)
 
 

@@ -266,6 +266,7 @@ def test_claims_go_on_where_they_were_killed(tmp_path, monkeypatch):
     assert some["early"] == some["late"] == some["told"]["late"] == some["below"]["early"] == "disagree"
     assert found["Mixed into the others they hurt text."] == {}  # its rows are not there
     assert Image.open(tmp_path / "claims.png").width == 3 * Image.open(tmp_path / "drift.png").width == 1200
+    assert not list(tmp_path.glob("dmd.*"))  # the picture of `python -m plane` is another experiment's
 
     (tmp_path / "rows" / "base-5-5-told.json").unlink()
     trained, train = [], claims.train
