@@ -16,7 +16,7 @@ from pathlib import Path
 from checkpoint.files import may_write
 from plane.claims import claims
 from plane.dimension import dimension
-from plane.forks import forks
+from plane.forks import ORDER, forks
 from plane.method import Setting
 from plane.rows import OURS
 from plane.show import show
@@ -33,7 +33,9 @@ PICTURED = RECIPES | {recipe.name: recipe for recipe in OURS.values()}  # what t
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="plane", description="DMD in two dimensions.")
     parser.add_argument("--experiment", choices=list(UPDATES), metavar="NAME", help=f"one of {', '.join(UPDATES)}")
-    parser.add_argument("--forks", action="store_true", help="compare the patches of forks/ with the unchanged code")
+    parser.add_argument(
+        "--forks", nargs="*", metavar="NAME", help="compare these patches of forks/, or all, with the unchanged code"
+    )
     parser.add_argument("--seeds", type=int, default=32, help="students of a row (default: %(default)s)")
     parser.add_argument(
         "--updates", type=int, help="of each student (default: 6000; forks: 5000; claims: 10000; others: 1000 or 2000)"
@@ -49,13 +51,14 @@ def main(argv: list[str] | None = None) -> None:
     picture.add_argument("--below", action=yes_or_no, help="noise step k again up to sigma_k only (default: --below)")
     picture.add_argument("--told", action=yes_or_no, help="tell the fake score the step k (default: --told)")
     args = parser.parse_args(argv)
-    if args.forks and args.experiment:
+    compares = args.forks is not None
+    if compares and args.experiment:
         parser.error("--forks and --experiment are two commands; give one")
     given = {"fake_updates": args.fake_updates, "guidance": args.guidance, "below": args.below, "told": args.told}
     choices = {field: value for field, value in given.items() if value is not None}
-    if (args.experiment or args.forks) and (choices or args.recipe):
+    if (args.experiment or compares) and (choices or args.recipe):
         parser.error("tables have students of their own: leave out --recipe and the other options of the picture")
-    if args.forks:
+    if compares:
         return compare_forks(parser, args)
     args.out = args.out or Path("runs/plane")
     name = args.experiment or "dmd"
@@ -87,7 +90,7 @@ def compare_forks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         check_range("--seeds", args.seeds, "[2, 1000]")
         check_range("--updates", updates, "[5, 1000000]")
         may_write(out / "README.md", overwrite=True)
-        forks(args.seeds, updates, out)
+        forks(args.forks or [*ORDER], args.seeds, updates, out)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -7,6 +7,7 @@ row is a file in OUT/rows: a killed run loses one row at most. The tables in OUT
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 PATCHES = ROOT / "forks"
 UNCHANGED = "unchanged"
 # The forks that have something to change on the plane, the ones of most interest first.
-ORDER = ("pooled", "below", "told", "through", "gan", "projected", "chords", "decoupled", "interval", "sid")
+ORDER = ("pooled", "below", "told", "through", "gan", "projected", "chords", "decoupled", "interval", "sid", "huber")
 NEEDS = {"decoupled": {"guidance": 2.0}}  # the setting of a fork, and of the unchanged code beside it
 RECIPES = {"base": EDITS_BASE, "step": "5:5"}  # the base teacher alone, and step-wise teachers; both at 5:5
 TITLES = {"base": "The base teacher alone, 5:5", "step": "Step-wise teachers, 5:5"}
@@ -133,15 +134,23 @@ def rows_to_make(seeds: int, updates: int) -> list[Row]:
     return [*rows]
 
 
-def forks(seeds: int, updates: int, out: Path) -> None:
-    """Trains the rows that are not there yet, and writes the tables after each."""
+def forks(names: list[str], seeds: int, updates: int, out: Path) -> None:
+    """Trains the rows of these forks, and of the unchanged code beside them, that are not there yet. After each it writes the
+    tables of all rows of so many seeds and updates that are there. ValueError for a name that is not in ORDER."""
+    if unknown := [name for name in names if name not in ORDER]:
+        raise ValueError(
+            f"--forks {unknown[0]}: expected are {', '.join(ORDER)}; a new one is named in plane/forks.py, ORDER"
+        )
     open_page(out / "README.md")
     (out / "rows").mkdir(exist_ok=True)
     rows, made = rows_to_make(seeds, updates), {}
     for row in rows:
-        if (file := out / "rows" / row.file).exists():
+        file = out / "rows" / row.file
+        if file.exists():
             made[row] = read_row(row, file)
-    for row in tqdm([row for row in rows if row not in made], "forks"):
+    wanted = [row for row in rows if row.fork in names]
+    wanted = {row.other: None for row in wanted} | dict.fromkeys(wanted)  # what they are compared with comes first
+    for row in tqdm([row for row in wanted if row not in made], "forks"):
         file = out / "rows" / row.file
         make_row(row, file)
         made[row] = read_row(row, file)
@@ -177,24 +186,34 @@ def values(row: dict, look: str) -> str:
 def table(recipe: str, rows: list[Row], made: dict[Row, dict]) -> list[list[str]]:
     """A line for each fork that was trained under the recipe, with its difference from the unchanged code."""
     looks = [f"{round(dict(rows[0].values)['updates'] / part)}" for part in (5, 1)]
-    lines = [["fork", "lines", "seeds", "time", *(f"after {int(look):,} updates" for look in looks)]]
+    lines = [["fork", "seeds", "time", *(f"after {int(look):,} updates" for look in looks)]]
     for row in [row for row in rows if row.recipe == recipe and row in made]:
         own, seeds = made[row], f"{dict(row.values)['seeds']}"
         needs = "".join(f", {name} {value:g}" for name, value in row.values[3:])
         if row.fork == UNCHANGED:
-            lines.append([f"*unchanged{needs}*", "", seeds, "1", *(values(own, look) for look in looks)])
+            lines.append([f"*unchanged{needs}*", seeds, "1", *(values(own, look) for look in looks)])
         else:
             other = made[row.other]
             time_ratio = own["seconds"][looks[1]] / other["seconds"][looks[1]]
-            changed = f"{len(changed_lines(row.fork))}"
             cells = [gains(own, other, look) for look in looks]
-            lines.append([f"[{row.fork}]({row.fork}.patch){needs}", changed, seeds, f"{time_ratio:.2f}", *cells])
+            lines.append([f"{row.fork}{needs}", seeds, f"{time_ratio:.2f}", *cells])
+    return lines
+
+
+def ideas() -> list[list[str]]:
+    """A line for each patch: its idea and its source, as its head has them, and its world."""
+    lines = [["fork", "idea", "source", "world", "lines"]]
+    for fork in ORDER:
+        idea, head = patch(fork).read_text().split("\n\n", 1)
+        source, world = (re.search(rf"^{key}: (.*)$", head, re.M).group(1) for key in ("Source", "World"))
+        cells = [idea.split(": ", 1)[1], source.rstrip("."), re.split("[.,;]", world)[0], f"{len(changed_lines(fork))}"]
+        lines.append([f"[{fork}]({fork}.patch)", *cells])
     return lines
 
 
 def write_tables(rows: list[Row], made: dict[Row, dict], page: Path) -> None:
     tables = [f"**{TITLES[recipe]}**\n\n{markdown(table(recipe, rows, made))}" for recipe in RECIPES]
-    fill(page, "\n\n".join(tables))
+    fill(page, "\n\n".join([markdown(ideas()), *tables]))
 
 
 if __name__ == "__main__":  # a row's own process, in the changed copy

@@ -9,7 +9,7 @@ from dmd import dmd_gradient
 from flow import Velocity, add_noise, euler, predict_x0
 from plane import panels
 from plane.method import SIGMAS, TASKS, TEACHER_SIGMAS, Setting, evaluate, train
-from plane.rows import heading, means, values_cell, write
+from plane.rows import Scores, heading, means, values_cell, write
 from recipe import Recipe
 
 
@@ -58,7 +58,8 @@ def show(setting: Setting, recipe: Recipe, out: Path) -> None:
         if step in frames_at:
             frames.append(panels.frame(step, samples, truths, source[:1]))
         if step in marks:
-            measured[step] = means(evaluate(setting, students, SIGMAS))
+            scored = evaluate(setting, students, SIGMAS)
+            measured[step] = means(scored)
         if step == early:
             x_theta = samples["portrait"]
             scores = base("portrait", source), fake("portrait", source, 3 if setting.told else None)
@@ -83,7 +84,15 @@ def show(setting: Setting, recipe: Recipe, out: Path) -> None:
 
     result = {name: by_updates[updates] for name, by_updates in history.items()}
     lines = [["model", *TASKS]]
-    for name, scored in result.items():
-        lines.append([name, *map(values_cell, scored.values())])
+    for name, averages in result.items():
+        lines.append([name, *map(values_cell, averages.values())])
     title = f"{heading(setting)[:-1]}: precision / coverage / energy distance to exact samples."
-    write(out / "dmd", title, lines, result)
+    write(out / "dmd", title, lines, result | {"Each student": of_each(scored)})
+
+
+def of_each(scored: Scores) -> dict[str, dict[str, str]]:
+    """category -> measure -> the values of all students in one line, in the order of their seeds."""
+    lines = {}
+    for category, measures in scored.items():
+        lines[category] = {name: " ".join(f"{v:.3f}" for v in values.tolist()) for name, values in measures.items()}
+    return lines

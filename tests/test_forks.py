@@ -164,6 +164,17 @@ def test_sid_moves_the_picture_along_g_where_the_guesses_do_not_depend_on_it(for
     torch.testing.assert_close(found, g / 2)
 
 
+def test_huber_divides_g_by_what_a_pseudo_huber_norm_does(forked):
+    """The loss's gradient in x_theta is g / (n sqrt(1 + mean g^2)): g / n where g is small, never more than 1 in all."""
+    dmd = forked("huber")("dmd")
+    x, g = torch.randn(2, 4, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    g = g * torch.tensor([1e-3, 0.1, 1.0, 100.0]).reshape(-1, 1, 1, 1)
+    (found,) = torch.autograd.grad(dmd.surrogate_loss(x.requires_grad_(), g).sum(), x)
+    root = (1 + g.square().flatten(1).mean(1)).sqrt().reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(found, g / (50 * root), atol=1e-6, rtol=1e-3)
+    assert torch.allclose(found[0], g[0] / 50, atol=1e-6) and not torch.allclose(found[3], g[3] / 50, rtol=0.1)
+
+
 def test_told_starts_as_the_unchanged_fake_score_and_knows_k_afterwards(forked, toy_checkpoint):
     load = forked("told")
     model = load("model").MMDiT.from_pretrained(toy_checkpoint / "transformer")
@@ -217,6 +228,12 @@ def test_forks_resume_and_leave_the_pages_own_words(tmp_path, monkeypatch, capsy
     main(words)
     assert made == [lost] and (tmp_path / "README.md").read_text() == page
 
+    made.clear()
+    main(["--forks", "below", *words[1:-1], str(tmp_path / "below")])
+    assert [row.fork for row in made] == [UNCHANGED, UNCHANGED, "below", "below"]  # under two recipes
+    with pytest.raises(SystemExit):
+        main(["--forks", "belwo", *words[1:]])
+    assert "--forks belwo: expected are pooled, below" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*words[:4], "6", *words[5:]])
     assert "remove it, or name another --out" in capsys.readouterr().err
