@@ -87,7 +87,7 @@ class Condition:
             raise ValueError(f"mask must be bool of shape {tuple(self.states.shape[:2])}, as the states say")
         if len(self.sources) != len(self.slots):
             raise ValueError(f"{len(self.sources)} sources, but slots for {len(self.slots)}")
-        # How many leading states are real in EVERY sample. Read here and once, because the host waits for the device.
+        # Number of leading states that are real in every sample. Computed once, because reading it stalls the GPU.
         real = self.mask.all(0).tolist()
         self.unpadded = real.index(False) if False in real else length
         if (self.mask[:, 1:] & ~self.mask[:, :-1]).any():

@@ -1,4 +1,4 @@
-"""Means of scores and the intervals of these means: one formula for each kind of chance.
+"""Means of scores and the intervals of these means: one formula for each source of randomness.
 
     interval_over_cases      one model on one bench: another bench would have asked for other pictures
     mean_over_cases, median_interval      one number for each case of one kind

@@ -136,7 +136,7 @@ def activation_bytes(options: TrainOptions, config: MMDiTConfig, prefix: int, ta
     item, width = itemsize(options), width_of(config)
     of_token = (17 if options.lora_rank else 25) * item + 4 * 4  # in a block, in units of the width
     of_block = (prefix + target) * of_token * width
-    of_input = (prefix + target) * item * width  # all that a block keeps which is computed again
+    of_input = (prefix + target) * item * width  # with recompute, a block keeps only its input
     ends = (8 * (prefix + target) + 10 * target) * item * width  # and the modulation, and gradients on their way
     if options.recompute:
         return config.num_layers * of_input + of_block + ends

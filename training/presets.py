@@ -11,7 +11,7 @@ FLOW = dict(objective="flow", steps=2000, batch=96, micro_batch=16, save_every=5
 FLOW |= dict(muon_lr=0.02, lr=2e-3, decay=0.5, ema=0.999, time_shift=1.0)
 # A student of the 7B's size. The papers give no values, and we have not run these. They come from others' DMD:
 # ModelOpt's of Qwen-Image (both rates, 1,000 steps), Self-Forcing-Plus's of a 14B network (5 fake updates, an EMA of 0.99)
-# and DP-DMD's of SD3.5-M (a batch of 32, no weight decay). Checkpoints are 199 GB: 4 in a run.
+# and DP-DMD's of SD3.5-M (a batch of 32, no weight decay). A checkpoint has 199 GB; the newest two are kept.
 # The sampler is Euler's: every public student of Qwen-Image-2.1 whose sampler is known is drawn by it (docs/checkpoints.md),
 # the paper's first author asks for "ODE formulation, not SDE" (Multimedia-Analytics-Laboratory/dpdmd, issue 2), and TDM
 # (arXiv 2503.06674) trains along the ODE. The toy keeps renoise: docs/node.md.

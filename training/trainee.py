@@ -62,29 +62,27 @@ class Network(NamedTuple):
     def velocity(self, condition: Condition, calls: float = 1) -> Velocity:
         """The network under one condition, v(z, t), for flow.py and dmd.py. Valid until the weights change.
 
-        calls: the largest number of calls without gradient to expect; math.inf if unknown. The first of several also
-        computes the prefix: keys and values of text and sources. Later ones reuse it, and after the last it is freed. A
-        call with gradient frees it, too: there it would be part of the graph.
+        calls: the largest number of calls without gradient to expect; math.inf if unknown. Keys and values of text and
+        sources, the prefix, are the same in all of them. The first one computes them, the others reuse them, and the last
+        one frees them. A call with gradient uses none, because they would be part of its graph.
         """
-        model, prefix = self.model, None
-        keep = calls > 1 and model.config.causal_condition
-        left = calls
+        prefix, done = None, 0
 
         def v(z: Tensor, t: Tensor) -> Tensor:
-            nonlocal prefix, left
+            nonlocal prefix, done
             t = network_time(t, condition.states.dtype)  # (B,)
-            with with_role(model, self.role):
-                if torch.is_grad_enabled():
-                    prefix = None
-                    return model(z, t, condition)  # (B, 64, h, w)
-                left -= 1
-                if keep and prefix is None and left > 0:
-                    velocity, prefix = model.with_prefix(z, t, condition)  # (B, 64, h, w)
-                    return velocity
-                reused = prefix
-                if left <= 0:
-                    prefix = None  # the last call: free the memory
-                return model(z, t, condition, reused)  # (B, 64, h, w)
+            done += 1
+            with_gradient, last = torch.is_grad_enabled(), done >= calls
+            with with_role(self.model, self.role):
+                if with_gradient or prefix is None and (last or not self.model.config.causal_condition):
+                    result = self.model(z, t, condition)
+                elif prefix is None:
+                    result, prefix = self.model.with_prefix(z, t, condition)
+                else:
+                    result = self.model(z, t, condition, prefix)
+            if with_gradient or last:
+                prefix = None  # free the memory
+            return result  # (B, 64, h, w)
 
         return v
 
