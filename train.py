@@ -92,62 +92,78 @@ def draw_batches(job: Job, name: str, update: int) -> Iterator[Batch]:
     each of the student, the student would have the same task in every update. The step options.redraw gets other random
     numbers, for the same prompts. So a run goes on past a value that was not finite.
     """
-    options, recipe = job.options, job.recipe
-    device, dtype = options.device, getattr(torch, options.dtype)
-    flows = options.objective == "flow"
-    purpose = "flow" if flows else name
+    options = job.options
+    purpose = "flow" if options.objective == "flow" else name
     step = update // job.updates_per_step[name] + 1  # as the progress line and errors count
     stream = f"{purpose}, again" if step == options.redraw else purpose
+    for micro in range(len(options.sizes)):
+        yield draw_batch(job, purpose, stream, update, micro)
 
-    for micro, size in enumerate(options.sizes):
-        # Which prompts. Each rank takes its part of them.
-        task, category, n = recipe.turn(update * len(options.sizes) + micro)
-        entries = nth_entries(job.pool, options.seed, purpose, task, category, n, options.micro_batch)[:size]
-        longest = max(len(entry.states) for entry in entries)
-        mine = range(rank() * size // ranks(), (rank() + 1) * size // ranks())
-        entries = [entries[i] for i in mine]
-        shape = (64, *entries[0].size)
 
-        # What the micro-batch has in common: the student's step, or whether its words are dropped.
-        rng = generator(options.seed, update, micro, f"{stream} micro-batch")
-        k, wordless = None, False
-        if flows:
-            wordless = torch.rand((), generator=rng).item() < options.text_dropout
-        else:
-            lowest = 1 if recipe.first_step_weight and options.student_steps > 1 else 0  # step 0 has a loss of its own
-            k = torch.randint(lowest, options.student_steps, (), generator=rng).item()
+def draw_batch(job: Job, purpose: str, stream: str, update: int, micro: int) -> Batch:
+    """One micro-batch. `purpose` decides which prompts it has, `stream` all other random numbers."""
+    options = job.options
+    device, dtype = options.device, getattr(torch, options.dtype)
+    flows = options.objective == "flow"
 
-        # What each sample has for itself. Each has a generator, so its numbers depend on no neighbour.
-        samples = [micro * options.micro_batch + i for i in mine]
-        rngs = [generator(options.seed, update, sample, stream) for sample in samples]
-        noises = torch.stack([torch.randn(options.noises, *shape, generator=rng) for rng in rngs], dim=1)
-        xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])  # (B, 64, h, w)
-        u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
-        if flows:
-            t = flow.logit_normal(u, math.log(options.time_shift))
-        else:
-            t = flow.renoise_times(u, options.time_shift, job.sigmas, k, options.renoise_times == "below")
-        t = flow.network_time(t, dtype)  # (B,): the path is built at the time that the network is told
+    # Which prompts. Each rank takes its part of them.
+    size = options.sizes[micro]
+    task, category, n = job.recipe.turn(update * len(options.sizes) + micro)
+    entries = nth_entries(job.pool, options.seed, purpose, task, category, n, options.micro_batch)[:size]
+    longest = max(len(entry.states) for entry in entries)
+    mine = range(rank() * size // ranks(), (rank() + 1) * size // ranks())
+    entries = [entries[i] for i in mine]
 
-        def fresh(what: str, shape: tuple[int, ...], samples=samples) -> Tensor:
-            rngs = [generator(options.seed, update, sample, f"{stream} {what}") for sample in samples]
-            return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
+    # What the micro-batch has in common: the student's step, or whether its words are dropped.
+    rng = generator(options.seed, update, micro, f"{stream} micro-batch")
+    k = None if flows else draw_k(job, rng)
+    wordless = flows and torch.rand((), generator=rng).item() < options.text_dropout
 
-        wants_empty = entries[0].empty is not None
-        yield Batch(
-            task=task,
-            category=category,
-            fraction=size / options.batch,
-            condition=condition_of(entries, device, dtype, empty=wordless, length=0 if wordless else longest),
-            empty=condition_of(entries, device, dtype, empty=True) if wants_empty else None,
-            target=torch.stack([entry.target for entry in entries]).to(device).float() if flows else None,
-            k=k,
-            noises=noises.to(device),
-            xi=xi.to(device),
-            t=t.to(device),
-            times=t.tolist(),
-            fresh=fresh,
-        )
+    # What each sample has for itself. Each has a generator, so its numbers depend on no neighbour.
+    samples = [micro * options.micro_batch + i for i in mine]
+    rngs = [generator(options.seed, update, sample, stream) for sample in samples]
+    shape = (64, *entries[0].size)
+    noises = torch.stack([torch.randn(options.noises, *shape, generator=rng) for rng in rngs], dim=1)
+    xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])  # (B, 64, h, w)
+    t = draw_times(job, rngs, k)  # (B,)
+
+    def fresh(what: str, shape: tuple[int, ...]) -> Tensor:
+        rngs = [generator(options.seed, update, sample, f"{stream} {what}") for sample in samples]
+        return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
+
+    wants_empty = entries[0].empty is not None
+    return Batch(
+        task=task,
+        category=category,
+        fraction=size / options.batch,
+        condition=condition_of(entries, device, dtype, empty=wordless, length=0 if wordless else longest),
+        empty=condition_of(entries, device, dtype, empty=True) if wants_empty else None,
+        target=torch.stack([entry.target for entry in entries]).to(device).float() if flows else None,
+        k=k,
+        noises=noises.to(device),
+        xi=xi.to(device),
+        t=t.to(device),
+        times=t.tolist(),
+        fresh=fresh,
+    )
+
+
+def draw_k(job: Job, rng: torch.Generator) -> int:
+    """The student's step, 0 .. K - 1. With the first-step loss, DMD leaves step 0 to it."""
+    steps = job.options.student_steps
+    lowest = 1 if job.recipe.first_step_weight and steps > 1 else 0
+    return torch.randint(lowest, steps, (), generator=rng).item()
+
+
+def draw_times(job: Job, rngs: list[torch.Generator], k: int | None) -> Tensor:
+    """A time for each sample, (B,), rounded as the network is told it: the path is built at that time."""
+    options = job.options
+    u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
+    if k is None:  # the flow objective
+        t = flow.logit_normal(u, math.log(options.time_shift))
+    else:
+        t = flow.renoise_times(u, options.time_shift, job.sigmas, k, options.renoise_times == "below")
+    return flow.network_time(t, getattr(torch, options.dtype))
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
