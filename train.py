@@ -1,11 +1,12 @@
 """Training: distil a few-step student (--objective dmd, the default), or train a teacher (--objective flow).
 
-    draw_batches      the draws: which prompts, which student step k, which noises and times
-    fake_losses       the fake score learns what the student draws
-    student_losses    the student moves along -g, the difference of fake and real score
-    flow_losses       the flow objective: a teacher learns from pictures
-    update            one update of one network, from these
-    train             the loop: several fake updates, one of the student, then the log, the pictures and the checkpoint
+    draw_batches            the draws: which prompts, which student step k, which noises and times
+    fake_batch_losses       the fake score learns what the student draws
+    student_batch_losses    the student moves along -g, the difference of fake and real score
+    teacher_batch_losses    the flow objective: a teacher learns from pictures
+    update                  one update of one network, from these
+    take_step               several fake updates, then one of the student
+    train                   the loop: a step, then the log, the pictures and the checkpoint
 
 Every prompt is encoded once, before the first update; then the encoders are freed. A STEP of training is one update of
 the student (or, with the flow objective, of the teacher). The student's own steps, from noise to picture, are counted
@@ -170,12 +171,12 @@ def draw_times(job: Job, rngs: list[torch.Generator], k: int | None) -> Tensor:
 # Each gives one number for each sample, (B,), and what a panel may show, (B, 64, h, w) each.
 
 
-def fake_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def fake_batch_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Flow matching on what the student draws now. The student does not learn."""
     return dmd.fake_losses(make_round(job, batch)), {}
 
 
-def student_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def student_batch_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The student moves along -g. Teachers and fake score are evaluated without gradient."""
     round = make_round(job, batch)
     losses, panel = dmd.student_losses(round)
@@ -215,7 +216,7 @@ def real_score(job: Job, batch: Batch, k: int, calls: int = 1) -> dmd.RealScore:
     return dmd.RealScore(weights, conditional, unconditional, job.options.guidance)
 
 
-def flow_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def teacher_batch_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The flow objective: the squared error of the velocity on pictures (Eq. 2)."""
     x, eps, t = batch.target, batch.noises[0], batch.t
     z = flow.add_noise(x, eps, t)  # (B, 64, h, w)
@@ -225,9 +226,9 @@ def flow_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 LOSSES: dict[str, Callable[[Job, Batch], tuple[Tensor, dict[str, Tensor]]]] = {
-    "fake": fake_losses,
-    "student": student_losses,
-    "teacher": flow_losses,
+    "fake": fake_batch_losses,
+    "student": student_batch_losses,
+    "teacher": teacher_batch_losses,
 }
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
