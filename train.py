@@ -237,13 +237,20 @@ LOSSES: dict[str, Callable[[Job, Batch], tuple[Tensor, dict[str, Tensor]]]] = {
 def update(job: Job, name: str, number: int, lr_factor: float) -> dict[str, Tensor]:
     """The trainee's update of this number. No other network learns. Returns the panel of the last micro-batch."""
     trainee = job.trainees[name]
-    trainee.clear_gradients()
     for batch in draw_batches(job, name, number):
         losses, panel = LOSSES[name](job, batch)  # (B,)
         trainee.backward(losses, batch, panel)
     trainee.update(lr_factor)
-    for other in job.trainees.values():  # what a loss may have left in another network is not to be learnt
+    for other in job.trainees.values():  # what this loss may have left in another network is not to be learnt
         other.clear_gradients()
+    return panel
+
+
+def take_step(job: Job, step: int, lr_factor: float) -> dict[str, Tensor]:
+    """All updates of one step, in order. Returns the last panel: the student's, or with the flow objective the teacher's."""
+    for name, count in job.updates_per_step.items():
+        for number in range(step * count, (step + 1) * count):
+            panel = update(job, name, number, lr_factor)
     return panel
 
 
@@ -262,6 +269,7 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
     job, first = open_job(options, pool, state), int(state.name) if state else 0
     networks = [*job.teachers.values(), *(trainee.network for trainee in job.trainees.values())]
     passes = Passes(network.model for network in networks)
+    result = next(iter(job.trainees.values()))  # what is drawn and exported: the student, or the teacher
     steps = range(first, options.steps)
     bar = tqdm(steps, options.objective, options.steps, initial=first, unit="step", disable=rank() > 0)
 
@@ -272,19 +280,16 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
         for step in bar:
             began, before, lr_factor = time.perf_counter(), passes.count, lr_factor_at(options, step)
             with located(f"step {step + 1}"):
-                for name, count in job.updates_per_step.items():
-                    for number in range(step * count, (step + 1) * count):
-                        panel = update(job, name, number, lr_factor)
+                panel = take_step(job, step, lr_factor)
             done = step + 1
 
             # What follows changes no weight.
             seconds, computed = time.perf_counter() - began, passes.count - before
-            trainee = job.trainees[name]  # the one that was updated last: the student, or the teacher
-            record = trainee.records[-1]  # read before watch.note, which forgets the records
+            record = result.records[-1]  # read before watch.note, which forgets the records
             note = watch.note(options, job.trainees, done, lr_factor, seconds, computed)
             bar.set_postfix_str(note, refresh=False)
             if due(options.panel_every, done):
-                with trainee.averaged() as network:
+                with result.averaged() as network:
                     watch.draw_pictures(options, pool, network, done, record, panel)
             stop = max(all_gather(signals[0] if signals else 0))
             if due(options.save_every, done) or stop:
@@ -294,7 +299,7 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
                 say(f"stopped after step {done}; --resume goes on from there")
                 raise SystemExit(128 + stop)
     bar.close()
-    return export_run(options, next(iter(job.trainees.values())), job.sigmas)
+    return export_run(options, result, job.sigmas)
 
 
 # ---- before the loop -------------------------------------------------------------------------------------------------
