@@ -150,9 +150,9 @@ def draw_batch(job: Job, purpose: str, stream: str, update: int, micro: int) -> 
 
 
 def draw_k(job: Job, rng: torch.Generator) -> int:
-    """The student's step, 0 .. K - 1. With the first-step loss, DMD leaves step 0 to it."""
+    """The student's step, 0 .. K - 1."""
     steps = job.options.student_steps
-    lowest = 1 if job.recipe.first_step_weight and steps > 1 else 0
+    lowest = dmd.lowest_step(job.recipe.first_step_weight, steps)
     return torch.randint(lowest, steps, (), generator=rng).item()
 
 
