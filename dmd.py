@@ -193,3 +193,8 @@ def first_step_losses(student: Velocity, real: Velocity, noise: Tensor, stops: S
     chord = (noise.float() - z_teacher) / (stops[0] - stops[-1])
     v = student(noise, time_like(noise, stops[0])).float()
     return (v - chord).square().flatten(1).mean(1)
+
+
+def lowest_step(first_step_weight: float, steps: int) -> int:
+    """The smallest k that DMD draws: 1 if step 0 learns by first_step_losses alone. A student of one step has no other."""
+    return 1 if first_step_weight and steps > 1 else 0

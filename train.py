@@ -1,11 +1,12 @@
 """Training: distil a few-step student (--objective dmd, the default), or train a teacher (--objective flow).
 
-    draw_batches      the draws: which prompts, which student step k, which noises and times
-    fake_losses       the fake score learns what the student draws
-    student_losses    the student moves along -g, the difference of fake and real score
-    flow_losses       the flow objective: a teacher learns from pictures
-    update            one update of one network, from these
-    train             the loop: several fake updates, one of the student, then the log, the pictures and the checkpoint
+    draw_batches            the draws: which prompts, which student step k, which noises and times
+    fake_batch_losses       the fake score learns what the student draws
+    student_batch_losses    the student moves along -g, the difference of fake and real score
+    teacher_batch_losses    the flow objective: a teacher learns from pictures
+    update                  one update of one network, from these
+    take_step               several fake updates, then one of the student
+    train                   the loop: a step, then the log, the pictures and the checkpoint
 
 Every prompt is encoded once, before the first update; then the encoders are freed. A STEP of training is one update of
 the student (or, with the flow objective, of the teacher). The student's own steps, from noise to picture, are counted
@@ -92,74 +93,90 @@ def draw_batches(job: Job, name: str, update: int) -> Iterator[Batch]:
     each of the student, the student would have the same task in every update. The step options.redraw gets other random
     numbers, for the same prompts. So a run goes on past a value that was not finite.
     """
-    options, recipe = job.options, job.recipe
-    device, dtype = options.device, getattr(torch, options.dtype)
-    flows = options.objective == "flow"
-    purpose = "flow" if flows else name
+    options = job.options
+    purpose = "flow" if options.objective == "flow" else name
     step = update // job.updates_per_step[name] + 1  # as the progress line and errors count
     stream = f"{purpose}, again" if step == options.redraw else purpose
+    for micro in range(len(options.sizes)):
+        yield draw_batch(job, purpose, stream, update, micro)
 
-    for micro, size in enumerate(options.sizes):
-        # Which prompts. Each rank takes its part of them.
-        task, category, n = recipe.turn(update * len(options.sizes) + micro)
-        entries = nth_entries(job.pool, options.seed, purpose, task, category, n, options.micro_batch)[:size]
-        longest = max(len(entry.states) for entry in entries)
-        mine = range(rank() * size // ranks(), (rank() + 1) * size // ranks())
-        entries = [entries[i] for i in mine]
-        shape = (64, *entries[0].size)
 
-        # What the micro-batch has in common: the student's step, or whether its words are dropped.
-        rng = generator(options.seed, update, micro, f"{stream} micro-batch")
-        k, wordless = None, False
-        if flows:
-            wordless = torch.rand((), generator=rng).item() < options.text_dropout
-        else:
-            lowest = 1 if recipe.first_step_weight and options.student_steps > 1 else 0  # step 0 has a loss of its own
-            k = torch.randint(lowest, options.student_steps, (), generator=rng).item()
+def draw_batch(job: Job, purpose: str, stream: str, update: int, micro: int) -> Batch:
+    """One micro-batch. `purpose` decides which prompts it has, `stream` all other random numbers."""
+    options = job.options
+    device, dtype = options.device, getattr(torch, options.dtype)
+    flows = options.objective == "flow"
 
-        # What each sample has for itself. Each has a generator, so its numbers depend on no neighbour.
-        samples = [micro * options.micro_batch + i for i in mine]
-        rngs = [generator(options.seed, update, sample, stream) for sample in samples]
-        noises = torch.stack([torch.randn(options.noises, *shape, generator=rng) for rng in rngs], dim=1)
-        xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])  # (B, 64, h, w)
-        u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
-        if flows:
-            t = flow.logit_normal(u, math.log(options.time_shift))
-        else:
-            t = flow.renoise_times(u, options.time_shift, job.sigmas, k, options.renoise_times == "below")
-        t = flow.network_time(t, dtype)  # (B,): the path is built at the time that the network is told
+    # Which prompts. Each rank takes its part of them.
+    size = options.sizes[micro]
+    task, category, n = job.recipe.turn(update * len(options.sizes) + micro)
+    entries = nth_entries(job.pool, options.seed, purpose, task, category, n, options.micro_batch)[:size]
+    longest = max(len(entry.states) for entry in entries)
+    mine = range(rank() * size // ranks(), (rank() + 1) * size // ranks())
+    entries = [entries[i] for i in mine]
 
-        def fresh(what: str, shape: tuple[int, ...], samples=samples) -> Tensor:
-            rngs = [generator(options.seed, update, sample, f"{stream} {what}") for sample in samples]
-            return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
+    # What the micro-batch has in common: the student's step, or whether its words are dropped.
+    rng = generator(options.seed, update, micro, f"{stream} micro-batch")
+    k = None if flows else draw_k(job, rng)
+    wordless = flows and torch.rand((), generator=rng).item() < options.text_dropout
 
-        wants_empty = entries[0].empty is not None
-        yield Batch(
-            task=task,
-            category=category,
-            fraction=size / options.batch,
-            condition=condition_of(entries, device, dtype, empty=wordless, length=0 if wordless else longest),
-            empty=condition_of(entries, device, dtype, empty=True) if wants_empty else None,
-            target=torch.stack([entry.target for entry in entries]).to(device).float() if flows else None,
-            k=k,
-            noises=noises.to(device),
-            xi=xi.to(device),
-            t=t.to(device),
-            times=t.tolist(),
-            fresh=fresh,
-        )
+    # What each sample has for itself. Each has a generator, so its numbers depend on no neighbour.
+    samples = [micro * options.micro_batch + i for i in mine]
+    rngs = [generator(options.seed, update, sample, stream) for sample in samples]
+    shape = (64, *entries[0].size)
+    noises = torch.stack([torch.randn(options.noises, *shape, generator=rng) for rng in rngs], dim=1)
+    xi = torch.stack([torch.randn(shape, generator=rng) for rng in rngs])  # (B, 64, h, w)
+    t = draw_times(job, rngs, k)  # (B,)
+
+    def fresh(what: str, shape: tuple[int, ...]) -> Tensor:
+        rngs = [generator(options.seed, update, sample, f"{stream} {what}") for sample in samples]
+        return torch.stack([torch.randn(shape, generator=rng) for rng in rngs]).to(device)
+
+    wants_empty = entries[0].empty is not None
+    return Batch(
+        task=task,
+        category=category,
+        fraction=size / options.batch,
+        condition=condition_of(entries, device, dtype, empty=wordless, length=0 if wordless else longest),
+        empty=condition_of(entries, device, dtype, empty=True) if wants_empty else None,
+        target=torch.stack([entry.target for entry in entries]).to(device).float() if flows else None,
+        k=k,
+        noises=noises.to(device),
+        xi=xi.to(device),
+        t=t.to(device),
+        times=t.tolist(),
+        fresh=fresh,
+    )
+
+
+def draw_k(job: Job, rng: torch.Generator) -> int:
+    """The student's step, 0 .. K - 1."""
+    steps = job.options.student_steps
+    lowest = dmd.lowest_step(job.recipe.first_step_weight, steps)
+    return torch.randint(lowest, steps, (), generator=rng).item()
+
+
+def draw_times(job: Job, rngs: list[torch.Generator], k: int | None) -> Tensor:
+    """A time for each sample, (B,), rounded as the network is told it: the path is built at that time."""
+    options = job.options
+    u = torch.stack([torch.rand((), generator=rng) for rng in rngs])  # (B,)
+    if k is None:  # the flow objective
+        t = flow.logit_normal(u, math.log(options.time_shift))
+    else:
+        t = flow.renoise_times(u, options.time_shift, job.sigmas, k, options.renoise_times == "below")
+    return flow.network_time(t, getattr(torch, options.dtype))
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
 # Each gives one number for each sample, (B,), and what a panel may show, (B, 64, h, w) each.
 
 
-def fake_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def fake_batch_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Flow matching on what the student draws now. The student does not learn."""
     return dmd.fake_losses(make_round(job, batch)), {}
 
 
-def student_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def student_batch_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The student moves along -g. Teachers and fake score are evaluated without gradient."""
     round = make_round(job, batch)
     losses, panel = dmd.student_losses(round)
@@ -199,7 +216,7 @@ def real_score(job: Job, batch: Batch, k: int, calls: int = 1) -> dmd.RealScore:
     return dmd.RealScore(weights, conditional, unconditional, job.options.guidance)
 
 
-def flow_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def teacher_batch_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The flow objective: the squared error of the velocity on pictures (Eq. 2)."""
     x, eps, t = batch.target, batch.noises[0], batch.t
     z = flow.add_noise(x, eps, t)  # (B, 64, h, w)
@@ -209,9 +226,9 @@ def flow_losses(job: Job, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 LOSSES: dict[str, Callable[[Job, Batch], tuple[Tensor, dict[str, Tensor]]]] = {
-    "fake": fake_losses,
-    "student": student_losses,
-    "teacher": flow_losses,
+    "fake": fake_batch_losses,
+    "student": student_batch_losses,
+    "teacher": teacher_batch_losses,
 }
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
@@ -220,13 +237,20 @@ LOSSES: dict[str, Callable[[Job, Batch], tuple[Tensor, dict[str, Tensor]]]] = {
 def update(job: Job, name: str, number: int, lr_factor: float) -> dict[str, Tensor]:
     """The trainee's update of this number. No other network learns. Returns the panel of the last micro-batch."""
     trainee = job.trainees[name]
-    trainee.clear_gradients()
     for batch in draw_batches(job, name, number):
         losses, panel = LOSSES[name](job, batch)  # (B,)
         trainee.backward(losses, batch, panel)
     trainee.update(lr_factor)
-    for other in job.trainees.values():  # what a loss may have left in another network is not to be learnt
+    for other in job.trainees.values():  # what this loss may have left in another network is not to be learnt
         other.clear_gradients()
+    return panel
+
+
+def take_step(job: Job, step: int, lr_factor: float) -> dict[str, Tensor]:
+    """All updates of one step, in order. Returns the last panel: the student's, or with the flow objective the teacher's."""
+    for name, count in job.updates_per_step.items():
+        for number in range(step * count, (step + 1) * count):
+            panel = update(job, name, number, lr_factor)
     return panel
 
 
@@ -245,6 +269,7 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
     job, first = open_job(options, pool, state), int(state.name) if state else 0
     networks = [*job.teachers.values(), *(trainee.network for trainee in job.trainees.values())]
     passes = Passes(network.model for network in networks)
+    result = next(iter(job.trainees.values()))  # what is drawn and exported: the student, or the teacher
     steps = range(first, options.steps)
     bar = tqdm(steps, options.objective, options.steps, initial=first, unit="step", disable=rank() > 0)
 
@@ -255,19 +280,16 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
         for step in bar:
             began, before, lr_factor = time.perf_counter(), passes.count, lr_factor_at(options, step)
             with located(f"step {step + 1}"):
-                for name, count in job.updates_per_step.items():
-                    for number in range(step * count, (step + 1) * count):
-                        panel = update(job, name, number, lr_factor)
+                panel = take_step(job, step, lr_factor)
             done = step + 1
 
             # What follows changes no weight.
             seconds, computed = time.perf_counter() - began, passes.count - before
-            trainee = job.trainees[name]  # the one that was updated last: the student, or the teacher
-            record = trainee.records[-1]  # read before watch.note, which forgets the records
+            record = result.records[-1]  # read before watch.note, which forgets the records
             note = watch.note(options, job.trainees, done, lr_factor, seconds, computed)
             bar.set_postfix_str(note, refresh=False)
             if due(options.panel_every, done):
-                with trainee.averaged() as network:
+                with result.averaged() as network:
                     watch.draw_pictures(options, pool, network, done, record, panel)
             stop = max(all_gather(signals[0] if signals else 0))
             if due(options.save_every, done) or stop:
@@ -277,7 +299,7 @@ def train(options: TrainOptions, pool: Pool, state: Path | None) -> Path:
                 say(f"stopped after step {done}; --resume goes on from there")
                 raise SystemExit(128 + stop)
     bar.close()
-    return export_run(options, next(iter(job.trainees.values())), job.sigmas)
+    return export_run(options, result, job.sigmas)
 
 
 # ---- before the loop -------------------------------------------------------------------------------------------------

@@ -53,6 +53,9 @@ def nth_entries(pool: Pool, seed: int, purpose: str, task: str, category: str, n
     when all were used. So after any number of epochs all entries were used equally often, or once less. One
     exception: a class with fewer entries than a micro-batch waits for several epochs, and then each entry comes
     several times at once.
+
+    Example: classes of 5 and 3 entries, micro-batches of 2. Epoch 0 has 2 + 1 micro-batches, n = 0 to 2, and leaves one
+    entry of each class. Epoch 1 begins with these and has 3 + 2, n = 3 to 7: all entries were then used twice.
     """
     classes = pool.classes[task, category]
     entries = sum(len(members) for members in classes)
@@ -69,18 +72,18 @@ def nth_entries(pool: Pool, seed: int, purpose: str, task: str, category: str, n
     turns = torch.tensor([c for c in range(len(classes)) for _ in range(after[c] - before[c])])
     order = torch.randperm(len(turns), generator=generator(seed, epoch, 0, key))
     turns = turns[order].tolist()  # the class of each micro-batch of this epoch
-    turn = n - sum(before)
-    number = turns[turn]
+    place = n - sum(before)  # of this micro-batch in its epoch
+    class_number = turns[place]
 
-    members = classes[number]
-    used = (before[number] + turns[:turn].count(number)) * size  # entries of this class that came before
+    members = classes[class_number]
+    used = (before[class_number] + turns[:place].count(class_number)) * size  # entries of this class that came before
     chosen, orders = [], {}
     for position in range(used, used + size):
-        lap, i = divmod(position, len(members))
-        if lap not in orders:  # all were used: a new order
-            rng = generator(seed, lap, number, f"{key} class")
-            orders[lap] = torch.randperm(len(members), generator=rng).tolist()
-        chosen.append(members[orders[lap][i]])
+        shuffle, i = divmod(position, len(members))
+        if shuffle not in orders:  # all were used: a new order
+            rng = generator(seed, shuffle, class_number, f"{key} class")
+            orders[shuffle] = torch.randperm(len(members), generator=rng).tolist()
+        chosen.append(members[orders[shuffle][i]])
     return chosen
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, silu
 from tqdm import tqdm
 
-from dmd import RealScore, Round, fake_losses, first_step_losses, rollout, student_losses
+from dmd import RealScore, Round, fake_losses, first_step_losses, lowest_step, rollout, student_losses
 from flow import Velocity, add_noise, per_sample, renoise_times, shifted_uniform, student_sigmas, walk
 from recipe import Recipe
 
@@ -235,7 +235,7 @@ def train(setting: Setting, recipe: Recipe, looks: set[int]) -> Iterator[tuple[i
     rng = torch.Generator().manual_seed(setting.seed)
     recipe = recipe.resolve(CATEGORIES, ("text", "edit"))
     steps = len(SIGMAS) - 1
-    lowest = 1 if recipe.first_step_weight else 0  # step 0 then has a loss of its own
+    lowest = lowest_step(recipe.first_step_weight, steps)
     student, fake, averaged = (Network(setting, rng) for _ in range(3))
     networks = {"student": student, "fake": fake}
     optimisers = {

@@ -153,7 +153,7 @@ def test_each_update_moves_one_network_alone(checkpoint, pools, tmp_path, monkey
     job = train.open_job(args, pools["dmd"], state)
 
     def leaky(job, batch):
-        losses, panel = train.student_losses(job, batch)
+        losses, panel = train.student_batch_losses(job, batch)
         fake = job.trainees["fake"].network.velocity(batch.condition)
         return losses + fake(batch.noises[0], batch.t).square().flatten(1).mean(1), panel
 
@@ -241,7 +241,7 @@ def test_the_first_step_loss_has_the_teachers_of_step_0(checkpoint, pools, tmp_p
     monkeypatch.setattr(train, "real_score", watched)
     for update in range(4):
         for batch in train.draw_batches(job, "student", update):
-            losses, _ = train.student_losses(job, batch)
+            losses, _ = train.student_batch_losses(job, batch)
             assert losses.shape == batch.t.shape and losses.isfinite().all()
     assert {k for _, k in asked} <= {1, 2, 3}  # step 0 has this loss of its own
     assert [k for k, _ in asked[1::2]] == [0] * (len(asked) // 2)
