@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from data.pictures import open_picture
 from program.edges import parse_json
+from scores.colours import over_white
 
 ATTEMPTS = 6  # for one question
 GIVE_UP = 10  # unanswered questions in a row
@@ -239,9 +240,7 @@ def text_part(text: str) -> dict:
 
 def image_part(path: Path) -> dict:
     """A picture as part of a question: upright, on white, no side above LONGEST_SIDE, as PNG or JPEG."""
-    picture = open_picture(path)
-    white = Image.new("RGBA", picture.size, "white")
-    flat = Image.alpha_composite(white, picture).convert("RGB")
+    flat = over_white(open_picture(path))
     flat.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
     kind, file = "png", io.BytesIO()
     flat.save(file, "PNG")

@@ -9,11 +9,16 @@ from PIL import Image
 
 def pixels(picture: Image.Image, size: tuple[int, int] | None = None) -> np.ndarray:
     """(H, W, 3): the picture over white, resized to (width, height)."""
-    rgba = picture.convert("RGBA")
-    flat = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    flat = over_white(picture)
     if size and size != flat.size:
         flat = flat.resize(size, Image.Resampling.LANCZOS)
     return np.asarray(flat, dtype=np.float64) / 255
+
+
+def over_white(picture: Image.Image) -> Image.Image:
+    """Any picture in RGB, with white where it is transparent."""
+    rgba = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:

@@ -6,32 +6,90 @@ import os
 from program.options import TOY
 from training.options import TrainOptions
 
-# The toy's teacher (ours).
-FLOW = dict(objective="flow", steps=2000, batch=96, micro_batch=16, save_every=500, panel_every=500, warmup=100)
-FLOW |= dict(muon_lr=0.02, lr=2e-3, decay=0.5, ema=0.999, time_shift=1.0)
-# A student of the 7B's size. The papers give no values, and we have not run these. They come from others' DMD:
-# ModelOpt's of Qwen-Image (both rates, 1,000 steps), Self-Forcing-Plus's of a 14B network (5 fake updates, an EMA of 0.99)
-# and DP-DMD's of SD3.5-M (a batch of 32, no weight decay). A checkpoint has 199 GB; the newest two are kept.
-# The sampler is Euler's: every public student of Qwen-Image-2.1 whose sampler is known is drawn by it (docs/checkpoints.md),
-# the paper's first author asks for "ODE formulation, not SDE" (Multimedia-Analytics-Laboratory/dpdmd, issue 2), and TDM
-# (arXiv 2503.06674) trains along the ODE. The toy keeps renoise: docs/node.md.
-LARGE = dict(steps=1000, batch=32, micro_batch=8, save_every=250, panel_every=20, dtype="bfloat16", recompute=True)
-LARGE |= dict(muon_lr=0.0, lr=2e-6, fake_muon_lr=0.0, fake_lr=2e-6, fake_updates=5, warmup=20, decay=0.0)
-LARGE |= dict(ema=0.99, time_shift=3.0, aspects=True, sampler="euler")
-# A time_shift of 3 is that of Decoupled DMD (Tongyi-MAI/Z-Image, issue 74).
-# The same with LoRAs: both rates, fake updates, batch and EMA are those of configs/qwen_image_dmd.yaml of the fork
-# Chevolier/Self-Forcing-Plus, which distils Qwen-Image-Edit at rank 32. LightX2V has the same rates and rank, 1,000
-# updates and a clip of 1, but 2 fake updates and a guidance of 4 (ModelTC/LightX2V, lightx2v_train/configs/train/dmd/
-# qwen_image_edit_2511_dmd_lora.yaml). Lightning's authors have 5e-5 for a LoRA and 4e-7 for a fake score of all weights,
-# both with beta1 0 (ModelTC/LightX2V-Qwen-Image-Lightning, issue 64). Side by side: docs/node.md.
-LARGE_LORA = LARGE | dict(micro_batch=2, save_every=50, lr=1e-4, fake_lr=2e-5)
-# A specialised teacher of the 7B's size. No source has numbers for its fine-tuning. Not run by us.
-LARGE_FLOW = dict(objective="flow", muon_lr=0.0)  # AdamW, as in the paper's section 3
-LARGE_FLOW |= dict(lr=1e-5, batch=32)  # ours: as DP-DMD, which moves all weights of SD3.5-M
-LARGE_FLOW |= dict(micro_batch=8, recompute=True, dtype="bfloat16")  # ours, for memory; the masters are fp32
-LARGE_FLOW |= dict(steps=2000, ema=0.99)  # ours: the paper's students (section 3); the longest EMA seen with students
-LARGE_FLOW |= dict(warmup=20, decay=0.0, time_shift=3.0, panel_every=100)  # ours; clip and text_dropout: 2.0 report
-LARGE_FLOW_LORA = LARGE_FLOW | dict(micro_batch=2, lr=1e-4)  # ours: one GPU's memory; LightX2V's rate of a LoRA
+# ---- the toy's teacher -----------------------------------------------------------------------------------------------
+
+FLOW = {  # all ours
+    "objective": "flow",
+    "steps": 2000,
+    "batch": 96,
+    "micro_batch": 16,
+    "muon_lr": 0.02,
+    "lr": 2e-3,
+    "warmup": 100,
+    "decay": 0.5,
+    "ema": 0.999,
+    "time_shift": 1.0,
+    "save_every": 500,
+    "panel_every": 500,
+}
+
+# ---- a student of the 7B's size --------------------------------------------------------------------------------------
+# The papers give no values, and we have not run these. Sources, side by side with more of them: docs/node.md.
+#
+# ModelOpt             its DMD of Qwen-Image
+# Self-Forcing-Plus    its DMD of a 14B network; the fork Chevolier/Self-Forcing-Plus distils Qwen-Image-Edit at rank 32
+#                      (configs/qwen_image_dmd.yaml)
+# DP-DMD               of SD3.5-M, all weights
+# Decoupled DMD        Tongyi-MAI/Z-Image, issue 74
+# LightX2V             ModelTC/LightX2V, lightx2v_train/configs/train/dmd/qwen_image_edit_2511_dmd_lora.yaml
+
+LARGE = {
+    "steps": 1000,  # ModelOpt
+    "batch": 32,  # DP-DMD
+    "micro_batch": 8,  # ours, for memory
+    "muon_lr": 0.0,  # AdamW alone, as all of these
+    "lr": 2e-6,  # ModelOpt
+    "fake_muon_lr": 0.0,
+    "fake_lr": 2e-6,  # ModelOpt
+    "fake_updates": 5,  # Self-Forcing-Plus
+    "warmup": 20,  # ours
+    "decay": 0.0,  # ours
+    "ema": 0.99,  # Self-Forcing-Plus
+    "time_shift": 3.0,  # Decoupled DMD
+    # Every public student of Qwen-Image-2.1 whose sampler is known is drawn by Euler's method (docs/checkpoints.md). The
+    # paper's first author asks for "ODE formulation, not SDE" (Multimedia-Analytics-Laboratory/dpdmd, issue 2), and TDM
+    # (arXiv 2503.06674) trains along the ODE. Why the toy keeps renoise: docs/node.md.
+    "sampler": "euler",
+    "aspects": True,
+    "recompute": True,
+    "dtype": "bfloat16",
+    "save_every": 250,  # a checkpoint has 199 GB; the newest two are kept
+    "panel_every": 20,
+}
+# The same with LoRAs. LightX2V has the same rates and rank, 1,000 updates and a clip of 1, but 2 fake updates and a guidance
+# of 4. Lightning's authors have 5e-5 for a LoRA and 4e-7 for a fake score of all weights, both with beta1 0
+# (ModelTC/LightX2V-Qwen-Image-Lightning, issue 64).
+LARGE_LORA = LARGE | {
+    "micro_batch": 2,  # ours, for one GPU's memory
+    "lr": 1e-4,  # the fork of Self-Forcing-Plus, as are the fake rate, batch, fake updates and EMA
+    "fake_lr": 2e-5,
+    "save_every": 50,
+}
+
+# ---- a specialised teacher of the 7B's size --------------------------------------------------------------------------
+# No source has numbers for its fine-tuning. Not run by us. clip and text_dropout stay: 2.0 report.
+
+LARGE_FLOW = {
+    "objective": "flow",
+    "steps": 2000,  # as the paper's students (section 3)
+    "batch": 32,
+    "micro_batch": 8,  # ours, for memory
+    "muon_lr": 0.0,  # AdamW, as in the paper's section 3
+    "lr": 1e-5,  # DP-DMD
+    "warmup": 20,  # ours
+    "decay": 0.0,  # ours
+    "ema": 0.99,  # the longest seen with students
+    "time_shift": 3.0,  # ours
+    "recompute": True,
+    "dtype": "bfloat16",
+    "panel_every": 100,
+}
+LARGE_FLOW_LORA = LARGE_FLOW | {
+    "micro_batch": 2,  # ours, for one GPU's memory
+    "lr": 1e-4,  # LightX2V's rate of a LoRA
+}
+
+# ---- what a run gets -------------------------------------------------------------------------------------------------
 
 
 def defaults(objective: str, parameters: int, lora_rank: int) -> dict:
