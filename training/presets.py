@@ -46,9 +46,9 @@ LARGE = {
     "decay": 0.0,  # ours
     "ema": 0.99,  # Self-Forcing-Plus
     "time_shift": 3.0,  # Decoupled DMD
-    # Every public student of Qwen-Image-2.1 whose sampler is known is drawn by Euler's method (docs/checkpoints.md). The
-    # paper's first author asks for "ODE formulation, not SDE" (Multimedia-Analytics-Laboratory/dpdmd, issue 2), and TDM
-    # (arXiv 2503.06674) trains along the ODE. Why the toy keeps renoise: docs/node.md.
+    # Every public student of Qwen-Image-2.1 whose sampler is known is drawn by Euler's method (docs/checkpoints.md).
+    # The paper's first author asks for "ODE formulation, not SDE" (Multimedia-Analytics-Laboratory/dpdmd, issue 2),
+    # and TDM (arXiv 2503.06674) trains along the ODE. Why the toy keeps renoise: docs/node.md.
     "sampler": "euler",
     "aspects": True,
     "recompute": True,
@@ -56,8 +56,8 @@ LARGE = {
     "save_every": 250,  # a checkpoint has 199 GB; the newest two are kept
     "panel_every": 20,
 }
-# The same with LoRAs. LightX2V has the same rates and rank, 1,000 updates and a clip of 1, but 2 fake updates and a guidance
-# of 4. Lightning's authors have 5e-5 for a LoRA and 4e-7 for a fake score of all weights, both with beta1 0
+# The same with LoRAs. LightX2V has the same rates and rank, 1,000 updates and a clip of 1, but 2 fake updates and a
+# guidance of 4. Lightning's authors have 5e-5 for a LoRA and 4e-7 for a fake score of all weights, both with beta1 0
 # (ModelTC/LightX2V-Qwen-Image-Lightning, issue 64).
 LARGE_LORA = LARGE | {
     "micro_batch": 2,  # ours, for one GPU's memory
